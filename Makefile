@@ -1,0 +1,33 @@
+# The project's commands. On a fresh machine each sets up .venv first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: serve test lint proto setup clean
+
+serve: setup  ## Serve the demo model on two ranks, show one answer, serve until Ctrl-C.
+	@$(BIN)/octavo serve --tensor-parallel-size 2 --first-request "What is 27 + 15?"
+
+test: setup  ## All tests.
+	@$(BIN)/python -m pytest
+
+lint: setup  ## Style, types, import rules.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+proto: setup  ## Regenerate the checked-in protobuf code.
+	$(BIN)/python scripts/generate_proto.py
+
+setup: $(VENV)/.installed
+
+# pip shows its own progress; the stamp is written only after a whole install.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV) (once; a few minutes)"
+	@$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -q -c constraints.txt -e ".[dev]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,1 @@
+"""The coordinator: decisions in core/, processes and wires in shell/."""

@@ -1,0 +1,1 @@
+"""Moves bytes between gateways, the core and the workers."""

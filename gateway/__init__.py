@@ -1,0 +1,1 @@
+"""The public doors: gRPC and OpenAI HTTP, text, validation."""

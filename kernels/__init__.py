@@ -1,0 +1,1 @@
+"""Device work: kernels and their torch reference twins."""

@@ -1,0 +1,25 @@
+"""Where the tokens of one step belong: what every attention kernel takes beside its tensors."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionBatch:
+    """One step's tokens, row by row. A row is a sequence; rows with one query token (decodes) come first.
+
+    Tensors live on the model's device; the rest is known to the host, so that no kernel has to ask the device.
+    """
+
+    num_decode_rows: int  # rows [0, num_decode_rows) have exactly one query token each
+    positions: torch.Tensor  # [num_tokens] int64: position of each token in its sequence
+    kv_indices: torch.Tensor  # [num_tokens] int64: block_id * block_size + offset, where the token's KV is written
+    block_tables: torch.Tensor  # [num_rows, max_blocks] int32: block ids of each row, padded with 0
+    seq_lens: torch.Tensor  # [num_rows] int32: tokens of each row, those of this step included
+    query_starts: tuple[int, ...]  # num_rows + 1 entries: the row's first token
+    host_seq_lens: tuple[int, ...]  # seq_lens, known to the host
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.host_seq_lens)

@@ -1,0 +1,1 @@
+"""The command line, the Ray cluster, the supervisor, offline LLM."""

@@ -1,0 +1,105 @@
+from octavo.proto import engine_pb2 as _engine_pb2
+from octavo.proto import sampling_pb2 as _sampling_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class ConfigureRequest(_message.Message):
+    __slots__ = ("config", "rank", "tensor_parallel_size", "epoch")
+    CONFIG_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    TENSOR_PARALLEL_SIZE_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    config: _engine_pb2.WorkerConfig
+    rank: int
+    tensor_parallel_size: int
+    epoch: int
+    def __init__(self, config: _Optional[_Union[_engine_pb2.WorkerConfig, _Mapping]] = ..., rank: _Optional[int] = ..., tensor_parallel_size: _Optional[int] = ..., epoch: _Optional[int] = ...) -> None: ...
+
+class ConfigureProgress(_message.Message):
+    __slots__ = ("stage", "duration_s", "num_blocks")
+    STAGE_FIELD_NUMBER: _ClassVar[int]
+    DURATION_S_FIELD_NUMBER: _ClassVar[int]
+    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    stage: str
+    duration_s: float
+    num_blocks: int
+    def __init__(self, stage: _Optional[str] = ..., duration_s: _Optional[float] = ..., num_blocks: _Optional[int] = ...) -> None: ...
+
+class BatchPlan(_message.Message):
+    __slots__ = ("epoch", "step_id", "leave_slots", "joins", "append_slots", "append_block_ids", "decode_slots_changed", "decode_slots", "chunk_slots", "chunk_num_tokens")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    STEP_ID_FIELD_NUMBER: _ClassVar[int]
+    LEAVE_SLOTS_FIELD_NUMBER: _ClassVar[int]
+    JOINS_FIELD_NUMBER: _ClassVar[int]
+    APPEND_SLOTS_FIELD_NUMBER: _ClassVar[int]
+    APPEND_BLOCK_IDS_FIELD_NUMBER: _ClassVar[int]
+    DECODE_SLOTS_CHANGED_FIELD_NUMBER: _ClassVar[int]
+    DECODE_SLOTS_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_SLOTS_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    step_id: int
+    leave_slots: bytes
+    joins: _containers.RepeatedCompositeFieldContainer[SlotJoin]
+    append_slots: bytes
+    append_block_ids: bytes
+    decode_slots_changed: bool
+    decode_slots: bytes
+    chunk_slots: bytes
+    chunk_num_tokens: bytes
+    def __init__(self, epoch: _Optional[int] = ..., step_id: _Optional[int] = ..., leave_slots: _Optional[bytes] = ..., joins: _Optional[_Iterable[_Union[SlotJoin, _Mapping]]] = ..., append_slots: _Optional[bytes] = ..., append_block_ids: _Optional[bytes] = ..., decode_slots_changed: _Optional[bool] = ..., decode_slots: _Optional[bytes] = ..., chunk_slots: _Optional[bytes] = ..., chunk_num_tokens: _Optional[bytes] = ...) -> None: ...
+
+class SlotJoin(_message.Message):
+    __slots__ = ("slot", "token_ids", "num_prompt_tokens", "num_computed_tokens", "block_ids", "sampling_params")
+    SLOT_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_COMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_IDS_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_PARAMS_FIELD_NUMBER: _ClassVar[int]
+    slot: int
+    token_ids: bytes
+    num_prompt_tokens: int
+    num_computed_tokens: int
+    block_ids: bytes
+    sampling_params: _sampling_pb2.SamplingParams
+    def __init__(self, slot: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., num_prompt_tokens: _Optional[int] = ..., num_computed_tokens: _Optional[int] = ..., block_ids: _Optional[bytes] = ..., sampling_params: _Optional[_Union[_sampling_pb2.SamplingParams, _Mapping]] = ...) -> None: ...
+
+class StepResult(_message.Message):
+    __slots__ = ("epoch", "step_id", "token_ids", "logprobs", "prompt_logprobs", "model_time_us")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    STEP_ID_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    MODEL_TIME_US_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    step_id: int
+    token_ids: bytes
+    logprobs: _containers.RepeatedCompositeFieldContainer[RowLogprobs]
+    prompt_logprobs: _containers.RepeatedCompositeFieldContainer[ChunkLogprobs]
+    model_time_us: int
+    def __init__(self, epoch: _Optional[int] = ..., step_id: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., logprobs: _Optional[_Iterable[_Union[RowLogprobs, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[ChunkLogprobs, _Mapping]]] = ..., model_time_us: _Optional[int] = ...) -> None: ...
+
+class RowLogprobs(_message.Message):
+    __slots__ = ("row", "table")
+    ROW_FIELD_NUMBER: _ClassVar[int]
+    TABLE_FIELD_NUMBER: _ClassVar[int]
+    row: int
+    table: _sampling_pb2.LogprobTable
+    def __init__(self, row: _Optional[int] = ..., table: _Optional[_Union[_sampling_pb2.LogprobTable, _Mapping]] = ...) -> None: ...
+
+class ChunkLogprobs(_message.Message):
+    __slots__ = ("chunk", "start", "table")
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
+    TABLE_FIELD_NUMBER: _ClassVar[int]
+    chunk: int
+    start: int
+    table: _sampling_pb2.LogprobTable
+    def __init__(self, chunk: _Optional[int] = ..., start: _Optional[int] = ..., table: _Optional[_Union[_sampling_pb2.LogprobTable, _Mapping]] = ...) -> None: ...

@@ -1,0 +1,1 @@
+"""One rank: its weight shard, its KV blocks, its slot table."""

@@ -1,0 +1,44 @@
+"""The tensor-parallel group of one worker: its rank and its collectives."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True, slots=True)
+class TensorParallel:
+    """Rank and size of a group, and the collectives over it. With one rank every collective is the identity."""
+
+    rank: int
+    size: int
+    device: torch.device
+    process_group: "dist.ProcessGroup | None" = None
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sums `tensor` over the ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor, group=self.process_group)
+        return tensor
+
+    def all_reduce_max(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Elementwise maximum over the ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.process_group)
+        return tensor
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """[*shape] on each rank to [size, *shape], in rank order."""
+        if self.size == 1:
+            return tensor.unsqueeze(0)
+        gathered = tensor.new_empty((self.size, *tensor.shape))
+        dist.all_gather_into_tensor(gathered, tensor.contiguous(), group=self.process_group)
+        return gathered
+
+    def min_int(self, value: int) -> int:
+        """The least of the ranks' values. Waits for the device."""
+        if self.size == 1:
+            return value
+        tensor = torch.tensor([value], dtype=torch.int64, device=self.device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MIN, group=self.process_group)
+        return int(tensor.item())
