@@ -1,0 +1,55 @@
+"""What one step does: the value that the core decides, and the shell encodes for the workers."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from .sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class SlotJoin:
+    """A sequence takes a slot, with all that a worker must know of it."""
+
+    slot: int
+    token_ids: bytes  # packed int32: prompt and output so far
+    num_prompt_tokens: int
+    num_computed_tokens: int
+    block_ids: list[int]
+    sampling: Any  # as the request carries it
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledRow:
+    """One row of a step, as the coordinator remembers it until the result comes."""
+
+    sequence: Sequence
+    num_preemptions: int  # of the sequence, when the row was scheduled; a result for an earlier life is dropped
+    num_tokens: int
+    samples: bool
+
+    @property
+    def is_stale(self) -> bool:
+        return self.sequence.slot < 0 or self.sequence.num_preemptions != self.num_preemptions
+
+
+@dataclass(slots=True)
+class BatchPlan:
+    """Changes to the slot table and the rows of a step; see proto/worker.proto for the order in which they apply.
+
+    `rows` are the decode rows in the order of `decode_slots`, then the chunk rows in the order of `chunk_slots`.
+    """
+
+    step_id: int
+    leave_slots: list[int] = field(default_factory=list)
+    joins: list[SlotJoin] = field(default_factory=list)
+    append_slots: list[int] = field(default_factory=list)
+    append_block_ids: list[int] = field(default_factory=list)
+    decode_slots: list[int] = field(default_factory=list)
+    decode_slots_changed: bool = False
+    chunk_slots: list[int] = field(default_factory=list)
+    chunk_num_tokens: list[int] = field(default_factory=list)
+    rows: list[ScheduledRow] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.decode_slots) + sum(self.chunk_num_tokens)

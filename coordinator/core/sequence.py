@@ -1,0 +1,171 @@
+"""Requests and sequences: what is known of them, and the transitions that may change it."""
+
+from array import array
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+
+class SequenceStatus(Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class FinishReason(Enum):
+    """Values are those of octavo.v1.FinishReason; CANCELLED never leaves the coordinator."""
+
+    CANCELLED = 0
+    STOP = 1
+    LENGTH = 2
+
+
+@dataclass(frozen=True, slots=True)
+class StopConditions:
+    """When a sequence ends by itself."""
+
+    max_tokens: int
+    min_tokens: int = 0
+    stop_token_ids: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class RequestKey:
+    """Names a request among all gateways."""
+
+    session_id: int
+    handle: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Request:
+    """One accepted request. `sampling` is handed to the workers as it is; the core never looks inside."""
+
+    key: RequestKey
+    prompt_token_ids: "array[int]"  # of C ints
+    stop: StopConditions
+    priority: int = 0
+    sampling: Any = None
+
+
+_TRANSITIONS = {
+    (SequenceStatus.WAITING, SequenceStatus.RUNNING),
+    (SequenceStatus.RUNNING, SequenceStatus.WAITING),
+    (SequenceStatus.WAITING, SequenceStatus.FINISHED),
+    (SequenceStatus.RUNNING, SequenceStatus.FINISHED),
+}
+
+
+class Sequence:
+    """One sample of a request. Only the Scheduler calls the transitions.
+
+    Counters, as in docs/architecture.md: `num_tokens` known, `num_computed_tokens` by results that came back,
+    `num_inflight_tokens` and `num_inflight_samples` by plans on their way.
+    """
+
+    __slots__ = (
+        "arrival",
+        "finish_reason",
+        "group_id",
+        "history",
+        "max_num_tokens",
+        "num_computed_tokens",
+        "num_inflight_samples",
+        "num_inflight_tokens",
+        "num_preemptions",
+        "num_prompt_tokens",
+        "num_scored_prompt_tokens",
+        "order",
+        "request",
+        "slot",
+        "status",
+        "token_ids",
+    )
+
+    def __init__(self, request: Request, arrival: int, max_model_len: int) -> None:
+        self.request = request
+        self.arrival = arrival
+        self.order = (request.priority, arrival)  # lower is served first and preempted last
+        self.token_ids = array("i", request.prompt_token_ids)
+        self.num_prompt_tokens = len(self.token_ids)
+        self.max_num_tokens = min(self.num_prompt_tokens + request.stop.max_tokens, max_model_len)
+        self.num_computed_tokens = 0
+        self.num_inflight_tokens = 0
+        self.num_inflight_samples = 0
+        self.num_preemptions = 0
+        self.num_scored_prompt_tokens = 1  # whose logprobs went out; the first token has none
+        self.slot = -1
+        self.group_id = -1
+        self.status = SequenceStatus.WAITING
+        self.finish_reason: FinishReason | None = None
+        self.history: list[str] = []
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_pending_tokens(self) -> int:
+        """Tokens that the next step may compute: known or being sampled, and neither computed nor on their way. 0 when all
+        that may be sampled is on its way."""
+        expected = len(self.token_ids) + self.num_inflight_samples
+        if expected >= self.max_num_tokens:
+            return 0
+        return expected - self.num_computed_tokens - self.num_inflight_tokens
+
+    def start(self, group_id: int, slot: int) -> None:
+        """WAITING to RUNNING: takes a slot of a group."""
+        self._become(SequenceStatus.RUNNING, f"group {group_id} slot {slot}")
+        self.group_id, self.slot = group_id, slot
+
+    def preempt(self, why: str) -> None:
+        """RUNNING to WAITING: keeps its tokens, loses its slot, its KV and what is in flight."""
+        self._become(SequenceStatus.WAITING, why)
+        self.num_preemptions += 1
+        self._leave()
+
+    def finish(self, reason: FinishReason) -> None:
+        """To FINISHED, from anywhere."""
+        self._become(SequenceStatus.FINISHED, reason.name)
+        self.finish_reason = reason
+        self._leave()
+
+    def dispatch(self, num_tokens: int, samples: bool) -> None:
+        """A plan that computes `num_tokens` more tokens is on its way."""
+        self.num_inflight_tokens += num_tokens
+        self.num_inflight_samples += samples
+
+    def computed(self, num_tokens: int) -> None:
+        """The result of a plan came back."""
+        self.num_computed_tokens += num_tokens
+        self.num_inflight_tokens -= num_tokens
+
+    def append(self, token_id: int) -> FinishReason | None:
+        """Takes a sampled token; returns why the sequence is now complete, if it is."""
+        self.num_inflight_samples -= 1
+        self.token_ids.append(token_id)
+        stop = self.request.stop
+        if token_id in stop.stop_token_ids and self.num_output_tokens >= stop.min_tokens:
+            return FinishReason.STOP
+        return FinishReason.LENGTH if len(self.token_ids) >= self.max_num_tokens else None
+
+    def score_prompt(self, start: int, num_rows: int) -> int:
+        """Logprobs of `num_rows` prompt tokens from position `start` came; returns how many of them went out before, in a life
+        that a preemption ended."""
+        num_known = max(0, self.num_scored_prompt_tokens - start)
+        self.num_scored_prompt_tokens = max(self.num_scored_prompt_tokens, start + num_rows)
+        return min(num_known, num_rows)
+
+    def _leave(self) -> None:
+        self.slot = self.group_id = -1
+        self.num_computed_tokens = self.num_inflight_tokens = self.num_inflight_samples = 0
+
+    def _become(self, status: SequenceStatus, why: str) -> None:
+        if (self.status, status) not in _TRANSITIONS:
+            raise AssertionError(f"{self.request.key} cannot go from {self.status.value} to {status.value}: {self.history}")
+        self.history.append(f"{self.status.value} -> {status.value}: {why}")
+        self.status = status
