@@ -14,6 +14,7 @@ test: setup  ## All tests.
 lint: setup  ## Style, types, import rules.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	@mkdir -p $(VENV)/mypy && ln -sfn $(CURDIR) $(VENV)/mypy/octavo
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 

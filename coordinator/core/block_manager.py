@@ -30,7 +30,7 @@ class BlockManager:
         return max(0, num_blocks_for(num_tokens, self.block_size) - held)
 
     def allocate(self, sequence: Sequence, num_tokens: int) -> list[int]:
-        """Grows the table of `sequence` to hold `num_tokens`; returns the added block ids. The caller has checked the room."""
+        """Grows the table of `sequence` to hold `num_tokens`; returns the added ids. The caller checked the room."""
         added = self.pool.allocate(self.num_missing_blocks(sequence, num_tokens))
         self._tables.setdefault(sequence, []).extend(added)
         return added

@@ -36,4 +36,5 @@ class BlockPool:
         free = set(self._free)
         assert len(free) == len(self._free), "a block is free twice"
         for block_id, ref_count in enumerate(self._ref_counts):
-            assert (ref_count == 0) == (block_id in free), f"block {block_id}: ref_count {ref_count}, free {block_id in free}"
+            is_free = block_id in free
+            assert (ref_count == 0) == is_free, f"block {block_id}: ref_count {ref_count}, free: {is_free}"

@@ -28,7 +28,8 @@ class SchedulerConfig:
         # A budget below the slots could be eaten by decodes alone, and prompts would starve.
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise InvalidArgumentError(
-                f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_seqs ({self.max_num_seqs})",
+                f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least "
+                f"max_num_seqs ({self.max_num_seqs})",
                 field="max_num_batched_tokens",
             )
 
@@ -146,7 +147,7 @@ class Scheduler:
         return group.dispatch(plan) if plan.rows else None
 
     def update(self, group_id: int, token_ids: list[int], scores: Collection[PromptScores] = ()) -> StepOutcome:
-        """Takes the result of the group's oldest step in flight: the sampled tokens in row order, and prompt logprobs."""
+        """Takes the result of the group's oldest step in flight: sampled tokens in row order, and prompt logprobs."""
         plan = self.groups[group_id].inflight.popleft()
         outcome = StepOutcome(plan, scores=self._accept_scores(plan, scores))
         sampled = 0
@@ -170,23 +171,28 @@ class Scheduler:
     # Decisions
 
     def _schedule_decodes(self, group: WorkerGroup, plan: BatchPlan) -> bool:
-        """A row for each sequence that has one token to compute; returns whether blocks ran out and one was preempted."""
-        preempted = False
+        """A row for each sequence with one token to compute; returns whether blocks ran out and one was preempted."""
+        num_preemptions = self.counters.num_preemptions
         for sequence in list(group.running):
-            if sequence.status is not SequenceStatus.RUNNING or sequence.num_pending_tokens != 1:
+            if not sequence.is_running or sequence.num_pending_tokens != 1:
                 continue
             num_tokens = sequence.num_computed_tokens + sequence.num_inflight_tokens + 1
-            while (missing := group.blocks.num_missing_blocks(sequence, num_tokens)) > group.blocks.num_free_blocks:
-                preempted = True
-                self._preempt(group.running.last(), "out of blocks")
-                if sequence.status is not SequenceStatus.RUNNING:
-                    break
-            else:
-                if missing:
-                    group.grow(sequence, num_tokens, plan)
-                plan.decode_slots.append(sequence.slot)
-                plan.rows.append(ScheduledRow(sequence, sequence.num_preemptions, 1, samples=True))
-        return preempted
+            if group.blocks.num_missing_blocks(sequence, num_tokens):
+                if not self._make_room(sequence, group):
+                    continue
+                group.grow(sequence, num_tokens, plan)
+            plan.decode_slots.append(sequence.slot)
+            plan.rows.append(ScheduledRow(sequence, sequence.num_preemptions, 1, samples=True))
+        return self.counters.num_preemptions > num_preemptions
+
+    def _make_room(self, sequence: Sequence, group: WorkerGroup) -> bool:
+        """Frees a block for `sequence` by preempting the last in order; False if that was `sequence` itself."""
+        while group.blocks.num_free_blocks == 0:
+            last = group.running.last()
+            self._preempt(last, "out of blocks")
+            if last is sequence:
+                return False
+        return True
 
     def _schedule_chunks(self, group: WorkerGroup, plan: BatchPlan) -> None:
         """What the budget leaves, to the sequences that have several tokens to compute, the first in order first."""
@@ -198,7 +204,7 @@ class Scheduler:
                 budget -= self._add_chunk(sequence, budget, plan)
 
     def _admit_waiting(self, group: WorkerGroup, plan: BatchPlan) -> None:
-        """Slots and blocks to waiting sequences, strictly in order: the first that does not fit holds the others back."""
+        """Slots and blocks to waiting sequences, strictly in order: one that does not fit holds the others back."""
         budget = self.config.max_num_batched_tokens - plan.num_tokens
         while budget > 0 and self.waiting and self._place(self.waiting.first()) is group:
             sequence = self.waiting.first()
@@ -215,8 +221,10 @@ class Scheduler:
         return num_tokens
 
     def _place(self, sequence: Sequence) -> WorkerGroup | None:
-        """The least loaded group with room for all known tokens of `sequence`, and one block of head room if others run there:
-        without it, the newcomer would be preempted at the next block border."""
+        """The least loaded group with room for all known tokens of `sequence`, and a block more if others run there.
+
+        Without that block the newcomer would be preempted at the next block border.
+        """
         candidates = []
         for group in self.groups.values():
             needed = group.blocks.num_missing_blocks(sequence, sequence.num_tokens) + bool(group.running)
@@ -241,7 +249,7 @@ class Scheduler:
         return SampledToken(sequence.request.key, token_id, reason, row)
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
-        if sequence.status is SequenceStatus.RUNNING:
+        if sequence.is_running:
             self.groups[sequence.group_id].leave(sequence)
         else:
             self.waiting.remove(sequence)
@@ -254,15 +262,16 @@ class Scheduler:
         limit = self.config.max_model_len
         if not 0 < sequence.num_prompt_tokens < limit:
             raise InvalidArgumentError(
-                f"the prompt has {sequence.num_prompt_tokens} tokens; it must have at least 1 and leave room for one more "
-                f"within the context length of {limit}",
+                f"the prompt has {sequence.num_prompt_tokens} tokens; it must have at least 1 and leave room for "
+                f"one more within the context length of {limit}",
                 field="prompt",
             )
         needed = num_blocks_for(sequence.max_num_tokens, self.config.block_size)
         available = max((group.blocks.num_blocks for group in self.groups.values()), default=0)
         if self.groups and needed > available:
             raise InvalidArgumentError(
-                f"prompt plus max_tokens need {needed} KV blocks of {self.config.block_size} tokens; a group has {available}",
+                f"prompt plus max_tokens need {needed} KV blocks of {self.config.block_size} tokens; "
+                f"a group has {available}",
                 field="max_tokens",
             )
 

@@ -101,6 +101,10 @@ class Sequence:
         self.history: list[str] = []
 
     @property
+    def is_running(self) -> bool:
+        return self.status is SequenceStatus.RUNNING
+
+    @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
 
@@ -110,8 +114,10 @@ class Sequence:
 
     @property
     def num_pending_tokens(self) -> int:
-        """Tokens that the next step may compute: known or being sampled, and neither computed nor on their way. 0 when all
-        that may be sampled is on its way."""
+        """Tokens that the next step may compute: known or being sampled, and neither computed nor on their way.
+
+        0 when all that may be sampled is on its way.
+        """
         expected = len(self.token_ids) + self.num_inflight_samples
         if expected >= self.max_num_tokens:
             return 0
@@ -154,8 +160,10 @@ class Sequence:
         return FinishReason.LENGTH if len(self.token_ids) >= self.max_num_tokens else None
 
     def score_prompt(self, start: int, num_rows: int) -> int:
-        """Logprobs of `num_rows` prompt tokens from position `start` came; returns how many of them went out before, in a life
-        that a preemption ended."""
+        """Takes note of logprobs of `num_rows` prompt tokens from position `start`.
+
+        Returns how many of them went out before, in a life that a preemption ended.
+        """
         num_known = max(0, self.num_scored_prompt_tokens - start)
         self.num_scored_prompt_tokens = max(self.num_scored_prompt_tokens, start + num_rows)
         return min(num_known, num_rows)
@@ -166,6 +174,7 @@ class Sequence:
 
     def _become(self, status: SequenceStatus, why: str) -> None:
         if (self.status, status) not in _TRANSITIONS:
-            raise AssertionError(f"{self.request.key} cannot go from {self.status.value} to {status.value}: {self.history}")
+            change = f"{self.status.value} to {status.value}"
+            raise AssertionError(f"{self.request.key} cannot go from {change}: {self.history}")
         self.history.append(f"{self.status.value} -> {status.value}: {why}")
         self.status = status

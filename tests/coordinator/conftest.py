@@ -43,7 +43,7 @@ class ScriptedScheduler:
             self.scheduler.add_group(group_id, int(blocks))
         return ""
 
-    def do_add(self, name: str, prompt: str, max: str = "16", min: str = "0", stop: str = "", priority: str = "0") -> str:  # noqa: A002
+    def do_add(self, name, prompt, max="16", min="0", stop="", priority="0") -> str:  # noqa: A002
         key = RequestKey(0, len(self._handles))
         stops = frozenset(int(token) for token in stop.split(",") if token)
         conditions = StopConditions(int(max), int(min), stops)
@@ -66,10 +66,14 @@ class ScriptedScheduler:
         plan = self.scheduler.groups[group].inflight[0]
         tokens += [7] * (sum(row.samples for row in plan.rows) - len(tokens))
         outcome = self.scheduler.update(group, tokens)
-        return ", ".join(
-            f"{self.name(token.key)}={token.token_id}" + (f" {token.finish_reason.name}" if token.finish_reason else "")
-            for token in outcome.tokens
-        ) or "no tokens"
+        return (
+            ", ".join(
+                f"{self.name(token.key)}={token.token_id}"
+                + (f" {token.finish_reason.name}" if token.finish_reason else "")
+                for token in outcome.tokens
+            )
+            or "no tokens"
+        )
 
     def do_lose(self, group: str) -> str:
         self.scheduler.remove_group(int(group))

@@ -1,4 +1,4 @@
-"""Random traces: no block is lost or owned twice, the budget is kept, every request ends, tokens come in order and once."""
+"""Random traces: no block lost or owned twice, the budget kept, every request ended, tokens in order and once."""
 
 from array import array
 from collections import defaultdict

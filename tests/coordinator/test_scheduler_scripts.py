@@ -1,6 +1,6 @@
 """The scheduler's behaviour, as transcripts that a person can read: tests/coordinator/scripts/*.txt.
 
-Lines that start with `> ` are what the line above decides. OCTAVO_REWRITE=1 writes them anew, to be read before committing.
+Lines that start with `> ` are what the line above decides. OCTAVO_REWRITE=1 writes them anew: read them, then commit.
 """
 
 import os

@@ -1,0 +1,187 @@
+"""The engine: carries events between gateways, the scheduler and the worker groups."""
+
+import asyncio
+import itertools
+import logging
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any
+
+from ...errors import FailedPreconditionError, OctavoError, UnavailableError
+from ...proto import admin_pb2, engine_pb2, worker_pb2
+from ..core.scheduler import PromptScores, Scheduler, SchedulerConfig
+from ..core.sequence import RequestKey
+from .codec import decode_submit, num_rows, skip_rows, unpack
+from .group_runner import GroupEvents, GroupRunner
+from .session import Session
+
+_log = logging.getLogger(__name__)
+
+
+class Engine:
+    """Owner of the scheduler, the sessions and the group runners. All methods run on one event loop."""
+
+    def __init__(self, config: engine_pb2.EngineConfig) -> None:
+        self.config = config
+        self.scheduler = Scheduler(
+            SchedulerConfig(
+                block_size=config.block_size,
+                max_num_seqs=config.max_num_seqs,
+                max_num_batched_tokens=config.max_num_batched_tokens,
+                max_model_len=config.max_model_len,
+                max_num_waiting=config.max_num_waiting,
+                num_inflight_steps=config.num_inflight_steps,
+            )
+        )
+        self._runners: dict[int, GroupRunner] = {}
+        self._sessions: dict[int, Session] = {}
+        self._session_ids = itertools.count(1)
+        self._epochs = itertools.count(1)
+        self._num_failed = 0
+        self._started_at = time.monotonic()
+        self._serving = asyncio.Event()
+
+    # Worker groups
+
+    async def add_group(self, request: engine_pb2.AddGroupRequest, report: Callable[[str, float], Any]) -> int:
+        """Configures a group and admits it to scheduling; returns its blocks. Raises WorkerError if a rank can't."""
+        if request.group_id in self._runners:
+            raise FailedPreconditionError(f"group {request.group_id} exists already")
+        events = GroupEvents(self._take_result, self._lose_group)
+        runner = GroupRunner(request, next(self._epochs), self.scheduler, events)
+        self._runners[request.group_id] = runner
+        try:
+            num_blocks = await runner.link.configure(report)
+        except BaseException:
+            del self._runners[request.group_id]
+            await runner.close()
+            raise
+        self.scheduler.add_group(request.group_id, num_blocks)
+        runner.start()
+        self._serving.set()
+        self._wake_groups()
+        return num_blocks
+
+    def _lose_group(self, group_id: int, error: OctavoError) -> None:
+        """A rank failed, and with it its group. Its sequences wait for another; without one, every request ends."""
+        _log.error("group %d failed: %s", group_id, error)
+        self.scheduler.remove_group(group_id)
+        if self.scheduler.groups:
+            self._wake_groups()
+            return
+        self._serving.clear()
+        self._fail_all(UnavailableError("the workers failed; no group is left to serve this request"))
+
+    def _fail_all(self, error: OctavoError) -> None:
+        for key in self.scheduler.unfinished_requests():
+            self.scheduler.cancel(key)
+            self._fail_request(key, error)
+        self._flush()
+
+    def _fail_request(self, key: RequestKey, error: OctavoError) -> None:
+        self._num_failed += 1
+        self._sessions[key.session_id].add_failure(key.handle, error)
+
+    def _wake_groups(self) -> None:
+        for runner in self._runners.values():
+            runner.wake()
+
+    # Sessions
+
+    async def open_session(self) -> Session:
+        """Waits until a group serves: before, nobody could say which requests fit."""
+        await self._serving.wait()
+        session = Session(next(self._session_ids))
+        self._sessions[session.session_id] = session
+        return session
+
+    def close_session(self, session: Session) -> None:
+        """The gateway is gone, and with it the readers of its requests."""
+        del self._sessions[session.session_id]
+        for key in self.scheduler.unfinished_requests():
+            if key.session_id == session.session_id:
+                self.scheduler.cancel(key)
+        self._wake_groups()
+
+    def take_request(self, session: Session, request: engine_pb2.SessionRequest) -> None:
+        """Accepts, refuses and cancels what one message asks for."""
+        for submit in request.submits:
+            try:
+                self._submit(session, submit)
+            except OctavoError as error:
+                self._fail_request(RequestKey(session.session_id, submit.handle), error)
+        for handle in unpack(request.cancel_handles, "<u4", "cancel_handles"):
+            self.scheduler.cancel(RequestKey(session.session_id, handle))
+        session.flush()
+        self._wake_groups()
+
+    def _submit(self, session: Session, submit: engine_pb2.Submit) -> None:
+        if not self.scheduler.groups:
+            raise UnavailableError("no worker group is left to serve this request")
+        self.scheduler.add(decode_submit(session.session_id, submit, self.config.vocab_size))
+
+    # Steps
+
+    def _take_result(self, group_id: int, result: worker_pb2.StepResult) -> None:
+        scores = [PromptScores(chunk.chunk, chunk.start, num_rows(chunk.table)) for chunk in result.prompt_logprobs]
+        outcome = self.scheduler.update(group_id, unpack(result.token_ids, "<i4", "token_ids"), scores)
+        for accepted in outcome.scores:
+            chunk = result.prompt_logprobs[accepted.index]
+            table = skip_rows(chunk.table, accepted.num_skipped)
+            start = chunk.start + accepted.num_skipped
+            self._sessions[accepted.key.session_id].add_prompt_logprobs(accepted.key.handle, start, table)
+        logprobs = {row.row: row.table for row in result.logprobs}
+        for token in outcome.tokens:
+            self._sessions[token.key.session_id].add_token(token, logprobs.get(token.row))
+        self._flush()
+
+    def _flush(self) -> None:
+        for session in self._sessions.values():
+            session.flush()
+
+    # Status
+
+    def status(self) -> admin_pb2.GetStatusResponse:
+        counters = self.scheduler.counters
+        return admin_pb2.GetStatusResponse(
+            version=version("octavo"),
+            model=self.config.model,
+            uptime_s=time.monotonic() - self._started_at,
+            num_waiting=len(self.scheduler.waiting),
+            groups=[self._group_status(runner) for runner in self._runners.values()],
+            num_gateways=len(self._sessions),
+            counters=admin_pb2.EngineCounters(
+                num_requests=counters.num_requests,
+                num_finished=counters.num_finished,
+                num_cancelled=counters.num_cancelled,
+                num_failed=self._num_failed,
+                num_preemptions=counters.num_preemptions,
+                num_prompt_tokens=counters.num_prompt_tokens,
+                num_output_tokens=counters.num_output_tokens,
+            ),
+        )
+
+    def _group_status(self, runner: GroupRunner) -> admin_pb2.GroupStatus:
+        status = admin_pb2.GroupStatus(
+            group_id=runner.group_id,
+            state=runner.state,
+            epoch=runner.epoch,
+            ranks=[
+                admin_pb2.RankStatus(rank=rank, address=endpoint.address, device=endpoint.device)
+                for rank, endpoint in enumerate(runner.link.endpoints)
+            ],
+            block_size=self.config.block_size,
+            steps=runner.steps,
+        )
+        if group := self.scheduler.groups.get(runner.group_id):
+            status.num_blocks = group.blocks.num_blocks
+            status.num_free_blocks = group.blocks.num_free_blocks
+            status.num_running = len(group.running)
+            status.num_inflight_steps = len(group.inflight)
+        return status
+
+    async def close(self) -> None:
+        self._fail_all(UnavailableError("the server is shutting down"))
+        for runner in self._runners.values():
+            await runner.close()

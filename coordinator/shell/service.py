@@ -1,0 +1,73 @@
+"""The `Engine` gRPC service: sessions of gateways, groups from the launcher, status."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import grpc
+
+from ...errors import FailedPreconditionError, OctavoError
+from ...proto import admin_pb2, engine_pb2, engine_pb2_grpc
+from .engine import Engine
+from .session import Session as GatewaySession
+
+
+class EngineService(engine_pb2_grpc.EngineServicer):
+    """A thin layer over Engine: one coroutine reads a session, another writes it."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    async def Session(  # noqa: N802
+        self, requests: AsyncIterator[engine_pb2.SessionRequest], context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[engine_pb2.SessionResponse]:
+        session = await self._engine.open_session()
+        reader = asyncio.create_task(self._read(session, requests))
+        try:
+            yield engine_pb2.SessionResponse()
+            while (response := await self._next_response(session, reader)) is not None:
+                yield response
+        finally:
+            reader.cancel()
+            self._engine.close_session(session)
+
+    async def _read(self, session: GatewaySession, requests: AsyncIterator[engine_pb2.SessionRequest]) -> None:
+        async for request in requests:
+            self._engine.take_request(session, request)
+
+    async def _next_response(
+        self, session: GatewaySession, reader: "asyncio.Task[None]"
+    ) -> engine_pb2.SessionResponse | None:
+        """The session's next message; None when the gateway has closed its side."""
+        response = asyncio.create_task(session.next_response())
+        done, _ = await asyncio.wait({response, reader}, return_when=asyncio.FIRST_COMPLETED)
+        if response in done:
+            return response.result()
+        response.cancel()
+        reader.result()  # raises what the reader raised
+        return None
+
+    async def AddGroup(  # noqa: N802
+        self, request: engine_pb2.AddGroupRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[engine_pb2.AddGroupProgress]:
+        reports: asyncio.Queue[engine_pb2.AddGroupProgress | None] = asyncio.Queue()
+
+        def report(stage: str, duration_s: float) -> None:
+            reports.put_nowait(engine_pb2.AddGroupProgress(stage=stage, duration_s=duration_s))
+
+        adding = asyncio.create_task(self._engine.add_group(request, report))
+        adding.add_done_callback(lambda _: reports.put_nowait(None))
+        try:
+            while (progress := await reports.get()) is not None:
+                yield progress
+            yield engine_pb2.AddGroupProgress(stage="ready", num_blocks=await adding)
+        except FailedPreconditionError as error:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+        except OctavoError as error:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
+        finally:
+            adding.cancel()
+
+    async def GetStatus(  # noqa: N802
+        self, request: admin_pb2.GetStatusRequest, context: grpc.aio.ServicerContext
+    ) -> admin_pb2.GetStatusResponse:
+        return self._engine.status()

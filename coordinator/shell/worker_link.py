@@ -1,0 +1,101 @@
+"""The wires to one worker group: configuring its ranks, sending plans, reading rank 0's results."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
+
+import grpc
+
+from ...errors import OctavoError, UnavailableError
+from ...proto import engine_pb2, worker_pb2, worker_pb2_grpc
+
+# A join carries a whole prompt, a result its logprobs.
+_CHANNEL_OPTIONS = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
+
+
+class WorkerError(OctavoError):
+    """A rank answered with an error, or no longer answers."""
+
+
+def worker_error(rank: int, error: grpc.aio.AioRpcError) -> WorkerError:
+    return WorkerError(f"rank {rank}: {error.details() or error.code().name}")
+
+
+class WorkerLink:
+    """Channels and `Steps` streams to all ranks of a group. Plans go to each; results come from rank 0."""
+
+    def __init__(self, request: engine_pb2.AddGroupRequest, epoch: int) -> None:
+        self.endpoints: Sequence[engine_pb2.WorkerEndpoint] = list(request.workers)
+        self._config = request.config
+        self._epoch = epoch
+        self._channels = [grpc.aio.insecure_channel(w.address, options=_CHANNEL_OPTIONS) for w in self.endpoints]
+        self._streams: list[grpc.aio.StreamStreamCall] = []
+        self._readers: list[asyncio.Task[None]] = []
+
+    async def configure(self, report: Callable[[str, float], Any]) -> int:
+        """Has all ranks load the model at once; calls `report(stage, duration_s)` when the slowest has passed a stage.
+
+        Returns the blocks of the group's KV cache. Raises WorkerError with the first rank's error.
+        """
+        streams = [self._configure_rank(rank) for rank in range(len(self._channels))]
+        num_blocks = 0
+        while True:
+            answers = await asyncio.gather(*(anext(stream, None) for stream in streams))
+            reports = [answer for answer in answers if answer is not None]
+            if not reports:
+                return num_blocks
+            report(reports[0].stage, max(answer.duration_s for answer in reports))
+            num_blocks = reports[0].num_blocks or num_blocks
+
+    async def _configure_rank(self, rank: int) -> AsyncIterator[worker_pb2.ConfigureProgress]:
+        request = worker_pb2.ConfigureRequest(
+            config=self._config, rank=rank, tensor_parallel_size=len(self._channels), epoch=self._epoch
+        )
+        try:
+            async for progress in worker_pb2_grpc.WorkerStub(self._channels[rank]).Configure(request):
+                yield progress
+        except grpc.aio.AioRpcError as error:
+            raise worker_error(rank, error) from error
+
+    def open(self, on_result: Callable[[worker_pb2.StepResult], None], on_error: Callable[[OctavoError], None]) -> None:
+        """Opens the `Steps` streams. Calls `on_result` for each result in order, `on_error` when a rank fails."""
+        for rank, channel in enumerate(self._channels):
+            call = channel.stream_stream(
+                "/octavo.internal.v1.Worker/Steps",
+                request_serializer=None,  # plans are encoded once for all ranks
+                response_deserializer=worker_pb2.StepResult.FromString,
+            )
+            stream = call()
+            self._streams.append(stream)
+            self._readers.append(asyncio.create_task(self._read(rank, stream, on_result, on_error)))
+
+    async def _read(
+        self,
+        rank: int,
+        stream: grpc.aio.StreamStreamCall,
+        on_result: Callable[[worker_pb2.StepResult], None],
+        on_error: Callable[[OctavoError], None],
+    ) -> None:
+        try:
+            async for result in stream:
+                on_result(result)
+            on_error(UnavailableError(f"rank {rank} closed its stream"))
+        except grpc.aio.AioRpcError as error:
+            on_error(worker_error(rank, error))
+
+    async def send(self, plan: bytes) -> None:
+        """Writes an encoded plan to every rank. Raises WorkerError if one is gone."""
+        results = await asyncio.gather(*(stream.write(plan) for stream in self._streams), return_exceptions=True)
+        for rank, result in enumerate(results):
+            if isinstance(result, grpc.aio.AioRpcError):
+                raise worker_error(rank, result)
+            if isinstance(result, BaseException):
+                raise WorkerError(f"rank {rank}: its stream is closed") from result
+
+    async def close(self) -> None:
+        for reader in self._readers:
+            reader.cancel()
+        for stream in self._streams:
+            stream.cancel()
+        await asyncio.gather(*self._readers, return_exceptions=True)
+        await asyncio.gather(*(channel.close() for channel in self._channels))
