@@ -317,7 +317,7 @@ def test_a_failing_rank_ends_every_request_with_one_clear_error(tmp_path):
 def test_a_group_that_cannot_start_says_why(tmp_path):
     async def scenario():
         async with cluster(tmp_path) as it:
-            with pytest.raises(grpc.aio.AioRpcError, match="rank 0: tensor w is missing"):
+            with pytest.raises(grpc.aio.AioRpcError, match="rank .: tensor w is missing"):
                 await it.add_group("broken")
             assert not (await it.status()).groups
             await it.add_group()  # and may be tried again
