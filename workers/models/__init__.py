@@ -1,1 +1,1 @@
-"""Model families, one file each."""
+"""The model architectures that workers can run."""

@@ -1,0 +1,115 @@
+"""This rank's paged KV cache, and how many blocks of it fit the device."""
+
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from ..errors import ResourceExhaustedError
+
+_MIB = 1024 * 1024
+
+
+class KVCache:
+    """Keys and values of all layers: for each, [num_layers, num_blocks, block_size, num_kv_heads, head_dim]."""
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        num_blocks: int,
+        block_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """`num_kv_heads` counts this rank's heads. The memory is zeroed: attention reads, and masks, what lies in the
+        unwritten rest of a block, and a NaN there would not be masked."""
+        self.num_layers, self.num_blocks, self.block_size = num_layers, num_blocks, block_size
+        self.num_kv_heads, self.head_dim = num_kv_heads, head_dim
+        self.dtype, self.device = dtype, device
+        shape = (num_layers, num_blocks, block_size, num_kv_heads, head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+
+    def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of one layer, each [num_blocks, block_size, num_kv_heads, head_dim]."""
+        return self.keys[index], self.values[index]
+
+    @staticmethod
+    def bytes_per_block(
+        *, num_layers: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
+    ) -> int:
+        """Memory of one block of this rank: keys and values of all layers."""
+        return 2 * num_layers * block_size * num_kv_heads * head_dim * dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceMemory:
+    """What the sizing needs to know of a device, in bytes."""
+
+    total_bytes: int
+    free_bytes: int
+
+    @classmethod
+    def of(cls, device: torch.device) -> "DeviceMemory":
+        """The present state of `device`; of the host for the CPU."""
+        if device.type == "cuda":
+            free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+            cached_bytes = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+            return cls(total_bytes, free_bytes + cached_bytes)
+        memory = psutil.virtual_memory()
+        return cls(memory.total, memory.available)
+
+
+@dataclass(frozen=True, slots=True)
+class BlockBudget:
+    """How much of a device the KV cache may take."""
+
+    bytes_per_block: int
+    block_size: int
+    max_num_seqs: int
+    max_model_len: int
+    gpu_memory_utilization: float  # share of the device's memory that Octavo may use in all, weights included
+    num_blocks_override: int = 0  # 0: as many as fit
+    activation_bytes: int = 0  # kept free for the steps themselves
+    num_ranks_on_device: int = 1  # a host's memory is shared by its CPU ranks
+
+
+def num_blocks_that_fit(device: torch.device, budget: BlockBudget, memory: DeviceMemory | None = None) -> int:
+    """Blocks that this rank can hold, at least 1, or the override if that fits.
+
+    On a CPU never more than max_num_seqs sequences of max_model_len can use: the host has other uses for its memory.
+    Raises ResourceExhaustedError naming what is needed, what there is, and the remedy.
+    """
+    memory = memory or DeviceMemory.of(device)
+    used_bytes = memory.total_bytes - memory.free_bytes
+    usable_bytes = int(memory.total_bytes * budget.gpu_memory_utilization) - used_bytes - budget.activation_bytes
+    num_blocks = max(usable_bytes, 0) // budget.num_ranks_on_device // budget.bytes_per_block
+    if budget.num_blocks_override:
+        return _check_override(device, budget, memory)
+    if num_blocks < 1:
+        raise ResourceExhaustedError(
+            f"too little memory on {device} for one KV block: it takes {_mib(budget.bytes_per_block)}, and "
+            f"{_mib(max(usable_bytes, 0))} are left of {_mib(memory.total_bytes)} at gpu_memory_utilization "
+            f"{budget.gpu_memory_utilization}; raise --gpu-memory-utilization, lower --block-size, or use more ranks"
+        )
+    if device.type == "cpu":
+        num_blocks = min(num_blocks, budget.max_num_seqs * -(-budget.max_model_len // budget.block_size))
+    return num_blocks
+
+
+def _check_override(device: torch.device, budget: BlockBudget, memory: DeviceMemory) -> int:
+    needed_bytes = budget.num_blocks_override * budget.bytes_per_block
+    if needed_bytes * budget.num_ranks_on_device > memory.free_bytes:
+        raise ResourceExhaustedError(
+            f"{budget.num_blocks_override} KV blocks take {_mib(needed_bytes)}, and {device} has "
+            f"{_mib(memory.free_bytes)} free for {budget.num_ranks_on_device} rank(s); "
+            "lower --num-gpu-blocks-override, or leave it out to use what fits"
+        )
+    return budget.num_blocks_override
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / _MIB:,.1f} MiB"

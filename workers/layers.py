@@ -1,0 +1,167 @@
+"""The parts of a decoder, each holding this rank's shard of its weights (Megatron-LM, 3).
+
+Column-parallel layers split their outputs over the ranks, row-parallel ones their inputs, and these sum over the ranks.
+Weights are plain tensors: Octavo only infers. A layer allocates them when it is made and fills them in `load`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (torch's own name for it)
+
+from ..kernels.ops import Operations
+from .parallel import TensorParallel
+from .weights import Shard, Weights
+
+
+@dataclass(frozen=True, slots=True)
+class LayerContext:
+    """What every layer is made with."""
+
+    tp: TensorParallel
+    dtype: torch.dtype
+    ops: Operations
+
+    def empty(self, *shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=self.dtype, device=self.tp.device)
+
+
+def even_shard(size: int, tp: TensorParallel, dim: int = 0) -> Shard:
+    """This rank's part of `size`, which the ranks divide."""
+    assert size % tp.size == 0, f"{size} does not split over {tp.size} ranks"
+    part = size // tp.size
+    return Shard(dim, tp.rank * part, (tp.rank + 1) * part)
+
+
+def kv_head_shard(num_kv_heads: int, tp: TensorParallel) -> Shard:
+    """This rank's KV heads: a part of them, or one head that tp.size / num_kv_heads ranks share."""
+    if num_kv_heads >= tp.size:
+        return even_shard(num_kv_heads, tp)
+    assert tp.size % num_kv_heads == 0, f"{num_kv_heads} KV heads cannot be replicated over {tp.size} ranks"
+    head = tp.rank * num_kv_heads // tp.size
+    return Shard(0, head, head + 1)
+
+
+class RMSNorm:
+    """Root mean square norm, the same on all ranks."""
+
+    def __init__(self, ctx: LayerContext, size: int, eps: float) -> None:
+        self.weight = ctx.empty(size)
+        self._eps, self._ops = eps, ctx.ops
+
+    def load(self, weights: Weights, name: str) -> None:
+        self.weight.copy_(weights.read(f"{name}.weight"))
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self._ops.rms_norm(x, self.weight, self._eps)
+
+    def add(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The norm of x + residual, and that sum."""
+        return self._ops.add_rms_norm(x, residual, self.weight, self._eps)
+
+
+class ColumnParallelLinear:
+    """Several linear layers of one input, fused into one: this rank's output rows of each, one below the other.
+
+    `shards` are their output rows on this rank, in the order in which `load` gets their names.
+    """
+
+    def __init__(self, ctx: LayerContext, in_size: int, shards: tuple[Shard, ...], bias: bool) -> None:
+        self._shards = shards
+        self._sizes = [shard.stop - shard.start for shard in shards]
+        self.weight = ctx.empty(sum(self._sizes), in_size)
+        self.bias = ctx.empty(sum(self._sizes)) if bias else None
+
+    def load(self, weights: Weights, *names: str) -> None:
+        for name, shard, part in zip(names, self._shards, self.weight.split(self._sizes), strict=True):
+            part.copy_(weights.read(f"{name}.weight", shard))
+        if self.bias is not None:
+            for name, shard, part in zip(names, self._shards, self.bias.split(self._sizes), strict=True):
+                part.copy_(weights.read(f"{name}.bias", shard))
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class MergedColumnParallelLinear(ColumnParallelLinear):
+    """Layers of one input whose outputs are split evenly: an MLP's gate and up projections."""
+
+    def __init__(self, ctx: LayerContext, in_size: int, out_sizes: tuple[int, ...], bias: bool) -> None:
+        super().__init__(ctx, in_size, tuple(even_shard(size, ctx.tp) for size in out_sizes), bias)
+
+
+class QKVParallelLinear(ColumnParallelLinear):
+    """Query, key and value projections, split by head. Output: this rank's query heads, key heads, value heads."""
+
+    def __init__(self, ctx: LayerContext, in_size: int, num_heads: int, num_kv_heads: int, head_dim: int, bias: bool):  # noqa: ANN204, PLR0913
+        kv_heads = kv_head_shard(num_kv_heads, ctx.tp)
+        self.num_heads = num_heads // ctx.tp.size
+        self.num_kv_heads = kv_heads.stop - kv_heads.start
+        q = even_shard(num_heads * head_dim, ctx.tp)
+        kv = Shard(0, kv_heads.start * head_dim, kv_heads.stop * head_dim)
+        super().__init__(ctx, in_size, (q, kv, kv), bias)
+
+
+class RowParallelLinear:
+    """A linear layer whose input is split over the ranks; its output is summed over them."""
+
+    def __init__(self, ctx: LayerContext, in_size: int, out_size: int, bias: bool) -> None:
+        self._tp = ctx.tp
+        self._shard = even_shard(in_size, ctx.tp, dim=1)
+        self.weight = ctx.empty(out_size, self._shard.stop - self._shard.start)
+        self.bias = ctx.empty(out_size) if bias else None
+
+    def load(self, weights: Weights, name: str) -> None:
+        self.weight.copy_(weights.read(f"{name}.weight", self._shard))
+        if self.bias is not None:
+            self.bias.copy_(weights.read(f"{name}.bias"))
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        # The sum must hold the bias once.
+        bias = self.bias if self._tp.rank == 0 else None
+        return self._tp.all_reduce(F.linear(x, self.weight, bias))
+
+
+class VocabParallelTable:
+    """This rank's rows of a [vocab_size, hidden_size] table, with zero rows behind the vocabulary's end."""
+
+    def __init__(self, ctx: LayerContext, vocab_size: int, hidden_size: int) -> None:
+        self.num_rows = -(-vocab_size // ctx.tp.size)
+        self.start = ctx.tp.rank * self.num_rows
+        # Tokens that exist: fewer than rows on the last ranks.
+        self.num_tokens = max(0, min(self.num_rows, vocab_size - self.start))
+        self.weight = ctx.empty(self.num_rows, hidden_size)
+
+    def load(self, weights: Weights, name: str) -> None:
+        self.weight[self.num_tokens :].zero_()
+        if self.num_tokens:
+            shard = Shard(0, self.start, self.start + self.num_tokens)
+            self.weight[: self.num_tokens].copy_(weights.read(f"{name}.weight", shard))
+
+
+class VocabParallelEmbedding:
+    """Each rank looks up the tokens it holds; the sum over the ranks has them all."""
+
+    def __init__(self, ctx: LayerContext, table: VocabParallelTable) -> None:
+        self._tp, self._table = ctx.tp, table
+
+    def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
+        if self._tp.size == 1:
+            return F.embedding(token_ids, self._table.weight)
+        rows = token_ids - self._table.start
+        elsewhere = (rows < 0) | (rows >= self._table.num_rows)
+        hidden = F.embedding(rows.masked_fill(elsewhere, 0), self._table.weight)
+        return self._tp.all_reduce(hidden.masked_fill_(elsewhere.unsqueeze(-1), 0))
+
+
+class ParallelLMHead:
+    """Logits of this rank's part of the vocabulary."""
+
+    def __init__(self, table: VocabParallelTable) -> None:
+        self._table = table
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[n, hidden_size] to float32 [n, num_rows]; rows behind the vocabulary's end are -inf."""
+        logits = F.linear(hidden, self._table.weight).float()
+        logits[:, self._table.num_tokens :] = -torch.inf
+        return logits

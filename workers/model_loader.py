@@ -1,0 +1,44 @@
+"""From a model directory to one rank's model, ready to run."""
+
+from pathlib import Path
+
+import torch
+
+from ..errors import InvalidArgumentError
+from .checkpoint import verify_tensors
+from .model_config import ModelConfig
+from .models.registry import Model, model_class, registered_architectures
+from .parallel import TensorParallel
+from .weights import DummyWeights, SafetensorsWeights
+
+LOAD_FORMATS = ("safetensors", "dummy")
+
+
+def load_model(  # noqa: PLR0913 (the worker's configuration, spelled out)
+    model_path: str | Path,
+    load_format: str,
+    dtype: torch.dtype,
+    tp: TensorParallel,
+    max_model_len: int,
+    seed: int,
+) -> tuple[Model, ModelConfig]:
+    """Makes this rank's shard on tp.device. `seed` is that of "dummy" weights; "safetensors" reads only its slices.
+
+    Raises NotFoundError, CheckpointError, or InvalidArgumentError (load_format, tensor_parallel_size).
+    """
+    if load_format not in LOAD_FORMATS:
+        raise InvalidArgumentError(
+            f"load_format {load_format!r} is unknown; use one of {', '.join(LOAD_FORMATS)}", field="load_format"
+        )
+    config = ModelConfig.from_directory(model_path, registered_architectures())
+    cls = model_class(config.architecture)
+    shapes = cls.tensor_shapes(config)
+    if load_format == "dummy":
+        model = cls(config, tp, dtype, max_model_len)
+        model.load_weights(DummyWeights(shapes, seed, dtype, tp.device))
+        return model, config
+    verify_tensors(model_path, shapes)
+    model = cls(config, tp, dtype, max_model_len)
+    with SafetensorsWeights(model_path, tp.device) as weights:
+        model.load_weights(weights)
+    return model, config
