@@ -1,1 +1,1 @@
-"""From logits to tokens."""
+"""Vocabulary-parallel sampling: every feature in its own file, `sampler.sample` calls them in order."""

@@ -1,0 +1,96 @@
+"""What the sampler has to do for one set of rows, on the device. Built when the set changes, not at each step."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..transfer import to_device
+from .bad_words import BadWords, build_bad_words
+from .bias import BiasEntries, build_bias
+from .penalties import Penalties, build_penalties
+from .rows import build_column
+from .table import SamplingTable
+from .truncation import Truncation
+from .vocab import VocabSlice
+
+
+@dataclass(frozen=True, slots=True)
+class RandomRows:
+    """Rows that draw; the others are greedy."""
+
+    rows: torch.Tensor  # [r] int64
+    temperature: torch.Tensor  # [r, 1] float32
+    seeds: torch.Tensor  # [r, 2] int64: low and high 32 bits
+    truncation: Truncation  # its rows are indexes into these
+
+
+@dataclass(frozen=True, slots=True)
+class LogprobRows:
+    """Rows whose sampled token's logprobs are wanted."""
+
+    rows: torch.Tensor  # [m] int64
+    host_rows: tuple[int, ...]  # the same
+    counts: tuple[int, ...]  # of likeliest tokens that each wants
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingBatch:
+    """One set of rows. A feature is None when no row uses it; then none of its work is done."""
+
+    slots: torch.Tensor  # [n] int64
+    bias: BiasEntries | None
+    bad_words: BadWords | None
+    penalties: Penalties | None
+    random: RandomRows | None
+    logprobs: LogprobRows | None
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the tokens are simply the argmax of the logits."""
+        return self.bias is None and self.bad_words is None and self.penalties is None and self.random is None
+
+
+def build_batch(
+    table: SamplingTable, slots: NDArray[np.int64], num_prompt: NDArray[np.int64], vocab: VocabSlice
+) -> SamplingBatch:
+    """The batch of rows with `slots` [n], whose sequences have `num_prompt` [n] prompt tokens."""
+    device = vocab.tp.device
+    return SamplingBatch(
+        slots=to_device(slots.copy(), device),
+        bias=build_bias(table, slots, num_prompt, vocab),
+        bad_words=build_bad_words(table, slots, vocab),
+        penalties=build_penalties(table, slots, num_prompt, device),
+        random=_build_random(table, slots, device),
+        logprobs=_build_logprobs(table, slots, device),
+    )
+
+
+def _build_random(table: SamplingTable, slots: NDArray[np.int64], device: torch.device) -> RandomRows | None:
+    (rows,) = np.nonzero(table.temperature[slots])
+    if not len(rows):
+        return None
+    drawn = slots[rows]
+    seeds = table.seed[drawn]
+    halves = np.stack([seeds & np.uint64(0xFFFFFFFF), seeds >> np.uint64(32)], axis=1).astype(np.int64)
+    min_p, top_k, top_p = table.min_p[drawn], table.top_k[drawn], table.top_p[drawn]
+    log_min_p = np.log(np.maximum(min_p, np.finfo(np.float32).tiny))
+    return RandomRows(
+        rows=to_device(rows.copy(), device),
+        temperature=to_device(table.temperature[drawn][:, None], device),
+        seeds=to_device(halves, device),
+        truncation=Truncation(
+            log_min_p=build_column(log_min_p, min_p > 0, device),
+            top_k=build_column(top_k, top_k > 0, device),
+            top_p=build_column(top_p, top_p < 1, device),
+        ),
+    )
+
+
+def _build_logprobs(table: SamplingTable, slots: NDArray[np.int64], device: torch.device) -> LogprobRows | None:
+    counts = table.num_logprobs[slots]
+    (rows,) = np.nonzero(counts >= 0)
+    if not len(rows):
+        return None
+    return LogprobRows(to_device(rows.copy(), device), tuple(rows.tolist()), tuple(counts[rows].tolist()))
