@@ -1,0 +1,213 @@
+"""The public gRPC door: octavo.v1.Generation and octavo.v1.Admin."""
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import aclosing
+from typing import NoReturn, TypeVar
+
+import grpc
+
+from ..errors import InvalidArgumentError
+from ..proto import admin_pb2, admin_pb2_grpc, generation_pb2, generation_pb2_grpc
+from .errors import to_grpc_status
+from .generation import CheckedRequest, GenerationService
+from .logprobs import Logprob, PositionLogprobs
+from .output import OutputDelta, merge
+from .sampling import SamplingRequest, check_token_ids
+from .text import TextModel
+
+T = TypeVar("T")
+
+_ROLES = ("system", "user", "assistant")
+_OUTPUT_MODES = generation_pb2.OutputMode.values()
+_SAMPLING_PREFIX = "sampling_params."
+
+
+async def abort(context: grpc.aio.ServicerContext, error: BaseException) -> NoReturn:
+    """Ends the call with the error's status."""
+    await context.abort_with_status(to_grpc_status(error))
+    raise AssertionError("abort_with_status raises")
+
+
+async def _unary(context: grpc.aio.ServicerContext, answer: Awaitable[T]) -> T:
+    try:
+        return await answer
+    except Exception as error:
+        await abort(context, error)
+
+
+class GenerationServicer(generation_pb2_grpc.GenerationServicer):
+    """Validates, then lets GenerationService work. A call that its client cancels cancels the request."""
+
+    def __init__(self, service: GenerationService) -> None:
+        self._service = service
+
+    async def Generate(  # noqa: N802
+        self, request: generation_pb2.GenerateRequest, context: grpc.aio.ServicerContext
+    ) -> None:
+        try:
+            checked = await self._check(request)
+            async with aclosing(self._service.stream(checked, _wants_final(request))) as deltas:
+                await self._write(request, checked, deltas, context.write)
+        except Exception as error:
+            await abort(context, error)
+
+    async def ListModels(  # noqa: N802
+        self, request: generation_pb2.ListModelsRequest, context: grpc.aio.ServicerContext
+    ) -> generation_pb2.ListModelsResponse:
+        limits = self._service.limits
+        return generation_pb2.ListModelsResponse(
+            models=[
+                generation_pb2.Model(name=name, max_model_len=limits.max_model_len, vocab_size=limits.vocab_size)
+                for name in self._service.model_names
+            ]
+        )
+
+    async def Tokenize(  # noqa: N802
+        self, request: generation_pb2.TokenizeRequest, context: grpc.aio.ServicerContext
+    ) -> generation_pb2.TokenizeResponse:
+        return await _unary(context, self._tokenize(request))
+
+    async def Detokenize(  # noqa: N802
+        self, request: generation_pb2.DetokenizeRequest, context: grpc.aio.ServicerContext
+    ) -> generation_pb2.DetokenizeResponse:
+        return await _unary(context, self._detokenize(request))
+
+    async def _check(self, request: generation_pb2.GenerateRequest) -> CheckedRequest:
+        self._service.check_model(request.model)
+        if request.output_mode not in _OUTPUT_MODES:
+            raise InvalidArgumentError(f"output_mode: {request.output_mode} is not one of its values", "output_mode")
+        sampling = _sampling_request(request.sampling_params)
+        prompt_token_ids = await self._prompt_token_ids(request)
+        try:
+            return self._service.check(prompt_token_ids, sampling, request.request_id, request.priority)
+        except InvalidArgumentError as error:
+            if error.field in SamplingRequest.__dataclass_fields__:
+                raise InvalidArgumentError(str(error), _SAMPLING_PREFIX + error.field) from error
+            if error.field == "prompt":
+                raise InvalidArgumentError(str(error), request.WhichOneof("prompt")) from error
+            raise
+
+    async def _prompt_token_ids(self, request: generation_pb2.GenerateRequest) -> Sequence[int]:
+        kind = request.WhichOneof("prompt")
+        if kind == "token_ids":
+            return list(request.token_ids.ids)
+        if kind == "text":
+            return await self._service.require_text("text").encode_async(request.text)
+        if kind == "chat":
+            return await self._encode_chat(request.chat)
+        raise InvalidArgumentError("prompt: one of text, token_ids and chat must be set", "prompt")
+
+    async def _encode_chat(self, chat: generation_pb2.ChatPrompt) -> Sequence[int]:
+        for index, message in enumerate(chat.messages):
+            if message.role not in _ROLES:
+                field = f"chat.messages[{index}].role"
+                raise InvalidArgumentError(f"{field} must be one of {', '.join(_ROLES)}, got {message.role!r}", field)
+        messages = [{"role": message.role, "content": message.content} for message in chat.messages]
+        try:
+            return await self._service.encode_chat(messages)
+        except InvalidArgumentError as error:
+            raise InvalidArgumentError(f"chat.{error}", f"chat.{error.field}") from error
+
+    async def _write(
+        self,
+        request: generation_pb2.GenerateRequest,
+        checked: CheckedRequest,
+        deltas: AsyncIterator[OutputDelta],
+        write: Callable[[generation_pb2.GenerateResponse], Awaitable[None]],
+    ) -> None:
+        builder = _ResponseBuilder(checked, self._service.limits.text, request.return_prompt_token_ids)
+        if _wants_final(request):
+            await write(builder.build(merge([delta async for delta in deltas])))
+            return
+        async for delta in deltas:
+            await write(builder.build(delta))
+
+    async def _tokenize(self, request: generation_pb2.TokenizeRequest) -> generation_pb2.TokenizeResponse:
+        self._service.check_model(request.model)
+        kind = request.WhichOneof("prompt")
+        if kind == "chat":
+            token_ids = await self._encode_chat(request.chat)
+        elif kind == "text":
+            add = request.add_special_tokens if request.HasField("add_special_tokens") else True
+            token_ids = await self._service.require_text("text").encode_async(request.text, add)
+        else:
+            raise InvalidArgumentError("prompt: one of text and chat must be set", "prompt")
+        max_model_len = self._service.limits.max_model_len
+        return generation_pb2.TokenizeResponse(token_ids=token_ids, max_model_len=max_model_len)
+
+    async def _detokenize(self, request: generation_pb2.DetokenizeRequest) -> generation_pb2.DetokenizeResponse:
+        self._service.check_model(request.model)
+        text = self._service.require_text("token_ids")
+        check_token_ids("token_ids", request.token_ids, self._service.limits.vocab_size)
+        return generation_pb2.DetokenizeResponse(text=text.decode(request.token_ids))
+
+
+def _wants_final(request: generation_pb2.GenerateRequest) -> bool:
+    return bool(request.output_mode == generation_pb2.OUTPUT_MODE_FINAL)
+
+
+def _sampling_request(params: generation_pb2.SamplingParams) -> SamplingRequest:
+    """The fields that are set; the rest take SamplingRequest's defaults."""
+    values = {descriptor.name: value for descriptor, value in params.ListFields()}
+    return SamplingRequest(**values)
+
+
+class _ResponseBuilder:
+    """Deltas of one request to GenerateResponses."""
+
+    def __init__(self, checked: CheckedRequest, text: TextModel | None, return_prompt_token_ids: bool) -> None:
+        self._checked = checked
+        self._text = text
+        self._prompt_token_ids = checked.prompt_token_ids if return_prompt_token_ids else ()
+        self._wants_prompt_logprobs = checked.sampling_params.HasField("num_prompt_logprobs")
+
+    def build(self, delta: OutputDelta) -> generation_pb2.GenerateResponse:
+        response = generation_pb2.GenerateResponse(
+            request_id=self._checked.request_id,
+            outputs=[self._output(delta)],
+            prompt_token_ids=self._prompt_token_ids,
+            prompt_logprobs=self._prompt_rows(delta),
+        )
+        if delta.finish_reason:
+            response.usage.prompt_tokens = len(self._checked.prompt_token_ids)
+            response.usage.completion_tokens = delta.num_output_tokens
+        self._prompt_token_ids = ()
+        return response
+
+    def _prompt_rows(self, delta: OutputDelta) -> list[generation_pb2.TokenLogprobs]:
+        if not self._wants_prompt_logprobs:
+            return []
+        self._wants_prompt_logprobs = False
+        return [generation_pb2.TokenLogprobs(), *map(self._row, delta.prompt_logprobs)]
+
+    def _output(self, delta: OutputDelta) -> generation_pb2.SequenceOutput:
+        output = generation_pb2.SequenceOutput(
+            text=delta.text,
+            token_ids=delta.token_ids,
+            logprobs=map(self._row, delta.logprobs),
+            finish_reason=delta.finish_reason,  # type: ignore[arg-type]
+        )
+        if isinstance(delta.stop_reason, str):
+            output.stop_string = delta.stop_reason
+        elif delta.stop_reason is not None:
+            output.stop_token_id = delta.stop_reason
+        return output
+
+    def _row(self, row: PositionLogprobs) -> generation_pb2.TokenLogprobs:
+        return generation_pb2.TokenLogprobs(token=self._entry(row.token), top=map(self._entry, row.top))
+
+    def _entry(self, entry: Logprob) -> generation_pb2.Logprob:
+        text = self._text.token_text(entry.token_id) if self._text is not None else ""
+        return generation_pb2.Logprob(token_id=entry.token_id, logprob=entry.logprob, rank=entry.rank, text=text)
+
+
+class AdminServicer(admin_pb2_grpc.AdminServicer):
+    """Hands the coordinator's status on."""
+
+    def __init__(self, service: GenerationService) -> None:
+        self._service = service
+
+    async def GetStatus(  # noqa: N802
+        self, request: admin_pb2.GetStatusRequest, context: grpc.aio.ServicerContext
+    ) -> admin_pb2.GetStatusResponse:
+        return await _unary(context, self._service.engine.get_status())

@@ -1,0 +1,207 @@
+"""Checks the public sampling parameters and resolves them into what the coordinator takes.
+
+Both doors fill a SamplingRequest; the bounds are those written in proto/generation.proto. Every refusal is an
+InvalidArgumentError that names the field.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ..errors import InvalidArgumentError
+from ..proto import sampling_pb2
+from .text import TextModel
+
+MAX_STOP_STRINGS = 16
+MAX_STOP_STRING_BYTES = 1024
+MAX_STOP_TOKEN_IDS = 128
+MAX_BAD_WORDS = 128
+MAX_BAD_WORD_BYTES = 256
+MAX_LOGIT_BIAS = 1024
+MAX_LOGPROBS = 20
+_MAX_INT32 = 2**31 - 1
+_GREEDY_BELOW = 1e-5  # logits divided by less leave float32's range; the limit is greedy
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingRequest:
+    """What a client asked for. Names and defaults as in octavo.v1.SamplingParams; None where it has no default."""
+
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    stop: Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    bad_words: Sequence[str] = ()
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class ModelLimits:
+    """What the model allows. `text` is None when only token ids are served."""
+
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: frozenset[int]
+    text: TextModel | None
+
+
+def check_prompt(token_ids: Sequence[int], limits: ModelLimits) -> None:
+    """Raises InvalidArgumentError naming `prompt` for no tokens, an id out of range, or no room for an output token."""
+    if not len(token_ids):
+        raise InvalidArgumentError("prompt must have at least one token", "prompt")
+    check_token_ids("prompt", token_ids, limits.vocab_size)
+    if len(token_ids) >= limits.max_model_len:
+        message = f"prompt has {len(token_ids)} tokens; with one to generate, the model takes at most"
+        raise InvalidArgumentError(
+            f"{message} {limits.max_model_len - 1} (max_model_len {limits.max_model_len})", "prompt"
+        )
+
+
+def resolve_sampling(
+    request: SamplingRequest, num_prompt_tokens: int, limits: ModelLimits, draw_seed: Callable[[], int]
+) -> sampling_pb2.SamplingParams:
+    """The checked parameters with every default filled in and every string tokenized. `draw_seed` gives uint64."""
+    _check_numbers(request)
+    _check_strings(request, limits)
+    _check_ids(request, limits)
+    max_tokens = _max_tokens(request, num_prompt_tokens, limits.max_model_len)
+    resolved = sampling_pb2.SamplingParams(
+        temperature=request.temperature if request.temperature >= _GREEDY_BELOW else 0.0,
+        top_k=max(request.top_k, 0),
+        top_p=request.top_p,
+        min_p=request.min_p,
+        presence_penalty=request.presence_penalty,
+        frequency_penalty=request.frequency_penalty,
+        repetition_penalty=request.repetition_penalty,
+        seed=draw_seed() if request.seed is None else request.seed & (2**64 - 1),
+        logit_bias_token_ids=np.array(list(request.logit_bias), "<i4").tobytes(),
+        logit_bias_values=np.array(list(request.logit_bias.values()), "<f4").tobytes(),
+        bad_words=[np.array(ids, "<i4").tobytes() for ids in _tokenize_bad_words(request.bad_words, limits.text)],
+        stop_token_ids=np.array(sorted(_stop_token_ids(request, limits)), "<i4").tobytes(),
+        max_tokens=max_tokens,
+        min_tokens=request.min_tokens,
+    )
+    if request.logprobs is not None:
+        resolved.num_logprobs = request.logprobs
+    if request.prompt_logprobs is not None:
+        resolved.num_prompt_logprobs = request.prompt_logprobs
+    return resolved
+
+
+def _check_numbers(request: SamplingRequest) -> None:
+    if request.n != 1:
+        raise InvalidArgumentError(f"n must be 1, got {request.n}: several samples of a prompt are not served", "n")
+    _in_range("temperature", request.temperature, 0, 100)
+    _in_range("top_p", request.top_p, 0, 1, above_low=True)
+    _in_range("top_k", request.top_k, -1, _MAX_INT32)
+    _in_range("min_p", request.min_p, 0, 1)
+    _in_range("presence_penalty", request.presence_penalty, -2, 2)
+    _in_range("frequency_penalty", request.frequency_penalty, -2, 2)
+    _in_range("repetition_penalty", request.repetition_penalty, 0, 2, above_low=True)
+    _in_range("min_tokens", request.min_tokens, 0, _MAX_INT32)
+    if request.max_tokens is not None:
+        _in_range("max_tokens", request.max_tokens, 1, _MAX_INT32)
+    if request.seed is not None:
+        _in_range("seed", request.seed, -(2**63), 2**63 - 1)
+    if request.logprobs is not None:
+        _in_range("logprobs", request.logprobs, 0, MAX_LOGPROBS)
+    if request.prompt_logprobs is not None:
+        _in_range("prompt_logprobs", request.prompt_logprobs, 0, MAX_LOGPROBS)
+
+
+def _in_range(name: str, value: float, low: float, high: float, above_low: bool = False) -> None:
+    """Also refuses NaN, for which every comparison is false; and what float32 would round to a forbidden 0."""
+    inside = (float(np.float32(value)) > low if above_low else value >= low) and value <= high
+    if not (math.isfinite(value) and inside):
+        opening = "(" if above_low else "["
+        raise InvalidArgumentError(f"{name} must be in {opening}{low}, {high}], got {value}", name)
+
+
+def _check_strings(request: SamplingRequest, limits: ModelLimits) -> None:
+    _check_string_list("stop", request.stop, MAX_STOP_STRINGS, MAX_STOP_STRING_BYTES)
+    _check_string_list("bad_words", request.bad_words, MAX_BAD_WORDS, MAX_BAD_WORD_BYTES)
+    for name, strings in (("stop", request.stop), ("bad_words", request.bad_words)):
+        if strings and limits.text is None:
+            raise InvalidArgumentError(f"{name}: this server has no tokenizer and takes no strings", name)
+
+
+def _check_string_list(name: str, strings: Sequence[str], max_strings: int, max_bytes: int) -> None:
+    if len(strings) > max_strings:
+        raise InvalidArgumentError(f"{name} takes at most {max_strings} strings, got {len(strings)}", name)
+    for string in strings:
+        if not string or len(string.encode()) > max_bytes:
+            raise InvalidArgumentError(f"{name}: each string must have 1 to {max_bytes} bytes", name)
+
+
+def _check_ids(request: SamplingRequest, limits: ModelLimits) -> None:
+    if len(request.stop_token_ids) > MAX_STOP_TOKEN_IDS:
+        num_ids = len(request.stop_token_ids)
+        raise InvalidArgumentError(
+            f"stop_token_ids takes at most {MAX_STOP_TOKEN_IDS}, got {num_ids}", "stop_token_ids"
+        )
+    if len(request.logit_bias) > MAX_LOGIT_BIAS:
+        num_ids = len(request.logit_bias)
+        raise InvalidArgumentError(f"logit_bias takes at most {MAX_LOGIT_BIAS} entries, got {num_ids}", "logit_bias")
+    check_token_ids("stop_token_ids", request.stop_token_ids, limits.vocab_size)
+    check_token_ids("logit_bias", request.logit_bias, limits.vocab_size)
+    for token_id, value in request.logit_bias.items():
+        if not -100 <= value <= 100:
+            raise InvalidArgumentError(f"logit_bias of {token_id} must be in [-100, 100], got {value}", "logit_bias")
+
+
+def check_token_ids(name: str, token_ids: Iterable[int], vocab_size: int) -> None:
+    """Raises InvalidArgumentError with field `name` for the first id that is not in the vocabulary."""
+    for token_id in token_ids:
+        if not 0 <= token_id < vocab_size:
+            raise InvalidArgumentError(f"{name}: token id {token_id} is not in [0, {vocab_size})", name)
+
+
+def _max_tokens(request: SamplingRequest, num_prompt_tokens: int, max_model_len: int) -> int:
+    """The asked or the remaining number, at least 1 (see check_prompt)."""
+    room = max_model_len - num_prompt_tokens
+    max_tokens = room if request.max_tokens is None else request.max_tokens
+    if max_tokens > room:
+        message = f"prompt ({num_prompt_tokens} tokens) and max_tokens ({max_tokens}) make"
+        message = f"{message} {num_prompt_tokens + max_tokens}; the model takes at most {max_model_len}"
+        raise InvalidArgumentError(message, "max_tokens")
+    if request.min_tokens > max_tokens:
+        message = f"min_tokens ({request.min_tokens}) is over max_tokens ({max_tokens})"
+        raise InvalidArgumentError(message, "min_tokens")
+    return max_tokens
+
+
+def _stop_token_ids(request: SamplingRequest, limits: ModelLimits) -> set[int]:
+    eos_token_ids = frozenset[int]() if request.ignore_eos else limits.eos_token_ids
+    return {*request.stop_token_ids, *eos_token_ids}
+
+
+def _tokenize_bad_words(words: Sequence[str], text: TextModel | None) -> list[list[int]]:
+    """Each word as it is tokenized at the start of a text and, where that differs, after a space (as vLLM does)."""
+    if text is None:
+        return []
+    sequences: list[list[int]] = []
+    for word in words:
+        bare = text.encode(word.lstrip(), add_special_tokens=False)
+        spaced = text.encode(" " + word.lstrip(), add_special_tokens=False)
+        if not bare:
+            raise InvalidArgumentError(f"bad_words: {word!r} has no tokens", "bad_words")
+        sequences.append(bare)
+        if spaced[0] != bare[0] and len(spaced) == len(bare):
+            sequences.append(spaced)
+    return sequences

@@ -1,0 +1,156 @@
+"""One gateway process: both doors and the session to the coordinator in one event loop, from start to stop."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import stat
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import grpc
+import uvicorn
+
+from ..errors import FailedPreconditionError
+from .config import GatewaySettings
+from .engine_client import EngineClient
+from .generation import GenerationService
+from .grpc_server import Readiness, build_grpc_server
+from .http_app import build_http_app
+from .text import load_text_model
+
+logger = logging.getLogger(__name__)
+
+_GRACE_S = 10.0  # what running requests have to end after SIGTERM
+
+
+class _HttpServer(uvicorn.Server):
+    """Leaves signals to the process's own handlers."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class Gateway:
+    """Owner of the process's servers. `run` serves until `stop`."""
+
+    def __init__(self, settings: GatewaySettings) -> None:
+        """Loads the tokenizer. Raises OctavoError for what cannot be served."""
+        self._settings = settings
+        self._text = None if settings.skip_tokenizer_init else load_text_model(settings.model_path)
+        self._stop = asyncio.Event()
+        self._grace_s = _GRACE_S
+
+    def stop(self, grace_s: float = _GRACE_S) -> None:
+        """Ends `run` after what is running, at most `grace_s` later. A second call cuts the first one short."""
+        self._grace_s = min(self._grace_s, grace_s)
+        self._stop.set()
+
+    async def run(self) -> None:
+        """Raises FailedPreconditionError if a door's address cannot be had."""
+        readiness = Readiness()
+        await readiness.set(False)
+        changes: asyncio.Queue[bool] = asyncio.Queue()
+        engine = EngineClient(self._settings.engine_address, changes.put_nowait)
+        service = GenerationService(self._settings, self._text, engine)
+        grpc_server = build_grpc_server(self._settings, service, readiness)
+        http_server, http_sockets = self._build_http(service)
+        await grpc_server.start()
+        http_task = asyncio.ensure_future(http_server.serve(http_sockets)) if http_server else None
+        session = asyncio.ensure_future(engine.run())
+        health = asyncio.ensure_future(_publish(changes, readiness))
+        try:
+            await self._until_stopped(session, health, http_task)
+            await readiness.set(False)
+        finally:
+            health.cancel()
+            await _shut_down(grpc_server, http_server, http_task, self._grace_s)
+            session.cancel()
+            await asyncio.gather(session, health, return_exceptions=True)
+
+    def _build_http(self, service: GenerationService) -> tuple[_HttpServer | None, list[socket.socket]]:
+        if not self._settings.http_port:
+            return None, []
+        config = uvicorn.Config(
+            build_http_app(service),
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            ws="none",
+            server_header=False,
+            timeout_graceful_shutdown=round(self._grace_s),
+        )
+        return _HttpServer(config), [shared_socket(self._settings.host, self._settings.http_port)]
+
+    async def _until_stopped(self, *tasks: "asyncio.Future[None] | None") -> None:
+        """Until `stop`, or the failure of a task that should go on, which is raised."""
+        stopped: asyncio.Future[Any] = asyncio.ensure_future(self._stop.wait())
+        running: list[asyncio.Future[Any]] = [task for task in tasks if task is not None]
+        await asyncio.wait([stopped, *running], return_when=asyncio.FIRST_COMPLETED)
+        stopped.cancel()
+        for task in running:
+            if task.done():
+                task.result()
+
+
+async def _publish(changes: "asyncio.Queue[bool]", readiness: Readiness) -> None:
+    while True:
+        ready = await changes.get()
+        await readiness.set(ready)
+        logger.info("ready" if ready else "not ready: waiting for the coordinator")
+
+
+async def _shut_down(
+    grpc_server: grpc.aio.Server,
+    http_server: _HttpServer | None,
+    http_task: "asyncio.Future[None] | None",
+    grace_s: float,
+) -> None:
+    stops = [asyncio.ensure_future(grpc_server.stop(grace_s))]
+    if http_server is not None and http_task is not None:
+        http_server.should_exit = True
+        http_server.force_exit = grace_s == 0
+        stops.append(http_task)
+    await asyncio.gather(*stops, return_exceptions=True)
+
+
+def shared_socket(host: str, port: int) -> socket.socket:
+    """A bound TCP socket that other gateways may share. Raises FailedPreconditionError if it cannot be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        sock.bind((host, port))
+    except OSError as error:
+        sock.close()
+        message = f"cannot listen on {host}:{port}: {error.strerror}; choose another --host or --port"
+        raise FailedPreconditionError(message) from error
+    sock.setblocking(False)
+    return sock
+
+
+async def serve(settings: GatewaySettings) -> None:
+    """Serves until SIGTERM or SIGINT (finishing what runs; at once on the second) or the end of a piped stdin."""
+    gateway = Gateway(settings)
+    loop = asyncio.get_running_loop()
+    for signal_number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(signal_number, gateway.stop)
+    if sys.stdin is not None and stat.S_ISFIFO(os.fstat(sys.stdin.fileno()).st_mode):
+        _watch_launcher(loop, sys.stdin.fileno())
+    await gateway.run()
+
+
+def _watch_launcher(loop: asyncio.AbstractEventLoop, stdin: int) -> None:
+    """Nobody is left to serve for, or to clean up after, when the launcher is gone: exit at once."""
+
+    def on_readable() -> None:
+        if not os.read(stdin, 4096):
+            logger.error("stdin closed: the launcher is gone")
+            os._exit(1)
+
+    loop.add_reader(stdin, on_readable)
