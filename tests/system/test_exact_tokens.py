@@ -1,0 +1,98 @@
+"""Greedy tokens in float32 equal transformers', for every request, model, rank count and block size.
+
+32 requests at once, of 1 to 600 prompt tokens; the token budget forces chunks, the block count forces preemption.
+"""
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+MAX_TOKENS = 12
+LONGEST = 600
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 128,
+}  # fmt: skip
+MODELS = {
+    "mha": {"num_attention_heads": 4, "num_key_value_heads": 4},
+    "gqa": {"num_attention_heads": 8, "num_key_value_heads": 4},
+    "fewer kv heads than ranks": {"num_attention_heads": 4, "num_key_value_heads": 1},
+    "tied": {"tie_word_embeddings": True},
+    "odd head_dim": {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 20, "hidden_size": 48},
+    "llama3 rope": {"rope_scaling": LLAMA3_ROPE},
+    "linear rope": {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    "dynamic rope": {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+    "yarn rope": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}},
+}
+
+
+def prompts(vocab_size: int) -> list[list[int]]:
+    generator = np.random.default_rng(7)
+    lengths = [1, 2, LONGEST, *generator.integers(3, 120, 24).tolist(), *generator.integers(120, LONGEST, 5).tolist()]
+    return [generator.integers(0, vocab_size, length).tolist() for length in lengths]
+
+
+def transformers_tokens(path, all_prompts) -> list[list[int]]:
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    outputs = []
+    with torch.inference_mode():
+        for prompt in all_prompts:
+            inputs = torch.tensor([prompt])
+            out = model.generate(
+                inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=MAX_TOKENS, min_new_tokens=MAX_TOKENS,
+                do_sample=False, pad_token_id=0,
+            )  # fmt: skip
+            outputs.append(out[0, len(prompt) :].tolist())
+    return outputs
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", MODELS)
+def test_greedy_tokens_on_gpus_equal_transformers_on_the_cpu(
+    name, make_llama, run_engine, engine_options, sampling_params
+):
+    path = make_llama(max_position_embeddings=1024, eos_token_id=None, **MODELS[name])
+    all_prompts = prompts(vocab_size=128)
+    expected = transformers_tokens(path, all_prompts)
+    for tensor_parallel_size in (size for size in (1, 2, 4) if size <= torch.cuda.device_count()):
+        options = engine_options(tensor_parallel_size, num_blocks=45, device="cuda")
+        result = run_engine(path, options, all_prompts, lambda i: sampling_params(MAX_TOKENS))
+        assert result.tokens == expected, f"TP {tensor_parallel_size}"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_greedy_tokens_equal_transformers(name, make_llama, run_engine, engine_options, sampling_params):
+    path = make_llama(max_position_embeddings=1024, eos_token_id=None, **MODELS[name])
+    all_prompts = prompts(vocab_size=128)
+    expected = transformers_tokens(path, all_prompts)
+    # Every rank count meets every block size over the models; each model meets each rank count and each block size.
+    shift = list(MODELS).index(name)
+    num_preemptions = 0
+    for index, tensor_parallel_size in enumerate((1, 2, 4)):
+        block_size = (8, 16, 32)[(index + shift) % 3]
+        options = engine_options(tensor_parallel_size, block_size, num_blocks=720 // block_size)
+        result = run_engine(path, options, all_prompts, lambda i: sampling_params(MAX_TOKENS))
+        wrong = [i for i, tokens in enumerate(result.tokens) if tokens != expected[i]]
+        assert not wrong, f"TP {tensor_parallel_size}, block size {block_size}: requests {wrong} differ"
+        num_preemptions += result.num_preemptions
+    assert num_preemptions > 0, "the block count was to force preemption"
+
+
+def test_seeded_tokens_do_not_depend_on_batch_or_ranks(make_llama, run_engine, engine_options, sampling_params):
+    path = make_llama(eos_token_id=None)
+    all_prompts = prompts(vocab_size=128)[:12]
+
+    def sampling(i):
+        return sampling_params(
+            MAX_TOKENS, temperature=0.9, top_k=(0, 20)[i % 2], top_p=(1.0, 0.9)[i // 2 % 2], min_p=0.01, seed=1000 + i,
+            repetition_penalty=1.1, presence_penalty=0.2,
+        )  # fmt: skip
+
+    together = run_engine(path, engine_options(1), all_prompts, sampling)
+    sharded = run_engine(path, engine_options(2, max_num_seqs=3, num_blocks=45), all_prompts, sampling)
+    assert together.tokens == sharded.tokens
+    alone = run_engine(path, engine_options(1, max_num_seqs=1), all_prompts, sampling)
+    assert together.tokens == alone.tokens
