@@ -1,0 +1,46 @@
+"""Tiny random Llamas, saved as transformers saves them: what the tests run models on."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+_DEFAULTS = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 1024,
+    # Ten times Llama's own: logits lie apart by much more than float32 rounding, so greedy tokens do not hang on it.
+    "initializer_range": 0.2,
+}
+
+
+def _save_llama(path: Path, config: LlamaConfig) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config).float()
+        for parameter in model.parameters():
+            # Norms start at 1 and biases at 0; random ones show whether they are applied.
+            if parameter.dim() == 1:
+                parameter.data.add_(torch.randn_like(parameter), alpha=0.2)
+    model.save_pretrained(path)
+
+
+@pytest.fixture(scope="session")
+def make_llama(tmp_path_factory):
+    """make_llama(**overrides of LlamaConfig) -> Path of a float32 checkpoint, the same one for the same overrides."""
+    saved: dict[str, Path] = {}
+
+    def make(**overrides) -> Path:
+        key = json.dumps(overrides, sort_keys=True)
+        if key not in saved:
+            saved[key] = tmp_path_factory.mktemp("llama")
+            _save_llama(saved[key], LlamaConfig(**(_DEFAULTS | overrides)))
+        return saved[key]
+
+    return make
