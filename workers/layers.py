@@ -93,7 +93,7 @@ class MergedColumnParallelLinear(ColumnParallelLinear):
 class QKVParallelLinear(ColumnParallelLinear):
     """Query, key and value projections, split by head. Output: this rank's query heads, key heads, value heads."""
 
-    def __init__(self, ctx: LayerContext, in_size: int, num_heads: int, num_kv_heads: int, head_dim: int, bias: bool):  # noqa: ANN204, PLR0913
+    def __init__(self, ctx: LayerContext, in_size: int, num_heads: int, num_kv_heads: int, head_dim: int, bias: bool):  # noqa: ANN204
         kv_heads = kv_head_shard(num_kv_heads, ctx.tp)
         self.num_heads = num_heads // ctx.tp.size
         self.num_kv_heads = kv_heads.stop - kv_heads.start

@@ -14,7 +14,7 @@ from .weights import DummyWeights, SafetensorsWeights
 LOAD_FORMATS = ("safetensors", "dummy")
 
 
-def load_model(  # noqa: PLR0913 (the worker's configuration, spelled out)
+def load_model(
     model_path: str | Path,
     load_format: str,
     dtype: torch.dtype,

@@ -28,12 +28,13 @@ class TensorParallel:
         return tensor
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        """[*shape] on each rank to [size, *shape], in rank order."""
+        """[n, *shape] on each rank to [size, n, *shape], in rank order."""
         if self.size == 1:
             return tensor.unsqueeze(0)
-        gathered = tensor.new_empty((self.size, *tensor.shape))
+        # Gloo wants the ranks' tensors one behind the other, not stacked.
+        gathered = tensor.new_empty((self.size * len(tensor), *tensor.shape[1:]))
         dist.all_gather_into_tensor(gathered, tensor.contiguous(), group=self.process_group)
-        return gathered
+        return gathered.view(self.size, *tensor.shape)
 
     def min_int(self, value: int) -> int:
         """The least of the ranks' values. Waits for the device."""

@@ -5,10 +5,12 @@ from collections.abc import AsyncIterator
 
 import grpc
 
-from ...errors import FailedPreconditionError, OctavoError
+from ...errors import OctavoError
 from ...proto import admin_pb2, engine_pb2, engine_pb2_grpc
 from .engine import Engine
 from .session import Session as GatewaySession
+
+_STATUS_CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 
 class EngineService(engine_pb2_grpc.EngineServicer):
@@ -60,10 +62,8 @@ class EngineService(engine_pb2_grpc.EngineServicer):
             while (progress := await reports.get()) is not None:
                 yield progress
             yield engine_pb2.AddGroupProgress(stage="ready", num_blocks=await adding)
-        except FailedPreconditionError as error:
-            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
         except OctavoError as error:
-            await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
+            await context.abort(_STATUS_CODES[error.grpc_code], str(error))
         finally:
             adding.cancel()
 

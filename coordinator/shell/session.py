@@ -2,14 +2,10 @@
 
 import asyncio
 
-from ...errors import InvalidArgumentError, OctavoError, ResourceExhaustedError, UnavailableError
+from ...errors import OctavoError, ResourceExhaustedError
 from ...proto import engine_pb2, sampling_pb2
 from ..core.scheduler import SampledToken
 from .codec import pack
-
-# google.rpc.Code of what the coordinator can answer a request with.
-_CODES: dict[type[OctavoError], int] = {InvalidArgumentError: 3, ResourceExhaustedError: 8, UnavailableError: 14}
-_INTERNAL = 13
 
 
 class Session:
@@ -42,9 +38,9 @@ class Session:
         self._prompt_logprobs.append(engine_pb2.PromptLogprobs(handle=handle, start=start, table=table))
 
     def add_failure(self, handle: int, error: OctavoError) -> None:
-        retry_after_s = getattr(error, "retry_after_s", None) or 0.0
-        code = _CODES.get(type(error), _INTERNAL)
-        failure = engine_pb2.Failure(handle=handle, code=code, message=str(error), retry_after_s=retry_after_s)
+        failure = engine_pb2.Failure(handle=handle, code=error.grpc_code, message=str(error))
+        if isinstance(error, ResourceExhaustedError):
+            failure.retry_after_s = error.retry_after_s or 0.0
         self._failures.append(failure)
 
     def flush(self) -> None:

@@ -16,6 +16,8 @@ _CHANNEL_OPTIONS = [("grpc.max_send_message_length", -1), ("grpc.max_receive_mes
 class WorkerError(OctavoError):
     """A rank answered with an error, or no longer answers."""
 
+    grpc_code = 14  # UNAVAILABLE
+
 
 def worker_error(rank: int, error: grpc.aio.AioRpcError) -> WorkerError:
     return WorkerError(f"rank {rank}: {error.details() or error.code().name}")

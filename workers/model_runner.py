@@ -1,0 +1,97 @@
+"""Runs the steps of one rank: plan in, tokens out, with the sampled tokens kept on the device for the next step."""
+
+import torch
+
+from .kv_cache import KVCache
+from .models.registry import Model
+from .parallel import TensorParallel
+from .plan import Ints, Plan
+from .sampler.batch import SamplingBatch, build_batch
+from .sampler.logprobs import Logprobs, logprobs_of, measure
+from .sampler.sampler import Context, Sampled, sample
+from .sampler.vocab import VocabSlice
+from .slot_table import SlotTable, SlotTableShape
+from .step_batch import ChunkRow, SampleRows, StepBatch, build_step_batch
+from .step_clock import StepClock
+from .step_result import ChunkLogprobs, PendingResult, RowLogprobs
+
+# Logits of a prompt's tokens are made this many rows at a time: 128 rows of 128k float32 are 64 MiB.
+_PROMPT_LOGPROB_ROWS = 128
+
+
+class ModelRunner:
+    """Owner of a rank's slot table. Steps are queued on the device in the order of the calls; nothing waits for it."""
+
+    def __init__(self, model: Model, kv_cache: KVCache, shape: SlotTableShape, tp: TensorParallel) -> None:
+        self.shape = shape
+        self._model, self._kv_cache, self._tp = model, kv_cache, tp
+        self._slots = SlotTable(shape, tp.device)
+        self._vocab = VocabSlice(tp, model.vocab_start, model.local_vocab_size, shape.vocab_size)
+        self._sampling: SamplingBatch | None = None
+        self._sampling_key: tuple[int, bytes] | None = None  # what _sampling was built for
+
+    @torch.inference_mode()
+    def execute(self, plan: Plan) -> PendingResult:
+        """Applies the plan and queues its step.
+
+        Raises FailedPreconditionError or InvalidArgumentError for a plan that does not fit the slot table; the runner
+        is then not to be used on.
+        """
+        clock = StepClock(self._tp.device)
+        self._slots.apply(plan)
+        batch = build_step_batch(self._slots, plan)
+        if batch is None:
+            return PendingResult(clock, None, None, [])
+        token_ids = self._slots.token_ids.view(-1).index_select(0, batch.token_cells).long()
+        hidden = self._model.forward(token_ids, batch.attention, self._kv_cache)
+        chunks = self._prompt_logprobs(hidden, batch)
+        if batch.samples is None:
+            return PendingResult(clock, None, None, chunks)
+        sampled, wanted = self._sample(hidden, batch.samples)
+        return PendingResult(clock, sampled.token_ids, wanted, chunks)
+
+    def _sample(self, hidden: torch.Tensor, rows: SampleRows) -> tuple[Sampled, RowLogprobs | None]:
+        # In a step of decodes alone every token samples, in order.
+        chosen = hidden if len(rows.slots) == len(hidden) else hidden.index_select(0, rows.token_indices)
+        batch = self._sampling_batch(rows.slots)
+        context = Context(self._slots.token_ids, rows.positions, rows.longest)
+        sampled = sample(self._model.logits(chosen), batch, context, self._vocab)
+        self._slots.token_ids.view(-1).index_copy_(0, rows.cells, sampled.token_ids.int())
+        if batch.logprobs is None or sampled.logprobs is None:
+            return sampled, None
+        return sampled, RowLogprobs(batch.logprobs.host_rows, batch.logprobs.counts, sampled.logprobs)
+
+    def _sampling_batch(self, slots: Ints) -> SamplingBatch:
+        """The sampling parameters of `slots`, kept while neither they nor their sequences change."""
+        key = (self._slots.version, slots.tobytes())
+        if self._sampling is None or key != self._sampling_key:
+            num_prompt = self._slots.num_prompt[slots]
+            self._sampling = build_batch(self._slots.sampling, slots, num_prompt, self._vocab)
+            self._sampling_key = key
+        return self._sampling
+
+    def _prompt_logprobs(self, hidden: torch.Tensor, batch: StepBatch) -> list[ChunkLogprobs]:
+        found = []
+        for index, chunk in enumerate(batch.chunks):
+            num_top = int(self._slots.sampling.num_prompt_logprobs[chunk.slot])
+            # The last prompt token predicts the first sample, which is not part of the prompt.
+            num_rows = min(chunk.num_tokens, int(self._slots.num_prompt[chunk.slot]) - 1 - chunk.num_computed)
+            if num_top >= 0 and num_rows > 0:
+                logprobs = self._chunk_logprobs(hidden, chunk, num_rows, num_top)
+                found.append(ChunkLogprobs(index, chunk.num_computed + 1, logprobs))
+        return found
+
+    def _chunk_logprobs(self, hidden: torch.Tensor, chunk: ChunkRow, num_rows: int, num_top: int) -> Logprobs:
+        first = chunk.num_computed + 1
+        targets = self._slots.token_ids[chunk.slot, first : first + num_rows].long()
+        rows = hidden[chunk.start : chunk.start + num_rows]
+        parts = []
+        for start in range(0, num_rows, _PROMPT_LOGPROB_ROWS):
+            part = slice(start, start + _PROMPT_LOGPROB_ROWS)
+            distribution = measure(self._model.logits(rows[part]), num_top, self._vocab)
+            parts.append(logprobs_of(distribution, targets[part], self._vocab))
+        return Logprobs(
+            torch.cat([part.token_ids for part in parts]),
+            torch.cat([part.logprobs for part in parts]),
+            torch.cat([part.ranks for part in parts]),
+        )

@@ -1,0 +1,66 @@
+"""How the ranks of a group find each other: a store that rank 0 holds, and the process group over it."""
+
+import os
+import socket
+from datetime import timedelta
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from ..errors import UnavailableError
+from .parallel import TensorParallel
+
+# Ranks meet within this time, also when one loads its weights more slowly than another.
+_TIMEOUT = timedelta(minutes=10)
+
+
+def create_store(host: str) -> dist.TCPStore:
+    """Rank 0's store, on a port that the system chooses."""
+    return dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=_TIMEOUT)
+
+
+def join_group(store: dist.Store, epoch: int, rank: int, size: int, device: torch.device) -> TensorParallel:
+    """Waits for all ranks. Raises UnavailableError if they do not meet."""
+    if size == 1:
+        return TensorParallel(rank, size, device)
+    try:
+        dist.init_process_group(
+            backend="nccl" if device.type == "cuda" else "gloo",
+            store=dist.PrefixStore(f"epoch-{epoch}", store),
+            rank=rank,
+            world_size=size,
+            timeout=_TIMEOUT,
+            device_id=device if device.type == "cuda" else None,
+        )
+    except (RuntimeError, dist.DistError) as error:
+        raise UnavailableError(f"the {size} ranks did not meet; is one unreachable, or its GPU taken?") from error
+    return TensorParallel(rank, size, device, dist.group.WORLD)
+
+
+def connect_store(address: str) -> dist.TCPStore:
+    """Another rank's store, at "host:port". Raises UnavailableError."""
+    host, port = address.rsplit(":", 1)
+    try:
+        return dist.TCPStore(host, int(port), is_master=False, timeout=_TIMEOUT)
+    except (RuntimeError, dist.DistError) as error:
+        raise UnavailableError(f"rank 0's store at {address} does not answer") from error
+
+
+def leave_group() -> None:
+    """Drops this process's group without waiting for its peers, which may be gone."""
+    if dist.is_initialized() and (group := dist.group.WORLD) is not None:
+        group.abort()
+        dist.destroy_process_group()
+
+
+def bind_collectives_to(host: str) -> None:
+    """Has gloo use the interface that `host` is an address of: it would otherwise guess from the machine's name.
+
+    Gloo reads this from the environment of the process, and from nowhere else.
+    """
+    address = socket.gethostbyname(host)
+    for interface, addresses in psutil.net_if_addrs().items():
+        if any(entry.address == address for entry in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+            return

@@ -1,0 +1,82 @@
+"""The server of one worker: what the launcher starts in a Ray actor, and tests in a process of their own."""
+
+import asyncio
+import threading
+from dataclasses import dataclass
+
+import grpc
+import torch
+import uvloop
+
+from ..errors import FailedPreconditionError, InvalidArgumentError
+from ..proto import worker_pb2_grpc
+from .rendezvous import bind_collectives_to, create_store, leave_group
+from .service import WorkerService
+from .step_pipeline import StepPipeline
+
+# A join carries a whole prompt, a result its logprobs.
+_OPTIONS = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerEndpoints:
+    """Where others reach a worker, each as "host:port"."""
+
+    address: str  # its gRPC server
+    store_address: str  # its rendezvous store; empty if it holds none
+
+
+class WorkerServer:
+    """One rank: a gRPC server on an event loop of its own thread, before the threads that drive the device."""
+
+    def __init__(self, host: str, device: str, create_store: bool, num_threads: int) -> None:
+        """`host` is this machine's address for the other ranks and the coordinator; the ports are the system's choice.
+
+        `create_store`: whether this is rank 0, which holds the group's rendezvous store. `num_threads`: CPU threads of
+        torch's operations. Raises InvalidArgumentError for a device that is not there.
+        """
+        self._host = host
+        self._device = _device(device)
+        self._create_store = create_store
+        self._pipeline = StepPipeline(self._device, num_threads)
+        self._loop = uvloop.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="grpc", daemon=True)
+        self._server: grpc.aio.Server | None = None
+
+    def start(self) -> WorkerEndpoints:
+        """Serves until `stop`. Raises FailedPreconditionError if no port can be had."""
+        bind_collectives_to(self._host)
+        store = create_store(self._host) if self._create_store else None
+        self._thread.start()
+        service = WorkerService(self._device, store, self._pipeline)
+        port = asyncio.run_coroutine_threadsafe(self._serve(service), self._loop).result()
+        return WorkerEndpoints(f"{self._host}:{port}", f"{self._host}:{store.port}" if store else "")
+
+    async def _serve(self, service: WorkerService) -> int:
+        self._server = grpc.aio.server(options=_OPTIONS)
+        worker_pb2_grpc.add_WorkerServicer_to_server(service, self._server)
+        port: int = self._server.add_insecure_port(f"{self._host}:0")
+        if not port:
+            raise FailedPreconditionError(f"a worker cannot listen on {self._host}")
+        await self._server.start()
+        return port
+
+    def stop(self) -> None:
+        """Ends all calls and threads. Peers are not waited for: they may be gone."""
+        if self._server is not None:
+            asyncio.run_coroutine_threadsafe(self._server.stop(None), self._loop).result()
+        leave_group()
+        self._pipeline.close()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+def _device(name: str) -> torch.device:
+    device = torch.device(name)
+    if device.type not in ("cpu", "cuda"):
+        raise InvalidArgumentError(f"device {name!r} is not served; use cpu or cuda", "device")
+    if device.type == "cuda" and (device.index is None or device.index >= torch.cuda.device_count()):
+        count = torch.cuda.device_count()
+        raise InvalidArgumentError(f"device {name!r} is not there: this machine has {count} CUDA devices", "device")
+    return device

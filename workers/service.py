@@ -1,0 +1,130 @@
+"""The `Worker` gRPC service of one rank: configured once, then steps from one stream."""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Iterator
+from typing import NoReturn
+
+import grpc
+import torch
+import torch.distributed as dist
+
+from ..errors import FailedPreconditionError, OctavoError
+from ..proto import worker_pb2, worker_pb2_grpc
+from .model_runner import ModelRunner
+from .rank import Stage, build_rank, check_request
+from .step_pipeline import StepPipeline
+
+_log = logging.getLogger(__name__)
+
+_STATUS_CODES = {code.value[0]: code for code in grpc.StatusCode}
+
+
+class WorkerService(worker_pb2_grpc.WorkerServicer):
+    """Owner of the rank's state: which request configured it, its runner, the stream that drives it."""
+
+    def __init__(self, device: torch.device, store: dist.Store | None, pipeline: StepPipeline) -> None:
+        self._device, self._store, self._pipeline = device, store, pipeline
+        self._request: worker_pb2.ConfigureRequest | None = None
+        self._runner: ModelRunner | None = None
+        self._has_stream = False
+
+    async def Configure(  # noqa: N802
+        self, request: worker_pb2.ConfigureRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[worker_pb2.ConfigureProgress]:
+        async with _status_for_errors(context):
+            if self._request is not None:
+                raise FailedPreconditionError("this worker is configured already")
+            check_request(request)
+            self._request = request
+            stages = build_rank(request, self._device, self._store)
+            started_at = time.monotonic()
+            while (stage := await self._next(stages)) is not None:
+                now = time.monotonic()
+                progress = worker_pb2.ConfigureProgress(stage=stage.name, duration_s=now - started_at)
+                if stage.runner is not None:
+                    self._runner = stage.runner
+                    progress.num_blocks = stage.runner.shape.num_blocks
+                yield progress
+                started_at = now
+
+    async def _next(self, stages: Iterator[Stage]) -> Stage | None:
+        return await asyncio.wrap_future(self._pipeline.call(lambda: next(stages, None)))
+
+    async def Steps(self, plans: AsyncIterator[worker_pb2.BatchPlan], context: grpc.aio.ServicerContext) -> None:  # noqa: N802
+        async with _status_for_errors(context):
+            if self._runner is None or self._request is None:
+                raise FailedPreconditionError("this worker is not configured")
+            if self._has_stream:
+                raise FailedPreconditionError("another stream drives this worker already")
+            self._has_stream = True
+            stream = _StepStream(self._request, self._runner, self._pipeline, context)
+            await stream.run(plans)
+
+
+class _StepStream:
+    """One `Steps` call: a task takes plans and queues them, another answers in the same order."""
+
+    def __init__(
+        self,
+        request: worker_pb2.ConfigureRequest,
+        runner: ModelRunner,
+        pipeline: StepPipeline,
+        context: grpc.aio.ServicerContext,
+    ) -> None:
+        self._epoch: int = request.epoch
+        # All ranks sample the same tokens; rank 0 hands them on.
+        self._answers: bool = request.rank == 0
+        self._runner, self._pipeline, self._context = runner, pipeline, context
+        self._next_step_id = 1
+        self._queued: asyncio.Queue[asyncio.Future[worker_pb2.StepResult] | None] = asyncio.Queue()
+
+    async def run(self, plans: AsyncIterator[worker_pb2.BatchPlan]) -> None:
+        """Until the coordinator closes the stream, or a plan or step fails: then raises its error."""
+        tasks = [asyncio.create_task(self._take(plans)), asyncio.create_task(self._answer())]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+            for task in done:
+                task.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _take(self, plans: AsyncIterator[worker_pb2.BatchPlan]) -> None:
+        async for plan in plans:
+            if (plan.epoch, plan.step_id) != (self._epoch, self._next_step_id):
+                raise FailedPreconditionError(
+                    f"plan {plan.step_id} of epoch {plan.epoch} came; "
+                    f"plan {self._next_step_id} of epoch {self._epoch} is due"
+                )
+            self._next_step_id += 1
+            self._queued.put_nowait(asyncio.wrap_future(self._pipeline.step(self._runner, plan)))
+        self._queued.put_nowait(None)
+
+    async def _answer(self) -> None:
+        while (result := await self._queued.get()) is not None:
+            answer = await result
+            if self._answers:
+                await self._context.write(answer)
+
+
+@contextlib.asynccontextmanager
+async def _status_for_errors(context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
+    """An OctavoError ends the call with its code and text; another with INTERNAL, and its traceback stays here."""
+    try:
+        yield
+    except OctavoError as error:
+        await _abort(context, _STATUS_CODES[error.grpc_code], str(error))
+    except Exception as error:
+        if isinstance(error, grpc.aio.AbortError):
+            raise
+        _log.exception("a call failed by a fault of ours")
+        await _abort(context, grpc.StatusCode.INTERNAL, f"{type(error).__name__}; the worker's log has more")
+
+
+async def _abort(context: grpc.aio.ServicerContext, code: grpc.StatusCode, details: str) -> NoReturn:
+    await context.abort(code, details)
+    raise AssertionError("abort raises")

@@ -1,0 +1,71 @@
+"""The threads of a worker that touch the device: one queues work on it, one waits for what comes back.
+
+Two, so that the next step is launched while the step before still runs.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+from ..proto import worker_pb2
+from .model_runner import ModelRunner
+from .plan import decode_plan
+
+T = TypeVar("T")
+
+
+class StepPipeline:
+    """Runs calls and steps in the order in which they come."""
+
+    def __init__(self, device: torch.device, num_threads: int) -> None:
+        """`num_threads`: CPU threads of torch's own operations."""
+        self._launcher = ThreadPoolExecutor(1, "device", initializer=_prepare_thread, initargs=(device, num_threads))
+        self._waiter = ThreadPoolExecutor(1, "results")
+
+    def call(self, function: Callable[[], T]) -> "Future[T]":
+        """Runs `function` on the device thread."""
+        return self._launcher.submit(function)
+
+    def step(self, runner: ModelRunner, message: worker_pb2.BatchPlan) -> "Future[worker_pb2.StepResult]":
+        """Queues a step; the future has its result. A step after a failed one must not be queued."""
+        result: Future[worker_pb2.StepResult] = Future()
+        self._launcher.submit(self._launch, runner, message, result)
+        return result
+
+    def _launch(
+        self, runner: ModelRunner, message: worker_pb2.BatchPlan, result: "Future[worker_pb2.StepResult]"
+    ) -> None:
+        try:
+            pending = runner.execute(decode_plan(message))
+        except Exception as error:  # whatever it is, it belongs to who asked for the step
+            result.set_exception(error)
+        else:
+            self._waiter.submit(_settle, pending.wait, message, result)
+
+    def close(self) -> None:
+        """Drops what is queued and waits for what runs."""
+        self._launcher.shutdown(cancel_futures=True)
+        self._waiter.shutdown(cancel_futures=True)
+
+
+def _settle(
+    wait: Callable[[], worker_pb2.StepResult],
+    message: worker_pb2.BatchPlan,
+    result: "Future[worker_pb2.StepResult]",
+) -> None:
+    try:
+        answer = wait()
+    except Exception as error:  # as above: CUDA reports the errors of a step late
+        result.set_exception(error)
+    else:
+        answer.epoch, answer.step_id = message.epoch, message.step_id
+        result.set_result(answer)
+
+
+def _prepare_thread(device: torch.device, num_threads: int) -> None:
+    # Both are settings of the calling thread.
+    torch.set_num_threads(num_threads)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)

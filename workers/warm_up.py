@@ -1,0 +1,66 @@
+"""Steps that nobody asked for: they load what libraries load late, and show how much memory the largest step takes."""
+
+import numpy as np
+
+from ..proto import sampling_pb2
+from .model_runner import ModelRunner
+from .plan import Ints, Join, Plan
+from .slot_table import SlotTableShape
+
+_EMPTY: Ints = np.zeros(0, dtype=np.int64)
+
+
+def warm_up(runner: ModelRunner, num_seqs: int, num_tokens: int) -> None:
+    """Runs one step of `num_tokens` prompt tokens over `num_seqs` sequences, then one decode of each, and waits.
+
+    The slot table is empty before and after. All sequences share blocks: their keys and values mean nothing.
+    """
+    slots = np.arange(num_seqs, dtype=np.int64)
+    joins = tuple(_join(slot, max(1, num_tokens // num_seqs), runner.shape) for slot in range(num_seqs))
+    lengths = np.array([len(join.token_ids) for join in joins], dtype=np.int64)
+    runner.execute(_plan(joins=joins, chunk_slots=slots, chunk_num_tokens=lengths)).wait()
+    runner.execute(_plan(decode_slots=slots)).wait()
+    runner.execute(_plan(leave_slots=slots, decode_slots=_EMPTY)).wait()
+
+
+def blocks_for_warm_up(num_seqs: int, num_tokens: int, block_size: int) -> int:
+    """Blocks that `warm_up` writes to, from 0 on."""
+    return max(1, num_tokens // num_seqs) // block_size + 1
+
+
+def _join(slot: int, num_tokens: int, shape: SlotTableShape) -> Join:
+    # One more token than the prompt is decoded, and it must fit too.
+    num_tokens = max(1, min(num_tokens, shape.max_model_len - 1, shape.num_blocks * shape.block_size - 1))
+    num_blocks = num_tokens // shape.block_size + 1
+    # Every option that costs memory, so that the measured step is the largest.
+    params = sampling_pb2.SamplingParams(
+        temperature=1.0, top_k=50, top_p=0.9, repetition_penalty=1.1, max_tokens=1, seed=slot
+    )
+    return Join(
+        slot=slot,
+        token_ids=np.zeros(num_tokens, dtype=np.int32),
+        num_prompt_tokens=num_tokens,
+        num_computed_tokens=0,
+        block_ids=np.arange(num_blocks, dtype=np.int32),
+        sampling_params=params,
+    )
+
+
+def _plan(
+    leave_slots: Ints = _EMPTY,
+    joins: tuple[Join, ...] = (),
+    decode_slots: Ints | None = None,
+    chunk_slots: Ints = _EMPTY,
+    chunk_num_tokens: Ints = _EMPTY,
+) -> Plan:
+    return Plan(
+        epoch=0,
+        step_id=0,
+        leave_slots=leave_slots,
+        joins=joins,
+        append_slots=_EMPTY,
+        append_block_ids=np.zeros(0, dtype=np.int32),
+        decode_slots=decode_slots,
+        chunk_slots=chunk_slots,
+        chunk_num_tokens=chunk_num_tokens,
+    )
