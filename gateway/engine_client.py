@@ -6,7 +6,7 @@ open request with UNAVAILABLE: the coordinator cancels what a session leaves beh
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Any
 
 import grpc
@@ -15,6 +15,7 @@ import numpy as np
 from ..errors import OctavoError, UnavailableError
 from ..proto import admin_pb2, engine_pb2, engine_pb2_grpc, sampling_pb2
 from .config import MAX_MESSAGE_BYTES
+from .engine_outbox import EngineOutbox
 from .engine_stream import EngineStream
 from .errors import from_engine_failure, raise_from_rpc
 from .logprobs import PositionLogprobs, unpack_table
@@ -45,9 +46,7 @@ class EngineClient:
         self._ready = False
         self._streams: dict[int, EngineStream] = {}
         self._last_handle = 0
-        self._submits: dict[int, engine_pb2.Submit] = {}  # not yet sent
-        self._cancels: list[int] = []  # not yet sent
-        self._outbox = asyncio.Event()
+        self._outbox = EngineOutbox()
 
     @property
     def ready(self) -> bool:
@@ -71,23 +70,21 @@ class EngineClient:
             raise UnavailableError("the engine is not ready; try again")
         stream = EngineStream(self._next_handle(), only_end)
         self._streams[stream.handle] = stream
-        self._submits[stream.handle] = engine_pb2.Submit(
-            handle=stream.handle,
-            request_id=request_id,
-            prompt_token_ids=prompt_token_ids,
-            sampling_params=sampling_params,
-            priority=priority,
+        self._outbox.submit(
+            engine_pb2.Submit(
+                handle=stream.handle,
+                request_id=request_id,
+                prompt_token_ids=prompt_token_ids,
+                sampling_params=sampling_params,
+                priority=priority,
+            )
         )
-        self._outbox.set()
         return stream
 
     def release(self, stream: EngineStream) -> None:
         """The reader has gone: an unfinished request is cancelled in the engine. May be called again."""
-        if self._streams.pop(stream.handle, None) is None:
-            return
-        if self._submits.pop(stream.handle, None) is None:
-            self._cancels.append(stream.handle)
-            self._outbox.set()
+        if self._streams.pop(stream.handle, None) is not None:
+            self._outbox.cancel(stream.handle)
 
     async def get_status(self) -> admin_pb2.GetStatusResponse:
         """Raises UnavailableError if the coordinator does not answer."""
@@ -113,7 +110,8 @@ class EngineClient:
     async def _hold_session(self) -> bool:
         """One session to its end; whether it ever stood."""
         stood = False
-        session = self._stub.Session(self._outgoing())
+        self._outbox = EngineOutbox()
+        session = self._stub.Session(self._outbox.messages())
         try:
             async for response in session:
                 if not stood:
@@ -138,8 +136,7 @@ class EngineClient:
     def _break(self) -> None:
         """Ends what the session carried."""
         self._set_ready(False)
-        self._submits.clear()
-        self._cancels.clear()
+        self._outbox.close()
         streams, self._streams = self._streams, {}
         for stream in streams.values():
             stream.fail(UnavailableError("the connection to the engine broke; try again"))
@@ -148,18 +145,6 @@ class EngineClient:
         if ready != self._ready:
             self._ready = ready
             self._on_ready(ready)
-
-    async def _outgoing(self) -> AsyncIterator[engine_pb2.SessionRequest]:
-        """All that came up since the message before, whenever there is something."""
-        while True:
-            await self._outbox.wait()
-            self._outbox.clear()
-            submits, self._submits = self._submits, {}
-            cancels, self._cancels = self._cancels, []
-            if submits or cancels:
-                yield engine_pb2.SessionRequest(
-                    submits=submits.values(), cancel_handles=np.array(cancels, "<u4").tobytes()
-                )
 
     def _next_handle(self) -> int:
         while True:

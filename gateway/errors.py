@@ -33,6 +33,10 @@ class PayloadTooLargeError(InvalidArgumentError):
     """A body over the HTTP door's bound; gRPC refuses such messages itself."""
 
 
+class UnknownModelError(NotFoundError):
+    """A request names a model that is not served."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Kind:
     """How one class of errors looks from outside."""
@@ -47,6 +51,7 @@ _INTERNAL = _Kind(code_pb2.INTERNAL, 500, "server_error", "internal_error")
 _KINDS: dict[type[OctavoError], _Kind] = {
     PayloadTooLargeError: _Kind(code_pb2.INVALID_ARGUMENT, 413, "invalid_request_error", "payload_too_large"),
     InvalidArgumentError: _Kind(code_pb2.INVALID_ARGUMENT, 400, "invalid_request_error"),
+    UnknownModelError: _Kind(code_pb2.NOT_FOUND, 404, "invalid_request_error", "model_not_found"),
     NotFoundError: _Kind(code_pb2.NOT_FOUND, 404, "invalid_request_error", "not_found"),
     ResourceExhaustedError: _Kind(code_pb2.RESOURCE_EXHAUSTED, 429, "rate_limit_error", "resource_exhausted"),
     FailedPreconditionError: _Kind(code_pb2.FAILED_PRECONDITION, 409, "conflict_error", "failed_precondition"),
@@ -100,12 +105,18 @@ def _attach(status: status_pb2.Status, detail: Message) -> None:
 def to_http_error(error: BaseException) -> HttpError:
     """The HTTP status and OpenAI error object of `error`; Retry-After in whole seconds where it is known."""
     kind = _kind(error)
-    param = error.field if isinstance(error, InvalidArgumentError) else None
-    body = {"message": _public_message(error), "type": kind.openai_type, "param": param, "code": kind.openai_code}
+    body = {"message": _public_message(error), "type": kind.openai_type, "param": _param(error)}
+    body["code"] = kind.openai_code
     headers = {}
     if isinstance(error, ResourceExhaustedError) and error.retry_after_s is not None:
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
     return HttpError(kind.http_status, {"error": body}, headers)
+
+
+def _param(error: BaseException) -> str | None:
+    if isinstance(error, UnknownModelError):
+        return "model"
+    return error.field if isinstance(error, InvalidArgumentError) else None
 
 
 def from_engine_failure(code: int, message: str, retry_after_s: float) -> OctavoError:

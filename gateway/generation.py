@@ -8,17 +8,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..errors import InvalidArgumentError, NotFoundError
+from ..errors import InvalidArgumentError
 from ..proto import sampling_pb2
 from .chat_template import Message
 from .config import GatewaySettings
 from .engine_client import EngineClient
+from .errors import UnknownModelError
 from .output import OutputAssembler, OutputDelta, OutputOptions, merge
-from .sampling import ModelLimits, SamplingRequest, check_prompt, resolve_sampling
+from .sampling import ModelLimits, SamplingRequest, check_prompt, check_token_ids, resolve_sampling
 from .text import TextModel
 
 MAX_REQUEST_ID_BYTES = 256
 MAX_MESSAGES = 4096
+MAX_DECODED_TOKENS = 1_000_000  # a tenth of a second of the event loop
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +45,10 @@ class GenerationService:
         self._seeds = random.Random(settings.seed) if settings.seed is not None else None  # noqa: S311 - no secret
 
     def check_model(self, name: str) -> str:
-        """The name to show; empty means the first. Raises NotFoundError with those served."""
+        """The name to show; empty means the first. Raises UnknownModelError with those served."""
         if name and name not in self.model_names:
             served = ", ".join(self.model_names)
-            raise NotFoundError(f"model {name!r} is not served; served: {served}")
+            raise UnknownModelError(f"model {name!r} is not served; served: {served}")
         return name or self.model_names[0]
 
     def require_text(self, field: str) -> TextModel:
@@ -55,12 +57,29 @@ class GenerationService:
             raise InvalidArgumentError(f"{field}: this server has no tokenizer; send token ids", field)
         return self._text
 
-    async def encode_chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
+    async def encode_prompt(self, prompt: str, field: str, add_special_tokens: bool = True) -> list[int]:
+        """A plain prompt's token ids. Raises InvalidArgumentError naming `field` for an empty one."""
+        text = self.require_text(field)
+        if not prompt:
+            raise InvalidArgumentError(f"{field} must not be empty", field)
+        return await text.encode_async(prompt, add_special_tokens)
+
+    async def encode_chat(
+        self, messages: Sequence[Message], add_generation_prompt: bool = True, add_special_tokens: bool = False
+    ) -> list[int]:
         """A conversation's token ids. Raises InvalidArgumentError naming `messages`."""
         text = self.require_text("messages")
         if not 1 <= len(messages) <= MAX_MESSAGES:
             raise InvalidArgumentError(f"messages takes 1 to {MAX_MESSAGES}, got {len(messages)}", "messages")
-        return await text.encode_chat(messages, add_generation_prompt)
+        return await text.encode_chat(messages, add_generation_prompt, add_special_tokens)
+
+    def decode(self, token_ids: Sequence[int], field: str) -> str:
+        """All their text, special tokens too. Raises InvalidArgumentError naming `field`."""
+        text = self.require_text(field)
+        if len(token_ids) > MAX_DECODED_TOKENS:
+            raise InvalidArgumentError(f"{field} takes at most {MAX_DECODED_TOKENS}, got {len(token_ids)}", field)
+        check_token_ids(field, token_ids, self.limits.vocab_size)
+        return text.decode(token_ids)
 
     def check(
         self, prompt_token_ids: Sequence[int], sampling: SamplingRequest, request_id: str = "", priority: int = 0

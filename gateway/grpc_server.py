@@ -10,6 +10,8 @@ from ..proto import admin_pb2, admin_pb2_grpc, generation_pb2, generation_pb2_gr
 from .config import MAX_MESSAGE_BYTES, GatewaySettings
 from .generation import GenerationService
 from .grpc_service import AdminServicer, GenerationServicer
+from .listen import shared_socket
+from .malformed import MalformedRequestInterceptor
 
 LIVENESS = "liveness"  # the health service's name for "this process answers"; the others mean readiness
 _SERVICES = (
@@ -39,12 +41,14 @@ class Readiness:
 
 def build_grpc_server(settings: GatewaySettings, service: GenerationService, readiness: Readiness) -> grpc.aio.Server:
     """A server that is bound and not started. Raises FailedPreconditionError if an address cannot be had."""
-    server = grpc.aio.server(options=_OPTIONS)
+    server = grpc.aio.server(options=_OPTIONS, interceptors=[MalformedRequestInterceptor()])
     generation_pb2_grpc.add_GenerationServicer_to_server(GenerationServicer(service), server)
     admin_pb2_grpc.add_AdminServicer_to_server(AdminServicer(service), server)
     health_pb2_grpc.add_HealthServicer_to_server(readiness.servicer, server)
     reflection.enable_server_reflection((*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     if settings.grpc_port:
+        # A try of our own first: the library writes lines of its own when it fails.
+        shared_socket(settings.host, settings.grpc_port, "--grpc-port").close()
         _bind(server, f"{_bracketed(settings.host)}:{settings.grpc_port}")
     if settings.local_address:
         _bind(server, settings.local_address)
@@ -57,10 +61,6 @@ def _bracketed(host: str) -> str:
 
 def _bind(server: grpc.aio.Server, address: str) -> None:
     try:
-        bound = server.add_insecure_port(address)
+        server.add_insecure_port(address)
     except RuntimeError as error:
-        raise FailedPreconditionError(
-            f"cannot listen on {address}: is it in use? choose another --grpc-port"
-        ) from error
-    if not bound:
-        raise FailedPreconditionError(f"cannot listen on {address}: is it in use? choose another --grpc-port")
+        raise FailedPreconditionError(f"cannot listen on {address}: is it in use, or not of this host?") from error

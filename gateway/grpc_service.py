@@ -12,7 +12,7 @@ from .errors import to_grpc_status
 from .generation import CheckedRequest, GenerationService
 from .logprobs import Logprob, PositionLogprobs
 from .output import OutputDelta, merge
-from .sampling import SamplingRequest, check_token_ids
+from .sampling import SamplingRequest
 from .text import TextModel
 
 T = TypeVar("T")
@@ -92,7 +92,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
         if kind == "token_ids":
             return list(request.token_ids.ids)
         if kind == "text":
-            return await self._service.require_text("text").encode_async(request.text)
+            return await self._service.encode_prompt(request.text, "text")
         if kind == "chat":
             return await self._encode_chat(request.chat)
         raise InvalidArgumentError("prompt: one of text, token_ids and chat must be set", "prompt")
@@ -137,9 +137,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
 
     async def _detokenize(self, request: generation_pb2.DetokenizeRequest) -> generation_pb2.DetokenizeResponse:
         self._service.check_model(request.model)
-        text = self._service.require_text("token_ids")
-        check_token_ids("token_ids", request.token_ids, self._service.limits.vocab_size)
-        return generation_pb2.DetokenizeResponse(text=text.decode(request.token_ids))
+        return generation_pb2.DetokenizeResponse(text=self._service.decode(request.token_ids, "token_ids"))
 
 
 def _wants_final(request: generation_pb2.GenerateRequest) -> bool:

@@ -1,6 +1,6 @@
 """The OpenAI HTTP door: routes, error shapes, the bound on bodies."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -16,11 +16,11 @@ from .errors import PayloadTooLargeError
 from .generation import GenerationService
 from .openai_chat import answer_chat
 from .openai_completions import answer_completion
-from .openai_models import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
-from .sampling import check_token_ids
+from .openai_models import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, plain_messages
 from .sse import error_response, json_response
 
 _MAX_REPORTED_ERRORS = 3
+_MAX_NAME = 64  # characters of a name that nobody knows, in an error
 
 
 class BodyLimit:
@@ -44,7 +44,7 @@ class BodyLimit:
             message = await receive()
             num_bytes += len(message.get("body", b""))
             if num_bytes > MAX_MESSAGE_BYTES:
-                raise _too_large()
+                raise HTTPException(413)  # the only kind of error that the framework lets through here
             return message
 
         await self._app(scope, bounded_receive, send)
@@ -116,9 +116,7 @@ def _add_text_routes(app: FastAPI, service: GenerationService) -> None:
     @app.post("/detokenize", response_model=None)
     async def detokenize(body: DetokenizeBody) -> Response:
         service.check_model(body.model)
-        text = service.require_text("tokens")
-        check_token_ids("tokens", body.tokens, service.limits.vocab_size)
-        return json_response({"prompt": text.decode(body.tokens)})
+        return json_response({"prompt": service.decode(body.tokens, "tokens")})
 
 
 async def _tokenize(service: GenerationService, body: TokenizeBody) -> Sequence[int]:
@@ -127,11 +125,8 @@ async def _tokenize(service: GenerationService, body: TokenizeBody) -> Sequence[
     if body.messages is None:
         add = body.add_special_tokens is not False
         return await service.require_text("prompt").encode_async(body.prompt or "", add)
-    if body.add_special_tokens:
-        message = "add_special_tokens goes with prompt; a chat template writes its own"
-        raise InvalidArgumentError(message, "add_special_tokens")
-    messages = [{"role": message.role, "content": message.text()} for message in body.messages]
-    return await service.encode_chat(messages, body.add_generation_prompt)
+    messages = plain_messages(body.messages)
+    return await service.encode_chat(messages, body.add_generation_prompt, bool(body.add_special_tokens))
 
 
 async def _on_error(request: Request, error: Exception) -> Response:
@@ -141,6 +136,8 @@ async def _on_error(request: Request, error: Exception) -> Response:
 async def _on_http_exception(request: Request, error: Exception) -> Response:
     """What the framework refuses: an unknown path, a wrong method, a body that cannot be read."""
     assert isinstance(error, HTTPException)
+    if error.status_code == 413:
+        return error_response(_too_large())
     body = {"message": f"{request.method} {request.url.path}: {error.detail}", "type": "invalid_request_error"}
     return json_response({"error": {**body, "param": None, "code": None}}, error.status_code, error.headers)
 
@@ -149,15 +146,29 @@ async def _on_invalid_body(request: Request, error: Exception) -> Response:
     """Names the first wrong fields."""
     assert isinstance(error, RequestValidationError)
     problems = error.errors()[:_MAX_REPORTED_ERRORS]
-    named = [(_field(problem["loc"]), problem["msg"]) for problem in problems]
+    if problems[0]["loc"] == ("body",) and isinstance(error.body, bytes):
+        return error_response(InvalidArgumentError("send JSON, with the header Content-Type: application/json"))
+    named = [(_field(problem), _reason(problem)) for problem in problems]
     message = "; ".join(dict.fromkeys(f"{field}: {text}" if field else text for field, text in named))
     return error_response(InvalidArgumentError(message, named[0][0] or None))
 
 
-def _field(location: Sequence[str | int]) -> str:
+def _field(problem: Mapping[str, Any]) -> str:
     """The path in the body, less the names that pydantic gives to a union's members."""
-    if location[1:] and isinstance(location[1], int):  # a position in malformed JSON
+    location = problem["loc"][1:]  # less "body"
+    if problem["type"] == "json_invalid":  # a position
         return ""
-    members = ("str", "int", "float", "bool")
-    parts = [str(p) for p in location[1:] if isinstance(p, int) or (p.isidentifier() and p not in members)]
+    parts = [str(part) for part in location[:-1] if _is_name(part)]
+    if location and (_is_name(location[-1]) or problem["type"] == "extra_forbidden"):
+        parts.append(str(location[-1])[:_MAX_NAME].encode(errors="replace").decode())
     return ".".join(parts)
+
+
+def _is_name(part: str | int) -> bool:
+    return isinstance(part, int) or (part.isidentifier() and part not in ("str", "int", "float", "bool"))
+
+
+def _reason(problem: Mapping[str, Any]) -> str:
+    if problem["type"] == "extra_forbidden":
+        return "this server knows no such field here"
+    return str(problem["msg"])

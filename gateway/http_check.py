@@ -4,8 +4,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from ..errors import InvalidArgumentError
-from .openai_models import GenerationBody, sampling_request
-from .sampling import SamplingRequest
+from .openai_models import GenerationBody
 
 
 @contextmanager
@@ -23,10 +22,3 @@ def renamed(names: Mapping[str, str]) -> Iterator[None]:
 def check_stream_options(body: GenerationBody) -> None:
     if body.stream_options is not None and not body.stream:
         raise InvalidArgumentError("stream_options needs stream to be true", "stream_options")
-
-
-def checked_sampling(body: GenerationBody, logprobs: int | None, max_tokens: int | None) -> SamplingRequest:
-    try:
-        return sampling_request(body, logprobs, max_tokens)
-    except ValueError as error:
-        raise InvalidArgumentError("logit_bias: every key must be a token id", "logit_bias") from error

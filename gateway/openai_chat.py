@@ -9,9 +9,9 @@ from starlette.responses import Response
 
 from ..errors import InvalidArgumentError
 from .generation import CheckedRequest, GenerationService
-from .http_check import check_stream_options, checked_sampling, renamed
+from .http_check import check_stream_options, renamed
 from .openai_format import chat_logprobs, finish_name, prompt_logprobs, usage
-from .openai_models import ChatBody
+from .openai_models import ChatBody, plain_messages, sampling_request
 from .output import OutputDelta
 from .sse import EventStream, JsonAnswer
 
@@ -20,8 +20,9 @@ async def answer_chat(service: GenerationService, body: ChatBody) -> Response:
     """Checks everything, then answers. Raises OctavoError naming what is wrong."""
     model = service.check_model(body.model)
     check_stream_options(body)
-    sampling = checked_sampling(body, _num_logprobs(body), _max_tokens(body))
-    token_ids = await service.encode_chat([{"role": m.role, "content": m.text()} for m in body.messages])
+    sampling = sampling_request(body, _num_logprobs(body), _max_tokens(body))
+    messages = plain_messages(body.messages)
+    token_ids = await service.encode_chat(messages, add_special_tokens=bool(body.add_special_tokens))
     with renamed(_names(body)):
         checked = service.check(token_ids, sampling, body.request_id, body.priority)
     chat = _Chat(service, body, model, checked)
@@ -66,9 +67,7 @@ class _Chat:
         message = {"role": "assistant", "content": delta.text, "refusal": None}
         choice = {"index": 0, "message": message, **self._choice_end(delta)}
         response = {**self._common, "object": "chat.completion", "choices": [choice], "usage": self._usage(delta)}
-        if self._body.prompt_logprobs is not None:
-            response["prompt_logprobs"] = prompt_logprobs(delta.prompt_logprobs, self._service.limits.text)
-        return response
+        return response | self._about_prompt(delta)
 
     async def events(self) -> AsyncGenerator[dict[str, Any]]:
         """The role once tokens come, then text, then, when asked for, usage."""
@@ -76,23 +75,28 @@ class _Chat:
             is_first = True
             async for delta in deltas:
                 if is_first:
-                    yield self._chunk([self._delta_choice({"role": "assistant", "content": ""})], delta, is_first)
+                    role = self._delta_choice({"role": "assistant", "content": ""})
+                    yield {**self._chunk([role]), **self._about_prompt(delta)}
                     is_first = False
-                if delta.text or delta.logprobs or delta.finish_reason:
+                if delta.text or delta.logprobs or delta.finish_reason or self._body.return_token_ids:
                     choice = self._delta_choice({"content": delta.text} if delta.text else {})
                     yield self._chunk([{**choice, **self._choice_end(delta)}])
         if self._include_usage:
             yield {**self._chunk([]), "usage": self._usage(delta)}
 
-    def _chunk(
-        self, choices: list[dict[str, Any]], delta: OutputDelta | None = None, is_first: bool = False
-    ) -> dict[str, Any]:
+    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         chunk = {**self._common, "object": "chat.completion.chunk", "choices": choices}
         if self._include_usage:
             chunk["usage"] = None
-        if is_first and delta is not None and self._body.prompt_logprobs is not None:
-            chunk["prompt_logprobs"] = prompt_logprobs(delta.prompt_logprobs, self._service.limits.text)
         return chunk
+
+    def _about_prompt(self, delta: OutputDelta) -> dict[str, Any]:
+        about: dict[str, Any] = {}
+        if self._body.prompt_logprobs is not None:
+            about["prompt_logprobs"] = prompt_logprobs(delta.prompt_logprobs, self._service.limits.text)
+        if self._body.return_token_ids:
+            about["prompt_token_ids"] = list(self._checked.prompt_token_ids)
+        return about
 
     @staticmethod
     def _delta_choice(delta: dict[str, Any]) -> dict[str, Any]:
@@ -102,7 +106,9 @@ class _Chat:
         logprobs = None
         if self._body.logprobs:
             logprobs = chat_logprobs(delta.logprobs, self._body.top_logprobs or 0, self._service.limits.text)
-        end = {"logprobs": logprobs, "finish_reason": finish_name(delta.finish_reason)}
+        end: dict[str, Any] = {"logprobs": logprobs, "finish_reason": finish_name(delta.finish_reason)}
+        if self._body.return_token_ids:
+            end["token_ids"] = list(delta.token_ids)
         return end | ({"stop_reason": delta.stop_reason} if delta.finish_reason else {})
 
     def _usage(self, delta: OutputDelta) -> dict[str, int]:

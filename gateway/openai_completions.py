@@ -12,16 +12,15 @@ from starlette.responses import Response
 
 from ..errors import InvalidArgumentError
 from .generation import CheckedRequest, GenerationService
-from .http_check import check_stream_options, checked_sampling
+from .http_check import check_stream_options
 from .interleave import interleave
 from .logprobs import PositionLogprobs
 from .openai_format import CompletionLogprobs, finish_name, prompt_logprobs, usage
-from .openai_models import CompletionBody
+from .openai_models import MAX_PROMPTS, CompletionBody, sampling_request
 from .output import OutputDelta
 from .sampling import SamplingRequest
 from .sse import EventStream, JsonAnswer
 
-MAX_PROMPTS = 256
 _DEFAULT_MAX_TOKENS = 16  # OpenAI's, for this endpoint only
 
 
@@ -33,26 +32,29 @@ async def answer_completion(service: GenerationService, body: CompletionBody) ->
     sampling = _sampling(body)
     request_id = body.request_id or secrets.token_hex(12)
     names = [request_id] if len(prompts) == 1 else [f"{request_id}-{index}" for index in range(len(prompts))]
-    with renamed({}):
-        checked = [service.check(p, sampling, name, body.priority) for p, name in zip(prompts, names, strict=True)]
+    checked = [service.check(p, sampling, name, body.priority) for p, name in zip(prompts, names, strict=True)]
     completion = _Completion(service, body, model, request_id, checked)
     return EventStream(completion.events()) if body.stream else JsonAnswer(completion.complete)
 
 
 async def _prompt_token_ids(service: GenerationService, body: CompletionBody) -> list[Sequence[int]]:
-    """Token ids of each prompt. A list of numbers is one prompt."""
-    prompt = body.prompt
-    if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
-        prompt = [prompt]  # type: ignore[assignment, list-item]
-    if not 1 <= len(prompt) <= MAX_PROMPTS:
-        raise InvalidArgumentError(f"prompt takes 1 to {MAX_PROMPTS} prompts, got {len(prompt)}", "prompt")
+    """Token ids of each prompt."""
     result: list[Sequence[int]] = []
-    for one in prompt:
+    for one in _prompts(body):
         if isinstance(one, str):
-            result.append(await service.require_text("prompt").encode_async(one))
+            result.append(await service.encode_prompt(one, "prompt", body.add_special_tokens is not False))
         else:
-            result.append(one)  # type: ignore[arg-type]
+            result.append(one)
     return result
+
+
+def _prompts(body: CompletionBody) -> list[str | list[int]]:
+    """A list of numbers is one prompt."""
+    prompt: Any = body.prompt
+    prompts = [prompt] if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)) else prompt
+    if not 1 <= len(prompts) <= MAX_PROMPTS:
+        raise InvalidArgumentError(f"prompt takes 1 to {MAX_PROMPTS} prompts, got {len(prompts)}", "prompt")
+    return list(prompts)
 
 
 def _sampling(body: CompletionBody) -> SamplingRequest:
@@ -60,7 +62,7 @@ def _sampling(body: CompletionBody) -> SamplingRequest:
     max_tokens = _DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     if max_tokens == 0 and body.echo:
         max_tokens = 1  # the engine samples at least one, which is left out
-    sampling = checked_sampling(body, body.logprobs, max_tokens)
+    sampling = sampling_request(body, body.logprobs, max_tokens)
     if body.echo and body.logprobs is not None and body.prompt_logprobs is None:
         return replace(sampling, prompt_logprobs=body.logprobs)
     return sampling
@@ -86,7 +88,8 @@ class _Completion:
             "created": int(time.time()),
             "model": model,
         }
-        self._choices = [_Choice(service, body, index, request) for index, request in enumerate(checked)]
+        prompts = zip(_prompts(body), checked, strict=True)
+        self._choices = [_Choice(service, body, index, *prompt) for index, prompt in enumerate(prompts)]
         self._include_usage = bool(body.stream_options and body.stream_options.include_usage)
 
     async def complete(self) -> dict[str, Any]:
@@ -109,7 +112,7 @@ class _Completion:
             async for index, delta in deltas:
                 choice = self._choices[index].build(delta, is_first=index not in started)
                 started.add(index)
-                if choice["text"] or choice["logprobs"] or choice["finish_reason"]:
+                if any(choice[name] for name in choice if name != "index"):
                     yield {**self._common, "choices": [choice], **usage_field}
         if self._include_usage:
             yield {**self._common, "choices": [], "usage": self._usage()}
@@ -128,20 +131,29 @@ async def _outcome(service: GenerationService, request: CheckedRequest) -> Outpu
 
 
 class _Choice:
-    """One prompt's choice. The first piece carries the echo."""
+    """One prompt's choice. The first piece carries what is about the prompt."""
 
-    def __init__(self, service: GenerationService, body: CompletionBody, index: int, request: CheckedRequest) -> None:
+    def __init__(
+        self,
+        service: GenerationService,
+        body: CompletionBody,
+        index: int,
+        prompt: str | list[int],
+        request: CheckedRequest,
+    ) -> None:
         self._text = service.limits.text
         self._body = body
         self._index = index
+        self._prompt = prompt
         self._prompt_token_ids = request.prompt_token_ids
-        self._logprobs = CompletionLogprobs(self._text)
+        self._skip_special_tokens = request.options.skip_special_tokens
+        self._logprobs = CompletionLogprobs(self._text, self._skip_special_tokens)
         self._drops_output = bool(body.echo) and body.max_tokens == 0
         self.num_output_tokens = 0
 
     def build(self, delta: OutputDelta, is_first: bool) -> dict[str, Any]:
         echo = bool(self._body.echo) and is_first
-        prefix = self._text.decode(self._prompt_token_ids) if echo and self._text is not None else ""
+        prefix = self._prompt_text() if echo else ""
         self.num_output_tokens = 0 if self._drops_output else delta.num_output_tokens
         choice = {
             "index": self._index,
@@ -151,9 +163,23 @@ class _Choice:
         }
         if delta.finish_reason:
             choice["stop_reason"] = delta.stop_reason
-        if is_first and self._body.prompt_logprobs is not None:
-            choice["prompt_logprobs"] = prompt_logprobs(delta.prompt_logprobs, self._text)
-        return choice
+        if self._body.return_token_ids:
+            choice["token_ids"] = [] if self._drops_output else list(delta.token_ids)
+        return choice | (self._about_prompt(delta) if is_first else {})
+
+    def _about_prompt(self, delta: OutputDelta) -> dict[str, Any]:
+        about: dict[str, Any] = {}
+        if self._body.prompt_logprobs is not None:
+            about["prompt_logprobs"] = prompt_logprobs(delta.prompt_logprobs, self._text)
+        if self._body.return_token_ids:
+            about["prompt_token_ids"] = list(self._prompt_token_ids)
+        return about
+
+    def _prompt_text(self) -> str:
+        """The prompt as it was sent; token ids as text."""
+        if isinstance(self._prompt, str):
+            return self._prompt
+        return self._text.decode(self._prompt, self._skip_special_tokens) if self._text is not None else ""
 
     def _logprobs_of(self, delta: OutputDelta, echo: bool) -> dict[str, Any] | None:
         if self._body.logprobs is None:

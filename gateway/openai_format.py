@@ -7,6 +7,7 @@ from .logprobs import Logprob, PositionLogprobs
 from .output import STOP, UNFINISHED
 from .text import TextModel
 
+_MIN_LOGPROB = -9999.0  # OpenAI's stand-in for minus infinity, which JSON cannot write
 _REPLACEMENT = "�"
 
 
@@ -46,14 +47,19 @@ def chat_logprobs(rows: Sequence[PositionLogprobs], num_top: int, text: TextMode
 
 def _chat_entry(entry: Logprob, text: TextModel | None) -> dict[str, Any]:
     token_bytes = list(text.token_bytes(entry.token_id)) if text is not None else None
-    return {"token": _token_text(entry.token_id, text), "logprob": entry.logprob, "bytes": token_bytes}
+    return {"token": _token_text(entry.token_id, text), "logprob": _finite(entry.logprob), "bytes": token_bytes}
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, _MIN_LOGPROB)
 
 
 class CompletionLogprobs:
     """Builds the `logprobs` object of completions; keeps the offset where the next token's text begins."""
 
-    def __init__(self, text: TextModel | None) -> None:
+    def __init__(self, text: TextModel | None, skip_special_tokens: bool) -> None:
         self._text = text
+        self._detokenizer = text.new_detokenizer(skip_special_tokens) if text is not None else None
         self._offset = 0
 
     def build(self, rows: Sequence[PositionLogprobs | int]) -> dict[str, Any]:
@@ -62,15 +68,15 @@ class CompletionLogprobs:
         for row in rows:
             token_id = row if isinstance(row, int) else row.token.token_id
             result["tokens"].append(_token_text(token_id, self._text))
-            result["token_logprobs"].append(None if isinstance(row, int) else row.token.logprob)
+            result["token_logprobs"].append(None if isinstance(row, int) else _finite(row.token.logprob))
             result["top_logprobs"].append(None if isinstance(row, int) else self._top(row))
             result["text_offset"].append(self._offset)
-            self._offset += len(self._text.token_text(token_id)) if self._text is not None else 0
+            self._offset += len(self._detokenizer.push([token_id])) if self._detokenizer is not None else 0
         return result
 
     def _top(self, row: PositionLogprobs) -> dict[str, float]:
         """By text, likeliest first, and the token itself."""
-        return {_token_text(entry.token_id, self._text): entry.logprob for entry in (*row.top, row.token)}
+        return {_token_text(entry.token_id, self._text): _finite(entry.logprob) for entry in (*row.top, row.token)}
 
 
 def prompt_logprobs(rows: Sequence[PositionLogprobs], text: TextModel | None) -> list[Any]:
@@ -81,7 +87,7 @@ def prompt_logprobs(rows: Sequence[PositionLogprobs], text: TextModel | None) ->
 def _prompt_row(row: PositionLogprobs, text: TextModel | None) -> dict[str, Any]:
     return {
         str(entry.token_id): {
-            "logprob": entry.logprob,
+            "logprob": _finite(entry.logprob),
             "rank": entry.rank,
             "decoded_token": _token_text(entry.token_id, text),
         }

@@ -2,15 +2,24 @@
 
 Every field is honoured, or taken only at the value at which it does nothing. Fields of OpenAI's API that are not
 served are named here, so that their refusal says so; a name that nobody knows is refused by pydantic. Bounds of
-sampling parameters are checked in sampling.py, for both doors.
+sampling parameters are checked in sampling.py, for both doors. What is checked here keeps the work on a hostile body
+small: validation stops at the first wrong item of a list, and objects have few fields.
 """
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 from pydantic_core import PydanticCustomError
 
-from .sampling import SamplingRequest
+from ..errors import InvalidArgumentError
+from .generation import MAX_MESSAGES
+from .sampling import MAX_BAD_WORDS, MAX_LOGIT_BIAS, MAX_STOP_STRINGS, SamplingRequest
+
+MAX_PROMPTS = 256
+_MAX_FIELDS = 128  # of an object; ChatBody has about 50
+_MAX_PARTS = 1024  # of a message's content
+_TOKEN_ID = re.compile("0|[1-9][0-9]{0,9}", re.ASCII)
 
 
 def _refuse(value: object) -> None:
@@ -27,6 +36,23 @@ def _only_no_op(*no_ops: object) -> BeforeValidator:
     return BeforeValidator(check)
 
 
+def _at_most(max_items: int) -> BeforeValidator:
+    """Before the items are looked at."""
+
+    def check(value: object) -> object:
+        if isinstance(value, (list, dict)) and len(value) > max_items:
+            raise PydanticCustomError("too_long", f"takes at most {max_items} entries, got {len(value)}")
+        return value
+
+    return BeforeValidator(check)
+
+
+# The bound is of no use but to make pydantic look at the characters: JSON can write half a surrogate pair.
+Text = Annotated[str, StringConstraints(max_length=2**31)]
+_first_error_ends = Field(fail_fast=True)
+Texts = Annotated[list[Text], _first_error_ends]
+Ids = Annotated[list[int], _first_error_ends]
+
 # A field that may only be null, or null and the values at which it does nothing.
 NotServed = Annotated[None, BeforeValidator(_refuse)]
 OnlyOne = Annotated[int | None, _only_no_op(None, 1)]
@@ -35,6 +61,13 @@ OnlyFalse = Annotated[bool | None, _only_no_op(None, False)]
 
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_fields(cls, value: object) -> object:
+        if isinstance(value, dict) and len(value) > _MAX_FIELDS:
+            raise PydanticCustomError("too_long", f"an object takes at most {_MAX_FIELDS} fields, got {len(value)}")
+        return value
 
 
 class StreamOptions(_Body):
@@ -45,16 +78,16 @@ class StreamOptions(_Body):
 class GenerationBody(_Body):
     """What completions and chat share. Defaults are OpenAI's; unset sampling parameters take SamplingRequest's."""
 
-    model: str = ""
+    model: Text = ""
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     temperature: float | None = None
     top_p: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: Annotated[dict[Text, float] | None, _at_most(MAX_LOGIT_BIAS)] = None
     seed: int | None = None
-    stop: str | list[str] | None = None
+    stop: Annotated[Text | Texts | None, _at_most(MAX_STOP_STRINGS)] = None
     max_tokens: int | None = None
     n: int | None = None
     # Of no effect on the answer, by OpenAI's definition.
@@ -65,20 +98,27 @@ class GenerationBody(_Body):
     repetition_penalty: float | None = None
     min_tokens: int | None = None
     ignore_eos: bool | None = None
-    stop_token_ids: list[int] | None = None
-    bad_words: list[str] | None = None
+    stop_token_ids: Ids | None = None
+    bad_words: Annotated[Texts | None, _at_most(MAX_BAD_WORDS)] = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
     prompt_logprobs: int | None = None
     priority: int = 0
-    request_id: str = ""
+    request_id: Text = ""
+    add_special_tokens: bool | None = None
+    return_token_ids: bool | None = None
     # Served at the value that does nothing.
     best_of: OnlyOne = None
     use_beam_search: OnlyFalse = None
 
 
 class CompletionBody(GenerationBody):
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: (
+        Text
+        | Annotated[Texts, _at_most(MAX_PROMPTS)]
+        | Ids
+        | Annotated[list[Ids], _first_error_ends, _at_most(MAX_PROMPTS)]
+    )
     echo: bool | None = False
     logprobs: int | None = None
     suffix: NotServed = None
@@ -86,12 +126,12 @@ class CompletionBody(GenerationBody):
 
 class TextPart(_Body):
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class ChatMessage(_Body):
     role: Literal["system", "user", "assistant"]
-    content: str | list[TextPart]
+    content: Text | Annotated[list[TextPart], _first_error_ends, _at_most(_MAX_PARTS)]
     # Clients send back what they were given, with these set to null.
     name: NotServed = None
     refusal: NotServed = None
@@ -108,12 +148,17 @@ class ChatMessage(_Body):
         return "".join([part.text for part in self.content])
 
 
+def plain_messages(messages: list[ChatMessage]) -> list[dict[str, str]]:
+    """As a chat template takes them."""
+    return [{"role": message.role, "content": message.text()} for message in messages]
+
+
 class TextResponseFormat(_Body):
     type: Literal["text"]
 
 
 class ChatBody(GenerationBody):
-    messages: list[ChatMessage]
+    messages: Annotated[list[ChatMessage], _first_error_ends, _at_most(MAX_MESSAGES)]
     logprobs: bool | None = False
     top_logprobs: int | None = None
     max_completion_tokens: int | None = None
@@ -143,9 +188,9 @@ class ChatBody(GenerationBody):
 class TokenizeBody(_Body):
     """vLLM's: a prompt or messages."""
 
-    model: str = ""
-    prompt: str | None = None
-    messages: list[ChatMessage] | None = None
+    model: Text = ""
+    prompt: Text | None = None
+    messages: Annotated[list[ChatMessage] | None, _first_error_ends, _at_most(MAX_MESSAGES)] = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool = True
     return_token_strs: bool | None = False
@@ -154,8 +199,8 @@ class TokenizeBody(_Body):
 class DetokenizeBody(_Body):
     """vLLM's."""
 
-    model: str = ""
-    tokens: Annotated[list[int], Field()]
+    model: Text = ""
+    tokens: Ids
 
 
 _DIRECT = (
@@ -166,11 +211,16 @@ _DIRECT = (
 
 
 def sampling_request(body: GenerationBody, logprobs: int | None, max_tokens: int | None) -> SamplingRequest:
-    """The body's sampling parameters; null means the default. Raises ValueError for a logit_bias key that is no id."""
+    """The body's sampling parameters; null means the default. Raises InvalidArgumentError naming `logit_bias`."""
     values = {name: getattr(body, name) for name in _DIRECT}
     values["stop"] = [body.stop] if isinstance(body.stop, str) else body.stop
-    values["logit_bias"] = None
-    if body.logit_bias is not None:
-        values["logit_bias"] = {int(token_id): bias for token_id, bias in body.logit_bias.items()}
+    values["logit_bias"] = _by_token_id(body.logit_bias) if body.logit_bias is not None else None
     values |= {"logprobs": logprobs, "max_tokens": max_tokens}
     return SamplingRequest(**{name: value for name, value in values.items() if value is not None})
+
+
+def _by_token_id(logit_bias: dict[str, float]) -> dict[int, float]:
+    for key in logit_bias:
+        if not _TOKEN_ID.fullmatch(key):
+            raise InvalidArgumentError("logit_bias: every key must be a token id", "logit_bias")
+    return {int(key): bias for key, bias in logit_bias.items()}

@@ -4,7 +4,6 @@ Both doors fill a SamplingRequest; the bounds are those written in proto/generat
 InvalidArgumentError that names the field.
 """
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -65,12 +64,12 @@ def check_prompt(token_ids: Sequence[int], limits: ModelLimits) -> None:
     """Raises InvalidArgumentError naming `prompt` for no tokens, an id out of range, or no room for an output token."""
     if not len(token_ids):
         raise InvalidArgumentError("prompt must have at least one token", "prompt")
-    check_token_ids("prompt", token_ids, limits.vocab_size)
     if len(token_ids) >= limits.max_model_len:
         message = f"prompt has {len(token_ids)} tokens; with one to generate, the model takes at most"
         raise InvalidArgumentError(
             f"{message} {limits.max_model_len - 1} (max_model_len {limits.max_model_len})", "prompt"
         )
+    check_token_ids("prompt", token_ids, limits.vocab_size)
 
 
 def resolve_sampling(
@@ -127,8 +126,8 @@ def _check_numbers(request: SamplingRequest) -> None:
 
 def _in_range(name: str, value: float, low: float, high: float, above_low: bool = False) -> None:
     """Also refuses NaN, for which every comparison is false; and what float32 would round to a forbidden 0."""
-    inside = (float(np.float32(value)) > low if above_low else value >= low) and value <= high
-    if not (math.isfinite(value) and inside):
+    inside = low <= value <= high
+    if not inside or (above_low and np.float32(value) <= low):
         opening = "(" if above_low else "["
         raise InvalidArgumentError(f"{name} must be in {opening}{low}, {high}], got {value}", name)
 

@@ -14,12 +14,12 @@ from typing import Any
 import grpc
 import uvicorn
 
-from ..errors import FailedPreconditionError
 from .config import GatewaySettings
 from .engine_client import EngineClient
 from .generation import GenerationService
 from .grpc_server import Readiness, build_grpc_server
 from .http_app import build_http_app
+from .listen import shared_socket
 from .text import load_text_model
 
 logger = logging.getLogger(__name__)
@@ -46,9 +46,10 @@ class Gateway:
         self._grace_s = _GRACE_S
 
     def stop(self, grace_s: float = _GRACE_S) -> None:
-        """Ends `run` after what is running, at most `grace_s` later. A second call cuts the first one short."""
-        self._grace_s = min(self._grace_s, grace_s)
-        self._stop.set()
+        """Ends `run` after what is running, at most `grace_s` later. The first call counts."""
+        if not self._stop.is_set():
+            self._grace_s = grace_s
+            self._stop.set()
 
     async def run(self) -> None:
         """Raises FailedPreconditionError if a door's address cannot be had."""
@@ -78,13 +79,13 @@ class Gateway:
         config = uvicorn.Config(
             build_http_app(service),
             log_config=None,
+            log_level="warning",
             access_log=False,
             lifespan="off",
             ws="none",
             server_header=False,
-            timeout_graceful_shutdown=round(self._grace_s),
         )
-        return _HttpServer(config), [shared_socket(self._settings.host, self._settings.http_port)]
+        return _HttpServer(config), [shared_socket(self._settings.host, self._settings.http_port, "--port")]
 
     async def _until_stopped(self, *tasks: "asyncio.Future[None] | None") -> None:
         """Until `stop`, or the failure of a task that should go on, which is raised."""
@@ -112,45 +113,30 @@ async def _shut_down(
 ) -> None:
     stops = [asyncio.ensure_future(grpc_server.stop(grace_s))]
     if http_server is not None and http_task is not None:
+        http_server.config.timeout_graceful_shutdown = round(grace_s)
         http_server.should_exit = True
-        http_server.force_exit = grace_s == 0
         stops.append(http_task)
     await asyncio.gather(*stops, return_exceptions=True)
 
 
-def shared_socket(host: str, port: int) -> socket.socket:
-    """A bound TCP socket that other gateways may share. Raises FailedPreconditionError if it cannot be had."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        sock.bind((host, port))
-    except OSError as error:
-        sock.close()
-        message = f"cannot listen on {host}:{port}: {error.strerror}; choose another --host or --port"
-        raise FailedPreconditionError(message) from error
-    sock.setblocking(False)
-    return sock
-
-
 async def serve(settings: GatewaySettings) -> None:
-    """Serves until SIGTERM or SIGINT (finishing what runs; at once on the second) or the end of a piped stdin."""
+    """Serves until SIGTERM or SIGINT, finishing what runs, or until the end of a piped stdin."""
     gateway = Gateway(settings)
     loop = asyncio.get_running_loop()
     for signal_number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signal_number, gateway.stop)
     if sys.stdin is not None and stat.S_ISFIFO(os.fstat(sys.stdin.fileno()).st_mode):
-        _watch_launcher(loop, sys.stdin.fileno())
+        _watch_launcher(loop, sys.stdin.fileno(), gateway)
     await gateway.run()
 
 
-def _watch_launcher(loop: asyncio.AbstractEventLoop, stdin: int) -> None:
-    """Nobody is left to serve for, or to clean up after, when the launcher is gone: exit at once."""
+def _watch_launcher(loop: asyncio.AbstractEventLoop, stdin: int, gateway: Gateway) -> None:
+    """Nobody is left to serve for, or to clean up after, when the launcher is gone: what runs is given up."""
 
     def on_readable() -> None:
         if not os.read(stdin, 4096):
             logger.error("stdin closed: the launcher is gone")
-            os._exit(1)
+            loop.remove_reader(stdin)
+            gateway.stop(grace_s=0)
 
     loop.add_reader(stdin, on_readable)
