@@ -1,0 +1,94 @@
+"""Transformers on the same machine, the same weights and the same prompts: what it costs not to use Octavo.
+
+Two ways of it: one static batch of all requests, and its own continuous batching. Both sample as the throughput
+benchmark asks of Octavo: temperature 1, the whole vocabulary, and no early end.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, cast
+
+import torch
+import transformers
+from torch import Tensor
+from transformers.generation.continuous_batching.requests import GenerationOutput
+
+from ..errors import InternalError
+
+_PAD = 0
+
+
+@dataclass(frozen=True, slots=True)
+class BaselineRun:
+    """What one way took, and how many tokens each request got."""
+
+    name: str
+    duration_s: float
+    num_output_tokens: list[int]
+
+
+class CausalLM(Protocol):
+    """What is used of a transformers model, whose own annotations allow for much more."""
+
+    device: torch.device
+
+    def generate(self, inputs: Tensor, attention_mask: Tensor, generation_config: object) -> Tensor: ...
+
+    def generate_batch(self, inputs: list[list[int]], generation_config: object) -> Mapping[str, GenerationOutput]: ...
+
+
+def save_random_model(config_directory: Path, directory: Path, seed: int, dtype: str) -> None:
+    """Weights as transformers initialises them, so that both systems load the same."""
+    torch.manual_seed(seed)
+    config = transformers.AutoConfig.from_pretrained(config_directory)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))  # type: ignore[no-untyped-call]
+    model.save_pretrained(directory)
+
+
+def load_model(directory: Path, device: str, dtype: str) -> CausalLM:
+    """Ready to generate without an early end."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype))
+    model.generation_config.eos_token_id = None  # where generate would look for what a call leaves unset
+    return cast(CausalLM, cast(torch.nn.Module, model).to(device).eval())
+
+
+def run_static_batch(model: CausalLM, prompts: Sequence[Sequence[int]], output_len: int) -> BaselineRun:
+    """All requests as one batch, padded on the left."""
+    width = max(map(len, prompts))
+    padded = [[_PAD] * (width - len(prompt)) + list(prompt) for prompt in prompts]
+    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    config = _generation_config(output_len)
+    started = time.perf_counter()
+    output = model.generate(
+        torch.tensor(padded, device=model.device),
+        attention_mask=torch.tensor(mask, device=model.device),
+        generation_config=config,
+    )
+    output.cpu()  # waits for the device
+    duration_s = time.perf_counter() - started
+    return BaselineRun("transformers, static batch", duration_s, [output.shape[1] - width] * len(prompts))
+
+
+def run_continuous_batching(model: CausalLM, prompts: Sequence[Sequence[int]], output_len: int) -> BaselineRun:
+    """`generate_batch`, at its own defaults."""
+    config = _generation_config(output_len)
+    started = time.perf_counter()
+    outputs = model.generate_batch([list(prompt) for prompt in prompts], generation_config=config)
+    duration_s = time.perf_counter() - started
+    if len(outputs) != len(prompts):
+        raise InternalError(f"transformers' generate_batch answered {len(outputs)} of {len(prompts)} requests")
+    counts = [len(output.generated_tokens) for output in outputs.values()]
+    return BaselineRun("transformers, continuous batching", duration_s, counts)
+
+
+def _generation_config(output_len: int) -> transformers.GenerationConfig:
+    return transformers.GenerationConfig(  # type: ignore[no-untyped-call]
+        max_new_tokens=output_len,
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,  # transformers' default is 50
+        top_p=1.0,
+        pad_token_id=_PAD,
+    )
