@@ -1,7 +1,8 @@
 """The torch twins of the device kernels: the oracle of every kernel test, and what runs on a CPU.
 
-They run on any device that torch knows. Decodes of a step are one gather of blocks and one attention call; prompt
-chunks are one call each. All that is the same for every layer is computed once a step, by `plan_attention`.
+They run on any device that torch knows. Decodes of a step attend in groups of rows, each one gather of blocks and one
+attention call; prompt chunks are one call each. All that is the same for every layer is computed once a step, by
+`plan_attention`.
 """
 
 from dataclasses import dataclass
@@ -10,6 +11,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own name for it)
 
 from .batch import AttentionBatch
+
+# Keys that one group of decodes gathers on a CPU, so that they are still in its cache when they are attended to.
+# Measured (64 rows of 20 to 190 keys, 4 KV heads of 32 floats, 6 layers, 2 cores): one group 7.8 ms, eight 5.5 ms.
+_CPU_GROUP_KEYS = 1536
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -20,7 +25,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 def add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The norm of x + residual, and that sum: the residual stream after a sublayer. Shapes [num_tokens, hidden_size]."""
+    """The norm of x + residual, and that sum: the residual stream after a sublayer. [num_tokens, hidden_size] each."""
     residual = residual + x
     return rms_norm(residual, weight, eps), residual
 
@@ -64,28 +69,62 @@ class ChunkPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class DecodeGroup:
+    """Decodes [start, end) of the plan's order, which attend in one call."""
+
+    start: int
+    end: int
+    blocks: torch.Tensor  # [(end - start) * max_blocks] int32
+    mask: torch.Tensor  # [end - start, 1, 1, max_blocks * block_size], added to the scores
+
+
+@dataclass(frozen=True, slots=True)
 class AttentionPlan:
     """What all layers of a step share."""
 
     num_decode_rows: int
-    decode_blocks: torch.Tensor  # [num_decode_rows * max_blocks] int32
-    decode_mask: torch.Tensor  # [num_decode_rows, 1, 1, max_blocks * block_size], added to the scores
+    decode_order: torch.Tensor | None  # [num_decode_rows] int64: rows in the groups' order; None: as they come
+    decode_places: torch.Tensor | None  # the inverse: each row's place in that order
+    groups: tuple[DecodeGroup, ...]
     chunks: tuple[ChunkPlan, ...]
 
 
 def plan_attention(batch: AttentionBatch, block_size: int, dtype: torch.dtype) -> AttentionPlan:
     """Computes once a step what `attend` needs in every layer. `dtype` is that of the queries."""
     num_rows = batch.num_decode_rows
-    max_blocks = -(-max(batch.host_seq_lens[:num_rows], default=0) // block_size)
-    keys = torch.arange(max_blocks * block_size, device=batch.seq_lens.device)
-    beyond = keys >= batch.seq_lens[:num_rows, None]
-    mask = torch.zeros(beyond.shape, dtype=dtype, device=beyond.device).masked_fill_(beyond, -torch.inf)
-    return AttentionPlan(
-        num_decode_rows=num_rows,
-        decode_blocks=batch.block_tables[:num_rows, :max_blocks].flatten(),
-        decode_mask=mask[:, None, None, :],
-        chunks=tuple(_plan_chunk(batch, row, block_size) for row in range(num_rows, batch.num_rows)),
-    )
+    chunks = tuple(_plan_chunk(batch, row, block_size) for row in range(num_rows, batch.num_rows))
+    host_lens = list(batch.host_seq_lens[:num_rows])
+    block_tables, seq_lens = batch.block_tables[:num_rows], batch.seq_lens[:num_rows]
+    order = places = None
+    spans = [(0, num_rows)] if num_rows else []
+    if num_rows > 1 and seq_lens.device.type == "cpu":
+        # Rows of about the same length together: a group is padded to its longest.
+        order = torch.tensor(sorted(range(num_rows), key=host_lens.__getitem__))
+        places = torch.empty_like(order).index_copy_(0, order, torch.arange(num_rows))
+        block_tables, seq_lens = block_tables.index_select(0, order), seq_lens.index_select(0, order)
+        host_lens.sort()
+        spans = _split_into_groups(host_lens)
+    groups = []
+    for start, end in spans:
+        num_blocks = -(-max(host_lens[start:end]) // block_size)
+        mask = _length_mask(seq_lens[start:end], num_blocks * block_size, dtype)
+        groups.append(DecodeGroup(start, end, block_tables[start:end, :num_blocks].flatten(), mask))
+    return AttentionPlan(num_rows, order, places, tuple(groups), chunks)
+
+
+def _split_into_groups(ascending_lens: list[int]) -> list[tuple[int, int]]:
+    """Spans of rows, at least one each, that gather _CPU_GROUP_KEYS keys at most."""
+    starts = [0]
+    for row, seq_len in enumerate(ascending_lens):
+        if row > starts[-1] and (row + 1 - starts[-1]) * seq_len > _CPU_GROUP_KEYS:
+            starts.append(row)
+    return list(zip(starts, [*starts[1:], len(ascending_lens)], strict=True))
+
+
+def _length_mask(seq_lens: torch.Tensor, num_keys: int, dtype: torch.dtype) -> torch.Tensor:
+    """[num_rows, 1, 1, num_keys]: 0 for keys that the row has, -inf behind them."""
+    beyond = torch.arange(num_keys, device=seq_lens.device) >= seq_lens[:, None]
+    return torch.zeros(beyond.shape, dtype=dtype, device=beyond.device).masked_fill_(beyond, -torch.inf)[:, None, None]
 
 
 def _plan_chunk(batch: AttentionBatch, row: int, block_size: int) -> ChunkPlan:
@@ -115,11 +154,19 @@ def attend(
 def _attend_decodes(
     q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, plan: AttentionPlan, scale: float
 ) -> torch.Tensor:
-    k = _gather(k_cache, plan.decode_blocks, plan.num_decode_rows)
-    v = _gather(v_cache, plan.decode_blocks, plan.num_decode_rows)
+    if plan.decode_order is not None:
+        q = q.index_select(0, plan.decode_order)
+    outputs = [_attend_group(q[group.start : group.end], k_cache, v_cache, group, scale) for group in plan.groups]
+    out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return out if plan.decode_places is None else out.index_select(0, plan.decode_places)
+
+
+def _attend_group(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, group: DecodeGroup, scale: float
+) -> torch.Tensor:
+    k, v = _gather(k_cache, group.blocks, len(q)), _gather(v_cache, group.blocks, len(q))
     # Measured on a CPU (64 rows, 144 keys, 8/4 heads): 0.49 ms so, 0.93 ms with a group's heads packed as query rows.
-    out = F.scaled_dot_product_attention(q.unsqueeze(2), k, v, plan.decode_mask, scale=scale, enable_gqa=True)
-    return out.squeeze(2)
+    return F.scaled_dot_product_attention(q.unsqueeze(2), k, v, group.mask, scale=scale, enable_gqa=True).squeeze(2)
 
 
 def _attend_chunk(
