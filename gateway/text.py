@@ -39,7 +39,7 @@ class TextModel:
     async def encode_chat(
         self, messages: Sequence[Message], add_generation_prompt: bool, add_special_tokens: bool
     ) -> list[int]:
-        """The conversation through the chat template, which writes special tokens itself; the tokenizer may add its own.
+        """The conversation through the chat template, which writes special tokens itself; the tokenizer may add some.
 
         Raises: InvalidArgumentError naming `messages` if there is no template or it refuses them.
         """
