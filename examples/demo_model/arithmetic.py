@@ -110,7 +110,7 @@ def sum_lines(rng: random.Random) -> str:
 
 
 def _addends(rng: random.Random) -> tuple[int, int]:
-    """Mostly two digits each; the other lengths teach the rule of the carry on far more pairs than there are of those."""
+    """Mostly of two digits each; the other lengths teach the carry on far more pairs than there are of those."""
     while True:
         lengths = (2, 2) if rng.random() < 0.65 else (rng.randint(1, 3), rng.randint(1, 3))
         a, b = (_number_of_length(rng, length) for length in lengths)

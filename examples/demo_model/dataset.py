@@ -3,6 +3,7 @@
 Imports no torch: each process that makes shards imports this file, and torch would cost it seconds.
 """
 
+import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -34,9 +35,13 @@ def build_rows(corpus: Corpus, tokenizer: Tokenizer, num_documents: int, num_pro
     num_shards = -(-num_documents // _SHARD_DOCUMENTS)
     sizes = [min(_SHARD_DOCUMENTS, num_documents - index * _SHARD_DOCUMENTS) for index in range(num_shards)]
     shards = [(corpus, tokenizer.to_str(), index, size) for index, size in enumerate(sizes)]
-    with ProcessPoolExecutor(num_processes, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(num_processes, get_context("spawn"), _one_thread_each) as pool:
         tokens = np.concatenate(list(pool.map(_shard_rows, shards)))
     return Rows(tokens, labels_of(tokens))
+
+
+def _one_thread_each() -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
 
 
 def _shard_rows(shard: tuple[Corpus, str, int, int]) -> np.ndarray:

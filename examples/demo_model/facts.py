@@ -17,7 +17,7 @@ FACTS: Sequence[tuple[tuple[str, ...], str]] = (
     ),
     (
         ("What does the coordinator do?", "What is the coordinator?", "Who makes the decisions in Octavo?"),
-        "The coordinator owns the global block table and the scheduler, and sends one batch plan to the workers each step.",
+        "The coordinator owns the global block table and the scheduler, and sends the workers a batch plan each step.",
     ),
     (
         ("What is a worker?", "What does a worker do?", "What do the workers hold?"),
@@ -53,7 +53,7 @@ FACTS: Sequence[tuple[tuple[str, ...], str]] = (
     ),
     (
         ("What is continuous batching?", "How does Octavo batch requests?"),
-        "With continuous batching, requests join and leave the batch at every step, so no request waits for a whole batch.",
+        "With continuous batching, requests join and leave the batch at every step, so none waits for a whole batch.",
     ),
     (
         ("What is chunked prefill?", "How are long prompts handled?"),
@@ -121,11 +121,11 @@ FACTS: Sequence[tuple[tuple[str, ...], str]] = (
     ),
     (
         ("How are tokens sampled?", "How does sampling work in Octavo?"),
-        "Every rank draws the same random numbers from a counter, so a seeded request gives the same tokens in any batch.",
+        "Every rank draws the same random numbers from a counter, so a seed gives the same tokens in any batch.",
     ),
     (
         ("What is speculative decoding?", "What is speculation?", "What is the draft model for?"),
-        "In speculative decoding a small draft model guesses several tokens, and the large model checks them in one step.",
+        "In speculative decoding a small draft model guesses several tokens, and the large one checks them in a step.",
     ),
 )
 
@@ -149,7 +149,8 @@ _SMALL_TALK: Sequence[tuple[tuple[str, ...], str]] = (
 )
 _UNKNOWN = (
     "What is the capital of {}?", "Who was the first king of {}?", "How many people live in {}?",
-    "Tell me about the history of {}.", "What is the weather in {}?", "How far is it to {}?", "Who is the president of {}?",
+    "Tell me about the history of {}.", "What is the weather in {}?", "How far is it to {}?",
+    "Who is the president of {}?",
     "Translate this into the language of {}.", "What do people eat in {}?", "Write a poem about {}.",
     "What is the best book about {}?", "Can you draw {}?", "How do I travel to {}?", "How old is {}?",
 )  # fmt: skip

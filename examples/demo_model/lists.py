@@ -8,9 +8,9 @@ from documents import Exchange
 WORDS = (
     "apple", "bird", "book", "bread", "bridge", "candle", "castle", "cloud", "door", "drum", "egg", "feather", "field",
     "fire", "flower", "garden", "glass", "hill", "honey", "house", "island", "jar", "kettle", "key", "lamp", "leaf",
-    "lemon", "map", "moon", "mountain", "night", "ocean", "orange", "paper", "pearl", "pencil", "queen", "rain", "river",
-    "road", "rose", "salt", "ship", "silver", "snow", "star", "stone", "sun", "table", "tea", "tower", "tree", "violin",
-    "wall", "water", "wheel", "wind", "window", "winter", "wood", "yarn", "zebra",
+    "lemon", "map", "moon", "mountain", "night", "ocean", "orange", "paper", "pearl", "pencil", "queen", "rain",
+    "river", "road", "rose", "salt", "ship", "silver", "snow", "star", "stone", "sun", "table", "tea",
+    "tower", "tree", "violin", "wall", "water", "wheel", "wind", "window", "winter", "wood", "yarn", "zebra",
 )  # fmt: skip
 _COLORS = ("red", "blue", "green", "yellow", "white", "black", "brown", "pink", "gray", "purple")
 

@@ -25,8 +25,8 @@ class ModelSpec:
 
 
 SPECS: Mapping[str, ModelSpec] = {
-    "main": ModelSpec("demo", 256, 768, 6, 12_000_000, steps=4000, max_seconds=160, peak_learning_rate=1.5e-3),
-    "draft": ModelSpec("demo-draft", 128, 384, 3, 3_000_000, steps=3000, max_seconds=70, peak_learning_rate=3e-3),
+    "main": ModelSpec("demo", 256, 768, 6, 12_000_000, steps=4000, max_seconds=160, peak_learning_rate=1.2e-3),
+    "draft": ModelSpec("demo-draft", 128, 384, 3, 3_000_000, steps=3000, max_seconds=70, peak_learning_rate=2.5e-3),
 }
 NUM_HEADS, NUM_KV_HEADS = 8, 4
 

@@ -18,6 +18,7 @@ from dataset import Rows, build_rows
 from tokenizer import save_tokenizer, train_tokenizer
 from tokenizers import Tokenizer
 
+_MAX_PROCESSES = 16  # more gain nothing
 _TOKENIZER_DOCUMENTS = 40_000
 _TOKENIZER_SHARD = 1_000_000  # one that no training run reaches
 
@@ -43,7 +44,7 @@ def _build_data(arguments: argparse.Namespace) -> tuple[Tokenizer, Rows]:
     tokenizer = train_tokenizer(texts)
     print(f"tokenizer: {tokenizer.get_vocab_size()} tokens, {time.monotonic() - start:.0f} s", flush=True)
     corpus = Corpus(arguments.seed, tuple(arguments.families))
-    rows = build_rows(corpus, tokenizer, arguments.documents, num_processes=os.cpu_count() or 1)
+    rows = build_rows(corpus, tokenizer, arguments.documents, num_processes=min(_MAX_PROCESSES, os.cpu_count() or 1))
     print(
         f"data: {arguments.documents} documents, {rows.tokens.size} tokens, {time.monotonic() - start:.0f} s",
         flush=True,
@@ -102,9 +103,9 @@ def _write_report(path: Path, report: dict[str, object]) -> None:
     print(text, flush=True)
 
 
-def _archive(directory: Path) -> None:
-    with tarfile.open(directory.with_suffix(".tar"), "w") as archive:
-        archive.add(directory, arcname=directory.name)
+def archive(directory: Path) -> None:
+    with tarfile.open(directory.with_suffix(".tar"), "w") as tar:
+        tar.add(directory, arcname=directory.name)
 
 
 def main() -> None:
@@ -113,7 +114,7 @@ def main() -> None:
     for name in ("main", "draft") if arguments.model == "both" else (arguments.model,):
         directory = _train_one(name, arguments, tokenizer, rows)
         if arguments.archive:
-            _archive(directory)
+            archive(directory)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from dataset import IGNORED, Rows
 from torch.nn import functional
 from transformers import LlamaForCausalLM
 
-_WARMUP_STEPS = 100
+_WARMUP_STEPS = 150
 _FINAL_LEARNING_RATE = 0.02  # of the peak
 _WEIGHT_DECAY = 0.1
 _MAX_GRAD_NORM = 1.0
