@@ -34,6 +34,7 @@ STOP, LENGTH = generation_pb2.FINISH_REASON_STOP, generation_pb2.FINISH_REASON_L
 MAX_MODEL_LEN = 256
 SPECIAL_TOKENS = ["<|bos|>", "<|eos|>", "<|system|>", "<|user|>", "<|assistant|>"]
 EOS = 1
+LETTER_A = 37  # the id of "A"; the other capitals follow
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}"
     "{% if loop.first and m.role == 'assistant' %}{{ raise_exception('the user speaks first') }}{% endif %}"
@@ -178,7 +179,7 @@ def _response(submit, token_ids, finish_reason, answer):
 
 def logprob_table(token_ids, num_top, logprobs):
     """Each token is the second likeliest; the likeliest ones are the letters from "A" on."""
-    tops = list(range(40, 40 + num_top))
+    tops = list(range(LETTER_A, LETTER_A + num_top))
     rows = [[token_id, *tops] for token_id in token_ids]
     values = [[logprobs[1], *logprobs[:num_top]] for _ in token_ids]
     return sampling_pb2.LogprobTable(

@@ -177,7 +177,7 @@ def test_logprobs_stand_beside_the_tokens(gateway):
     assert [row.token.token_id for row in rows] == token_ids
     assert [(row.token.logprob, row.token.rank) for row in rows] == [(-1.5, 2)] * len(rows)
     assert [[(top.token_id, top.logprob, top.rank) for top in row.top] for row in rows] == [
-        [(40, -0.5, 1), (41, -1.5, 2)]
+        [(37, -0.5, 1), (38, -1.5, 2)]
     ] * len(rows)
     prompt_rows = responses[0].prompt_logprobs
     assert not prompt_rows[0].HasField("token")
