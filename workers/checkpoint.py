@@ -8,7 +8,7 @@ import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ..errors import CheckpointError, NotFoundError
 from .model_config import ModelConfig
@@ -59,7 +59,7 @@ class TensorHeader:
 
 
 def verify_checkpoint(path: str | Path, config: ModelConfig) -> None:
-    """Raises CheckpointError, in one line, unless the directory holds exactly the model's tensors, whole files in all."""
+    """Raises CheckpointError, in one line, unless the directory holds exactly the model's tensors, in whole files."""
     verify_tensors(path, tensor_shapes(config))
 
 
@@ -85,7 +85,9 @@ def verify_tensors(path: str | Path, expected: Shapes) -> None:
         _list_problem("of a type that is not served", not_float),
     ]
     if found := "; ".join(filter(None, problems)):
-        raise CheckpointError(f"checkpoint {path} does not fit its config.json: {found}")
+        raise CheckpointError(
+            f"checkpoint {path} does not fit its config.json: {found}; download it again, or correct config.json"
+        )
 
 
 def _list_problem(what: str, items: list[str]) -> str:
@@ -112,20 +114,23 @@ def read_headers(path: str | Path) -> dict[str, TensorHeader]:
 
 
 def checkpoint_files(path: str | Path) -> list[Path]:
-    """The safetensors files of a model directory: those of the index if there is one, else the single file."""
+    """The safetensors files of a model directory: the single file if there is one, as transformers prefers it, else
+    those of the index."""
     path = Path(path)
     if not path.is_dir():
         raise NotFoundError(f"model directory {path} does not exist; give a Hugging Face model directory")
-    if (path / INDEX_FILE).is_file():
-        return _indexed_files(path)
     if (path / SINGLE_FILE).is_file():
         return [path / SINGLE_FILE]
+    if (path / INDEX_FILE).is_file():
+        return _indexed_files(path)
     if any(path.glob("*.bin")):
         raise CheckpointError(
             f"{path} holds only .bin weights, which can run code when loaded; convert them to safetensors "
             "(transformers: from_pretrained(...).save_pretrained(...))"
         )
-    raise CheckpointError(f"{path} has neither {SINGLE_FILE} nor {INDEX_FILE}")
+    raise CheckpointError(
+        f"{path} has neither {SINGLE_FILE} nor {INDEX_FILE}; download its weights, or use --load-format dummy"
+    )
 
 
 def _indexed_files(path: Path) -> list[Path]:
@@ -138,7 +143,9 @@ def _indexed_files(path: Path) -> list[Path]:
     if bad := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
         raise CheckpointError(f"{path / INDEX_FILE} names {bad[0]!r}, which is no file name of its own directory")
     if missing := [name for name in names if not (path / name).is_file()]:
-        raise CheckpointError(f"{path} lacks {len(missing)} of {len(names)} weight files: {_join_first(missing)}")
+        raise CheckpointError(
+            f"{path} lacks {len(missing)} of {len(names)} weight files: {_join_first(missing)}; download them"
+        )
     return [path / name for name in names]
 
 
@@ -148,13 +155,12 @@ def _join_first(names: Iterable[str]) -> str:
 
 
 def _read_file_header(file: Path) -> dict[str, TensorHeader]:
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        prefix = stream.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else None
-        if length is None or length > min(size - 8, _MAX_HEADER_BYTES):
-            raise _corrupt(file, "its header is cut off")
-        encoded = stream.read(length)
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            encoded = _read_encoded_header(stream, file, size)
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
     try:
         header = json.loads(encoded)
         tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
@@ -162,9 +168,17 @@ def _read_file_header(file: Path) -> dict[str, TensorHeader]:
         parsed = {name: _parse_entry(file, entry) for name, entry in tensors.items()}
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise _corrupt(file, "its header is malformed") from error
-    if (expected_size := 8 + length + data_end) != size:
+    if (expected_size := 8 + len(encoded) + data_end) != size:
         raise _corrupt(file, f"it has {size} bytes, and its header describes {expected_size}")
     return parsed
+
+
+def _read_encoded_header(stream: BinaryIO, file: Path, size: int) -> bytes:
+    prefix = stream.read(8)
+    length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else None
+    if length is None or length > min(size - 8, _MAX_HEADER_BYTES):
+        raise _corrupt(file, "its header is cut off")
+    return stream.read(length)
 
 
 def _parse_entry(file: Path, entry: dict[str, Any]) -> TensorHeader:

@@ -163,5 +163,6 @@ class ParallelLMHead:
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """[n, hidden_size] to float32 [n, num_rows]; rows behind the vocabulary's end are -inf."""
         logits = F.linear(hidden, self._table.weight).float()
-        logits[:, self._table.num_tokens :] = -torch.inf
+        if self._table.num_tokens < self._table.num_rows:
+            logits[:, self._table.num_tokens :] = -torch.inf
         return logits

@@ -82,13 +82,13 @@ class ModelConfig:
         )
 
     def validate_tensor_parallel(self, size: int) -> None:
-        """Raises InvalidArgumentError, naming the sizes that would work, unless the model splits over `size` ranks."""
+        """Raises InvalidArgumentError, naming the sizes that work, unless the model splits over `size` ranks."""
         if self._splits_over(size):
             return
         sizes = ", ".join(str(n) for n in range(1, self.num_heads + 1) if self._splits_over(n))
         raise InvalidArgumentError(
-            f"tensor_parallel_size {size} does not split the model: {self.num_heads} attention heads, {self.num_kv_heads} "
-            f"KV heads, MLP of {self.intermediate_size}; sizes that do: {sizes}",
+            f"tensor_parallel_size {size} does not split the model: {self.num_heads} attention heads, "
+            f"{self.num_kv_heads} KV heads, MLP of {self.intermediate_size}; sizes that do: {sizes}",
             field="tensor_parallel_size",
         )
 

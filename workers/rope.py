@@ -1,10 +1,10 @@
 """Rotary position embedding: inverse frequencies with the scalings of Llama's family, and the cos/sin tables.
 
-The numbers are those of transformers' modeling_rope_utils. One rule is ours: a table is a function of the position alone,
-because the cached keys of a sequence are never rotated again. For "dynamic" (NTK-aware by length) the row of position p
-takes the frequencies of a sequence of p + 1 tokens. That is what transformers computes for every token it decodes, and for
-every prompt within max_position_embeddings; a longer prompt it rotates as a whole with the frequencies of its full length,
-which chunks cannot do, so beyond max_position_embeddings such prompts differ.
+The numbers are those of transformers' modeling_rope_utils. One rule is ours: a table is a function of the position
+alone, because the cached keys of a sequence are never rotated again. For "dynamic" (NTK-aware by length) the row of
+position p takes the frequencies of a sequence of p + 1 tokens. That is what transformers computes for every token it
+decodes, and for every prompt within max_position_embeddings; a longer prompt it rotates as a whole with the frequencies
+of its full length, which chunks cannot do, so beyond max_position_embeddings such prompts differ.
 """
 
 import math

@@ -66,9 +66,9 @@ class RopeConfig:
         if factor is None and rope_type == "yarn":
             factor = max_position_embeddings / original
         try:
-            return cls(
+            rope = cls(
                 rope_type=rope_type,
-                theta=float(theta),
+                theta=_positive("rope_theta", theta),
                 original_max_position_embeddings=int(original),
                 factor=1.0 if factor is None else _positive("factor", factor),
                 low_freq_factor=_positive("low_freq_factor", fields.get("low_freq_factor", 1.0)),
@@ -82,6 +82,9 @@ class RopeConfig:
             )
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"config.json: a rope parameter is not a number: {error}") from error
+        if rope_type == "llama3" and rope.low_freq_factor >= rope.high_freq_factor:
+            raise CheckpointError("config.json: rope parameter low_freq_factor must be under high_freq_factor")
+        return rope
 
 
 def _refuse_partial_rotary(config: dict[str, Any], fields: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -46,7 +46,7 @@ class SafetensorsWeights:
         self._files: dict[Path, Any] = {}
         self._stack = ExitStack()
 
-    def __enter__(self) -> "SafetensorsWeights":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -92,6 +92,7 @@ class DummyWeights:
             make: Callable[..., torch.Tensor] = torch.zeros if name.endswith(".bias") else torch.ones
             return make(shape, dtype=self._dtype, device=self._device)
         generator = torch.Generator(self._device)
-        generator.manual_seed((self._seed << 32 | zlib.crc32(name.encode())) & (1 << 63) - 1)
+        # One hash of both: torch's CPU generator takes in no more than 32 bits.
+        generator.manual_seed(zlib.crc32(f"{self._seed}/{name}".encode()))
         tensor = torch.empty(shape, dtype=self._dtype, device=self._device)
         return tensor.normal_(std=_DUMMY_STD, generator=generator)

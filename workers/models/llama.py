@@ -1,5 +1,7 @@
 """Llama (arXiv 2302.13971, 2307.09288, 2407.21783): one rank's share of the decoder, over a paged KV cache."""
 
+from collections.abc import Mapping
+
 import torch
 
 from ...kernels.batch import AttentionBatch
@@ -108,10 +110,8 @@ class Step:
 class LlamaForCausalLM:
     """One rank of the model. Its weights are unset until `load_weights`."""
 
-    tensor_shapes = staticmethod(tensor_shapes)
-
     def __init__(self, config: ModelConfig, tp: TensorParallel, dtype: torch.dtype, max_model_len: int) -> None:
-        """Allocates the shard on tp.device. Raises InvalidArgumentError when the model does not split over the ranks."""
+        """Allocates the shard on tp.device. Raises InvalidArgumentError if the model does not split over the ranks."""
         config.validate_tensor_parallel(tp.size)
         self.config, self.dtype = config, dtype
         self.ops = operations_for(tp.device)
@@ -125,6 +125,11 @@ class LlamaForCausalLM:
         self.norm = RMSNorm(ctx, config.hidden_size, config.rms_norm_eps)
         self.lm_head = ParallelLMHead(self._head_table)
         self.rope = RotaryEmbedding(config, max_model_len, dtype, tp.device)
+
+    @staticmethod
+    def tensor_shapes(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
+        """The tensors of its checkpoints, by name."""
+        return tensor_shapes(config)
 
     @property
     def num_kv_heads(self) -> int:

@@ -21,7 +21,8 @@ def gumbel_noise(seeds: torch.Tensor, positions: torch.Tensor, vocab: VocabSlice
     words = philox((positions[:, None], groups[None, :], zero, zero), (seeds[:, :1], seeds[:, 1:]))
     bits = torch.stack(words, dim=-1).flatten(1)  # [n, 4 * num_groups]
     offset = vocab.start - 4 * first
-    uniform = ((bits[:, offset : offset + vocab.size] >> 8).float() + 0.5) * 2.0**-24
-    # The largest sum rounds up to 1.0, whose Gumbel would be infinite.
+    uniform = (bits[:, offset : offset + vocab.size].float() + 0.5) * 2.0**-32
+    # Small numbers, where floats are dense, make the large noise, so unlikely tokens get their due. The largest ones
+    # round up to 1.0, whose noise would be infinite.
     uniform.clamp_(max=1.0 - 2.0**-24)
-    return uniform.log_().neg_().log_().neg_()
+    return uniform.neg_().log1p_().neg_().log_().neg_()

@@ -1,7 +1,7 @@
 """Repetition, presence and frequency penalties.
 
-Repetition follows CTRL (Keskar et al. 2019, 4.1) as transformers and vLLM apply it: positive logits of tokens in prompt or
-output are divided, negative ones multiplied. Presence and frequency are OpenAI's and count the output alone.
+Repetition follows CTRL (Keskar et al. 2019, 4.1) as transformers and vLLM apply it: positive logits of tokens in prompt
+or output are divided, negative ones multiplied. Presence and frequency are OpenAI's and count the output alone.
 Counts are made from the slot table on the device each step, for the rows that use them.
 """
 
@@ -31,7 +31,7 @@ class Penalties:
 def build_penalties(
     table: SamplingTable, slots: NDArray[np.int64], num_prompt: NDArray[np.int64], device: torch.device
 ) -> Penalties | None:
-    """Penalties of the rows whose slots are `slots` [n]; num_prompt [n] counts their prompt tokens. None: no row has one."""
+    """Penalties of the rows whose slots are `slots` [n], with `num_prompt` [n] prompt tokens. None: no row has one."""
     repetition, presence = table.repetition_penalty[slots], table.presence_penalty[slots]
     frequency = table.frequency_penalty[slots]
     (rows,) = np.nonzero((repetition != 1) | (presence != 0) | (frequency != 0))

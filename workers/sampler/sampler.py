@@ -1,7 +1,7 @@
 """The sampler: logits of this rank's vocabulary slice to token ids that all ranks agree on.
 
-Order, as vLLM's users expect it: logit_bias, bad_words and min_tokens; penalties; temperature; min_p; top_k; top_p; then
-Gumbel-max. Logprobs are of the logits as the model made them. Nothing here waits for the device.
+Order, as vLLM's users expect it: logit_bias, bad_words and min_tokens; penalties; temperature; min_p; top_k; top_p;
+then Gumbel-max. Logprobs are of the logits as the model made them. Nothing here waits for the device.
 """
 
 from dataclasses import dataclass

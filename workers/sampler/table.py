@@ -61,7 +61,7 @@ class SamplingTable:
 
 
 def _count(params: sampling_pb2.SamplingParams, field: str, vocab_size: int) -> int:
-    if not params.HasField(field):  # type: ignore[arg-type]
+    if not params.HasField(field):
         return -1
     count: int = getattr(params, field)
     if count > MAX_LOGPROBS:

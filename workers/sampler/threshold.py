@@ -4,8 +4,8 @@ Both ask for the greatest threshold t for which the tokens with logit >= t weigh
 weighs 1, and p times the whole mass where it weighs its probability. Logits become unsigned keys of the same order, and
 three passes of a radix histogram (11, 11 and 10 bits from the top) find t's key; ranks add up the histograms.
 
-Weights are integers, so sums are exact in any order: the threshold is the same on every rank, at any number of ranks and
-on any device. Probabilities are in units of 2**-44 of the likeliest token's.
+Weights are integers, so sums are exact in any order: the threshold is the same on every rank, at any number of ranks
+and on any device. Probabilities are in units of 2**-44 of the likeliest token's.
 """
 
 import torch
