@@ -1,0 +1,137 @@
+"""The options of a server, with vLLM's names where vLLM has them: one dataclass, from which the command line, the YAML
+file and `LLM(...)` take names, types, defaults and help.
+
+What only the machine or the model can answer ("auto", None) is resolved later, in launch/resolve.py.
+"""
+
+import math
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Literal
+
+from ..errors import InvalidArgumentError
+
+DEFAULT_MODEL = Path(__file__).resolve().parent.parent / "examples" / "demo_model" / "demo"
+DEFAULT_GRPC_PORT = 50051
+
+Device = Literal["auto", "cuda", "cpu"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+LoadFormat = Literal["auto", "safetensors", "dummy"]
+
+
+def _help(text: str, shown: str | None = None) -> dict[str, str | None]:
+    """A field's metadata; `shown` describes a default that says little by itself."""
+    return {"help": text, "shown": shown}
+
+
+@dataclass(frozen=True, slots=True)
+class ServeConfig:
+    """All options of `octavo serve`. Construction checks each by itself; raises InvalidArgumentError naming it."""
+
+    model: str = field(
+        default=str(DEFAULT_MODEL), metadata=_help("Hugging Face model directory or repository id.", "the demo model")
+    )
+    tensor_parallel_size: int = field(
+        default=1, metadata=_help("Ranks that hold the model together, sharded by attention head.")
+    )
+    num_groups: int = field(default=1, metadata=_help("Worker groups; each holds the whole model."))
+    num_gateways: int = field(default=1, metadata=_help("Gateway processes that share the public ports."))
+    device: Device = field(
+        default="auto", metadata=_help("Where the ranks run; auto: GPUs if Ray has enough free ones, else the CPU.")
+    )
+    dtype: Dtype = field(
+        default="auto",
+        metadata=_help("Type of weights and KV cache; auto: the checkpoint's on GPUs, float32 on the CPU."),
+    )
+    load_format: LoadFormat = field(
+        default="auto", metadata=_help("safetensors (auto), or dummy: random weights of the model's shape.")
+    )
+    block_size: int = field(default=16, metadata=_help("Tokens in a block of the KV cache."))
+    max_model_len: int | None = field(
+        default=None, metadata=_help("Most tokens of a prompt and its output.", "the model's own")
+    )
+    max_num_seqs: int = field(default=256, metadata=_help("Most sequences of a group that run at once."))
+    max_num_batched_tokens: int | None = field(
+        default=None, metadata=_help("Most tokens of one step.", "8192 on GPUs, 2048 on the CPU")
+    )
+    gpu_memory_utilization: float = field(
+        default=0.9, metadata=_help("Share of a device's memory that Octavo may use in all.")
+    )
+    num_gpu_blocks_override: int | None = field(
+        default=None, metadata=_help("Blocks of the KV cache on each rank.", "as many as fit")
+    )
+    max_num_waiting: int = field(
+        default=8192, metadata=_help("Most requests that wait for a place in a batch; more are refused.")
+    )
+    num_inflight_steps: int = field(
+        default=2, metadata=_help("Steps that are sent to the ranks ahead of their results.")
+    )
+    host: str = field(default="127.0.0.1", metadata=_help("Interface of the public ports; 0.0.0.0 for all."))
+    port: int = field(default=8000, metadata=_help("OpenAI-compatible HTTP port; 0 opens none."))
+    grpc_port: int = field(default=DEFAULT_GRPC_PORT, metadata=_help("gRPC port; 0 opens none."))
+    served_model_name: tuple[str, ...] = field(
+        default=(), metadata=_help("Name that requests may use; repeat for several.", "from the model's path")
+    )
+    seed: int | None = field(
+        default=None, metadata=_help("Seed of requests that name none, and of dummy weights.", "drawn by the system")
+    )
+    ray_address: str | None = field(
+        default=None, metadata=_help("Ray cluster to join: HOST:PORT, or auto.", "starts a local one")
+    )
+    skip_tokenizer_init: bool = field(default=False, metadata=_help("Serve token ids only; load no tokenizer."))
+    first_request: str | None = field(
+        default=None, metadata=_help("When ready, send this text over gRPC and show the answer.", "none")
+    )
+
+    def __post_init__(self) -> None:
+        values = asdict(self)
+        for name in _AT_LEAST_ONE:
+            _require_at_least(name, values[name], 1)
+        _require_at_least("num_inflight_steps", self.num_inflight_steps, 2)
+        _require_at_least("max_model_len", self.max_model_len, 2)
+        _require_ports(self.port, self.grpc_port)
+        if not (math.isfinite(self.gpu_memory_utilization) and 0 < self.gpu_memory_utilization <= 1):
+            raise _refusal("gpu_memory_utilization", f"must be in (0, 1], got {self.gpu_memory_utilization}")
+        if self.max_num_batched_tokens is not None and self.max_num_batched_tokens < self.max_num_seqs:
+            reason = f"must be at least max_num_seqs ({self.max_num_seqs}), got {self.max_num_batched_tokens}"
+            raise _refusal("max_num_batched_tokens", reason)
+        if self.seed is not None and not 0 <= self.seed < 2**64:
+            raise _refusal("seed", f"must be in [0, 2^64), got {self.seed}")
+        if not self.model or not all(self.served_model_name):
+            raise _refusal("model" if not self.model else "served_model_name", "must not be empty")
+        if self.first_request is not None and self.skip_tokenizer_init:
+            raise _refusal("first_request", "is text and needs the tokenizer; drop skip_tokenizer_init or this one")
+
+
+_AT_LEAST_ONE = (
+    "tensor_parallel_size",
+    "num_groups",
+    "num_gateways",
+    "block_size",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "num_gpu_blocks_override",
+    "max_num_waiting",
+)
+_MAX_UINT16 = 65_535
+
+
+def option_names() -> tuple[str, ...]:
+    return tuple(spec.name for spec in fields(ServeConfig))
+
+
+def _refusal(name: str, reason: str) -> InvalidArgumentError:
+    return InvalidArgumentError(f"{name} {reason}", name)
+
+
+def _require_at_least(name: str, value: int | None, low: int) -> None:
+    if value is not None and value < low:
+        raise _refusal(name, f"must be at least {low}, got {value}")
+
+
+def _require_ports(port: int, grpc_port: int) -> None:
+    for name, value in (("port", port), ("grpc_port", grpc_port)):
+        if not 0 <= value <= _MAX_UINT16:
+            raise _refusal(name, f"must be in [0, {_MAX_UINT16}], got {value}")
+    if port and port == grpc_port:
+        raise _refusal("grpc_port", f"must differ from port ({port})")

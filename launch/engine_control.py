@@ -1,0 +1,68 @@
+"""The launcher's line to the coordinator: worker groups in, status out."""
+
+import time
+from collections.abc import Callable
+
+import grpc
+
+from ..errors import OctavoError, UnavailableError
+from ..proto import admin_pb2, engine_pb2, engine_pb2_grpc
+
+_START_TIMEOUT_S = 60.0
+_PROBE_S = 0.2
+# A coordinator that is alive and busy answers within a step; after this long it hangs.
+_STATUS_TIMEOUT_S = 30.0
+
+
+class EngineControl:
+    """A channel to the coordinator at `address`."""
+
+    def __init__(self, address: str) -> None:
+        options = [("grpc.initial_reconnect_backoff_ms", 50), ("grpc.max_reconnect_backoff_ms", 100)]
+        self._channel = grpc.insecure_channel(address, options=options)
+        self._stub = engine_pb2_grpc.EngineStub(self._channel)
+
+    def wait_until_up(self, require_alive: Callable[[], None]) -> None:
+        """Until the coordinator answers. Raises what `require_alive` raises, or UnavailableError after a minute."""
+        deadline = time.monotonic() + _START_TIMEOUT_S
+        while time.monotonic() < deadline:
+            require_alive()
+            try:
+                grpc.channel_ready_future(self._channel).result(timeout=_PROBE_S)
+                return
+            except grpc.FutureTimeoutError:
+                continue
+        raise UnavailableError(f"the coordinator did not answer within {_START_TIMEOUT_S:.0f} s")
+
+    def add_group(self, request: engine_pb2.AddGroupRequest, report: Callable[[str, float], None]) -> int:
+        """Has the group load the model; `report(stage, duration_s)` after each stage. Returns its KV blocks.
+
+        Raises UnavailableError with the first rank's reason.
+        """
+        num_blocks = 0
+        try:
+            for progress in self._stub.AddGroup(request):
+                num_blocks = progress.num_blocks or num_blocks
+                if not progress.num_blocks:
+                    report(progress.stage, progress.duration_s)
+        except grpc.RpcError as error:
+            raise _to_error(error, f"worker group {request.group_id} did not start") from error
+        return num_blocks
+
+    def status(self) -> admin_pb2.GetStatusResponse:
+        """Raises UnavailableError if the coordinator does not answer."""
+        try:
+            status: admin_pb2.GetStatusResponse = self._stub.GetStatus(
+                admin_pb2.GetStatusRequest(), timeout=_STATUS_TIMEOUT_S
+            )
+            return status
+        except grpc.RpcError as error:
+            raise _to_error(error, "the coordinator does not answer") from error
+
+    def close(self) -> None:
+        """Ends calls that still run."""
+        self._channel.close()
+
+
+def _to_error(error: grpc.RpcError, what: str) -> OctavoError:
+    return UnavailableError(f"{what}: {' '.join(str(error.details()).split())}")

@@ -1,0 +1,78 @@
+"""What each process is told, from the options: EngineConfig, GatewayConfig, AddGroupRequest."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from ..proto import engine_pb2, gateway_pb2
+from .config import ServeConfig
+from .resolve import Placement, ServedModel
+
+
+class Endpoint(Protocol):
+    """Where one rank listens."""
+
+    @property
+    def address(self) -> str: ...
+
+    @property
+    def device(self) -> str: ...
+
+    @property
+    def store_address(self) -> str: ...
+
+
+def engine_config(
+    config: ServeConfig, model: ServedModel, placement: Placement, address: str
+) -> engine_pb2.EngineConfig:
+    return engine_pb2.EngineConfig(
+        address=address,
+        model=model.names[0],
+        vocab_size=model.config.vocab_size,
+        max_model_len=model.max_model_len,
+        block_size=config.block_size,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=placement.max_num_batched_tokens,
+        max_num_waiting=config.max_num_waiting,
+        num_inflight_steps=config.num_inflight_steps,
+    )
+
+
+def gateway_config(
+    config: ServeConfig, model: ServedModel, engine_address: str, local_address: str
+) -> gateway_pb2.GatewayConfig:
+    gateway = gateway_pb2.GatewayConfig(
+        engine_address=engine_address,
+        host=config.host,
+        http_port=config.port,
+        grpc_port=config.grpc_port,
+        model_path=str(model.path),
+        served_model_names=model.names,
+        max_model_len=model.max_model_len,
+        vocab_size=model.config.vocab_size,
+        eos_token_ids=model.config.eos_token_ids,
+        local_address=local_address,
+        skip_tokenizer_init=config.skip_tokenizer_init,
+    )
+    if config.seed is not None:
+        gateway.seed = config.seed
+    return gateway
+
+
+def add_group_request(
+    group_id: int, config: ServeConfig, model: ServedModel, placement: Placement, ranks: Sequence[Endpoint]
+) -> engine_pb2.AddGroupRequest:
+    worker = engine_pb2.WorkerConfig(
+        model_path=str(model.path),
+        load_format="dummy" if config.load_format == "dummy" else "safetensors",
+        dtype=placement.dtype,
+        block_size=config.block_size,
+        max_model_len=model.max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=placement.max_num_batched_tokens,
+        gpu_memory_utilization=config.gpu_memory_utilization,
+        num_blocks_override=config.num_gpu_blocks_override or 0,
+        store_address=ranks[0].store_address,
+        seed=config.seed or 0,
+    )
+    workers = [engine_pb2.WorkerEndpoint(address=rank.address, device=rank.device) for rank in ranks]
+    return engine_pb2.AddGroupRequest(group_id=group_id, workers=workers, config=worker)

@@ -1,0 +1,274 @@
+"""Ray: the cluster that the ranks run in, and one actor for each. The only module that imports ray.
+
+Ray places and starts the ranks; what they say to each other and to the coordinator goes over gRPC and NCCL or gloo.
+Actors take and return plain strings and numbers only.
+"""
+
+import contextlib
+import logging
+import os
+import signal
+import threading
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayError
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from ..errors import FailedPreconditionError, OctavoError, UnavailableError
+
+# A rank on the CPU claims little, so that a small machine may hold several; its threads share the cores fairly.
+_CPUS_PER_CPU_RANK = 0.25
+_OBJECT_STORE_BYTES = 80 * 1024 * 1024  # about Ray's minimum; nothing of ours goes through it
+_PLACEMENT_TIMEOUT_S = 30.0
+_STRICT_PLACEMENT_TIMEOUT_S = 5.0
+_ACTOR_START_TIMEOUT_S = 300.0  # a first import of torch from a cold network disk takes minutes
+_ACTOR_STOP_TIMEOUT_S = 3.0
+_PING_TIMEOUT_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class RankEndpoint:
+    """Where one rank listens."""
+
+    address: str
+    device: str
+    store_address: str  # of rank 0; empty for the others
+
+
+class RankActor:
+    """Runs one rank in a process of its own."""
+
+    def __init__(self, rank: int, device: str, is_local: bool, num_ranks_on_node: int) -> None:
+        """`device` is "cuda" or "cpu"; of a cluster's GPUs Ray chooses one. On a cluster the node's address is used."""
+        from ..workers.server import WorkerServer
+
+        self._device = _assigned_gpu() if device == "cuda" else device
+        self._server = WorkerServer(
+            host="127.0.0.1" if is_local else ray.util.get_node_ip_address(),
+            device=self._device,
+            create_store=rank == 0,
+            num_threads=max(1, len(os.sched_getaffinity(0)) // num_ranks_on_node),
+        )
+
+    def start(self) -> tuple[str, str, str]:
+        """Its address, its device, and the store's address."""
+        endpoints = self._server.start()
+        return endpoints.address, self._device, endpoints.store_address
+
+    def ping(self) -> int:
+        """The process id."""
+        return os.getpid()
+
+    def stop(self) -> None:
+        self._server.stop()
+
+
+def _assigned_gpu() -> str:
+    """The GPU that Ray gave this actor, as torch counts: all GPUs stay visible, so that ranks reach each other's."""
+    [assigned] = ray.get_runtime_context().get_accelerator_ids()["GPU"]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    index = visible.split(",").index(assigned) if visible else int(assigned)
+    return f"cuda:{index}"
+
+
+class RayCluster:
+    """A Ray that this process started, or joined; and the actors that it placed there."""
+
+    def __init__(self, address: str | None, num_ranks: int, device: str, temp_dir: Path) -> None:
+        """Joins the cluster at `address`; starts a local one of `num_ranks` places if there is none.
+
+        A local one keeps its files under `temp_dir`. Raises UnavailableError if the cluster does not answer.
+        """
+        self.is_local = address is None
+        self._placements: list[PlacementGroup] = []
+        self._groups: list[list[Any]] = []  # actors by group and rank
+        # A Ray that the program around us uses already is not ours to shut down.
+        self._owns_connection = not ray.is_initialized()
+        if not self._owns_connection:
+            self.is_local = False
+            return
+        with _own_sigterm_handler(), _environment("RAY_USAGE_STATS_ENABLED", "0"):
+            if address is None:
+                self._start_local(num_ranks, device, temp_dir)
+            else:
+                self._join(address)
+
+    def _start_local(self, num_ranks: int, device: str, temp_dir: Path) -> None:
+        try:
+            ray.init(
+                address="local",
+                num_cpus=num_ranks,
+                num_gpus=0 if device == "cpu" else None,
+                include_dashboard=False,
+                logging_level=logging.ERROR,
+                log_to_driver=False,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                _temp_dir=str(temp_dir),
+            )
+        except (RayError, RuntimeError, OSError) as error:
+            raise UnavailableError(f"Ray did not start: {_cause(error)}") from error
+
+    def _join(self, address: str) -> None:
+        try:
+            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
+        except (RayError, RuntimeError, OSError, ValueError) as error:
+            raise UnavailableError(
+                f"no Ray cluster answers at {address}: {_cause(error)}; check --ray-address, or leave it out to "
+                "start a local one"
+            ) from error
+
+    @property
+    def num_free_gpus(self) -> int:
+        return int(ray.available_resources().get("GPU", 0))
+
+    def start_groups(self, num_groups: int, num_ranks: int, device: str) -> list[list[RankEndpoint]]:
+        """Places and starts `num_ranks` ranks for each group; where they listen, by group and rank.
+
+        Raises FailedPreconditionError if the cluster has no room, UnavailableError if a rank's process does not start.
+        """
+        bundle = {"GPU": 1.0} if device == "cuda" else {"CPU": _CPUS_PER_CPU_RANK}
+        _require_room(bundle, num_groups * num_ranks)
+        for _ in range(num_groups):
+            self._placements.append(_place(bundle, num_ranks))
+        nodes = [placement_group_table(placement)["bundles_to_node_id"] for placement in self._placements]
+        num_on_node = Counter(node for group in nodes for node in group.values())
+        for placement, group in zip(self._placements, nodes, strict=True):
+            self._groups.append(
+                [self._start_actor(placement, rank, device, num_on_node[group[rank]]) for rank in range(num_ranks)]
+            )
+        return _await_endpoints(self._groups)
+
+    def _start_actor(self, placement: PlacementGroup, rank: int, device: str, num_ranks_on_node: int) -> Any:  # noqa: ANN401 (an actor handle)
+        actor_class = ray.remote(RankActor).options(**_actor_options(placement, rank, device))
+        return actor_class.remote(rank, device, self.is_local, num_ranks_on_node)
+
+    def find_dead_rank(self) -> str | None:
+        """Which rank's process has ended, and why, in one line; None if all answer."""
+        for group_id, actors in enumerate(self._groups):
+            for rank, actor in enumerate(actors):
+                try:
+                    ray.get(actor.ping.remote(), timeout=_PING_TIMEOUT_S)
+                except RayActorError as error:
+                    return f"rank {rank} of group {group_id} died: {_cause(error)}"
+                except GetTimeoutError:
+                    return f"rank {rank} of group {group_id} does not answer"
+        return None
+
+    def shut_down(self, hurry: threading.Event) -> None:
+        """Stops the actors, then what of Ray is ours. `hurry` skips the ranks' own goodbye."""
+        actors = [actor for group in self._groups for actor in group]
+        if actors and not hurry.is_set():
+            stops = [actor.stop.remote() for actor in actors]
+            ray.wait(stops, num_returns=len(stops), timeout=_ACTOR_STOP_TIMEOUT_S)
+        for actor in actors:
+            ray.kill(actor)
+        for placement in self._placements:
+            remove_placement_group(placement)
+        self._groups.clear()
+        self._placements.clear()
+        if self._owns_connection:
+            with _own_sigterm_handler():
+                ray.shutdown()
+
+
+def _await_endpoints(groups: Sequence[Sequence[Any]]) -> list[list[RankEndpoint]]:
+    try:
+        answers = ray.get(
+            [actor.start.remote() for actors in groups for actor in actors], timeout=_ACTOR_START_TIMEOUT_S
+        )
+    except GetTimeoutError as error:
+        raise UnavailableError(f"the ranks did not start within {_ACTOR_START_TIMEOUT_S:.0f} s") from error
+    except RayError as error:
+        raise UnavailableError(f"a rank did not start: {_cause(error)}") from error
+    remaining = iter(answers)
+    return [[RankEndpoint(*next(remaining)) for _ in actors] for actors in groups]
+
+
+def _place(bundle: dict[str, float], num_ranks: int) -> PlacementGroup:
+    """On one node if any has room, else on as few as possible."""
+    strategies = [("PACK", _PLACEMENT_TIMEOUT_S)]
+    if any(_fits(node, bundle, num_ranks) for node in ray.nodes()):
+        strategies.insert(0, ("STRICT_PACK", _STRICT_PLACEMENT_TIMEOUT_S))
+    for strategy, timeout_s in strategies:
+        placement: PlacementGroup = placement_group([bundle] * num_ranks, strategy=strategy)
+        if placement.wait(timeout_s):
+            return placement
+        remove_placement_group(placement)
+    raise _no_room(bundle, num_ranks)
+
+
+def _fits(node: dict[str, Any], bundle: dict[str, float], num_ranks: int) -> bool:
+    return bool(node["Alive"]) and all(
+        node["Resources"].get(name, 0) >= amount * num_ranks for name, amount in bundle.items()
+    )
+
+
+def _require_room(bundle: dict[str, float], num_ranks: int) -> None:
+    free = ray.available_resources()
+    if any(free.get(name, 0) < amount * num_ranks for name, amount in bundle.items()):
+        raise _no_room(bundle, num_ranks)
+
+
+def _no_room(bundle: dict[str, float], num_ranks: int) -> OctavoError:
+    free = ray.available_resources()
+    needs = ", ".join(f"{amount * num_ranks:g} {name}" for name, amount in bundle.items())
+    has = ", ".join(f"{free.get(name, 0):g}" for name in bundle)
+    return FailedPreconditionError(
+        f"Ray has no room for {num_ranks} rank(s): they need {needs}, and {has} is free; lower "
+        "--tensor-parallel-size or --num-groups, or add nodes"
+    )
+
+
+def _actor_options(placement: PlacementGroup, rank: int, device: str) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "num_cpus": 0 if device == "cuda" else _CPUS_PER_CPU_RANK,
+        "scheduling_strategy": PlacementGroupSchedulingStrategy(placement, rank),
+    }
+    if device == "cuda":
+        options["num_gpus"] = 1
+        # Peer-to-peer copies need to see the neighbours' GPUs; each rank names its own.
+        options["runtime_env"] = {"env_vars": {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}}
+    return options
+
+
+@contextlib.contextmanager
+def _own_sigterm_handler() -> Iterator[None]:
+    """Ray takes over SIGTERM when it starts; the program's own handler comes back."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
+@contextlib.contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    """Sets a variable that Ray reads when it starts, unless the user has set it."""
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        del os.environ[name]
+
+
+def _cause(error: BaseException) -> str:
+    """The line that says what happened: Ray appends the rank's own traceback, which ends with it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

@@ -1,0 +1,123 @@
+"""How to sample: vLLM's SamplingParams, with its names and defaults."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import InvalidArgumentError
+from ..proto import generation_pb2
+
+# Bounds as in proto/generation.proto, which the server holds to; an open lower end excludes the bound itself.
+_INT32 = 2**31 - 1
+_RANGES: dict[str, tuple[float, float]] = {
+    "temperature": (0, 100),
+    "top_p": (0, 1),
+    "top_k": (-1, _INT32),
+    "min_p": (0, 1),
+    "presence_penalty": (-2, 2),
+    "frequency_penalty": (-2, 2),
+    "repetition_penalty": (0, 2),
+    "seed": (-(2**63), 2**63 - 1),
+    "max_tokens": (1, _INT32),
+    "min_tokens": (0, _INT32),
+    "logprobs": (0, 20),
+    "prompt_logprobs": (0, 20),
+}
+_OPEN = frozenset({"top_p", "repetition_penalty"})
+_INTEGERS = frozenset({"top_k", "seed", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs"})
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """Construction checks every field. Raises InvalidArgumentError naming the first that is out of range.
+
+    `n`, `best_of` and `use_beam_search` are there to be refused by name until they are served.
+    """
+
+    n: int = 1
+    best_of: int | None = None
+    use_beam_search: bool = False
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: str | Sequence[str] | None = None
+    stop_token_ids: Sequence[int] | None = None
+    bad_words: Sequence[str] | None = None
+    ignore_eos: bool = False
+    max_tokens: int | None = 16  # None: up to the context length
+    min_tokens: int = 0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    logit_bias: Mapping[int, float] | None = None
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        if self.n != 1:
+            raise _refusal("n", f"must be 1, got {self.n}: several samples of a prompt are not served yet")
+        if self.best_of not in (None, 1):
+            raise _refusal("best_of", f"must be 1, got {self.best_of}: it is not served yet")
+        if self.use_beam_search:
+            raise _refusal("use_beam_search", "is not served yet")
+        for name, value in self._scalars().items():
+            if name in _RANGES and value is not None:
+                _check_range(name, value)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise _refusal("min_tokens", f"({self.min_tokens}) is over max_tokens ({self.max_tokens})")
+
+    def _scalars(self) -> dict[str, Any]:
+        return {
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "min_p": self.min_p,
+            "presence_penalty": self.presence_penalty,
+            "frequency_penalty": self.frequency_penalty,
+            "repetition_penalty": self.repetition_penalty,
+            "seed": self.seed,
+            "max_tokens": self.max_tokens,
+            "min_tokens": self.min_tokens,
+            "logprobs": self.logprobs,
+            "prompt_logprobs": self.prompt_logprobs,
+            "ignore_eos": self.ignore_eos,
+            "include_stop_str_in_output": self.include_stop_str_in_output,
+            "skip_special_tokens": self.skip_special_tokens,
+        }
+
+    def to_proto(self) -> generation_pb2.SamplingParams:
+        """Raises InvalidArgumentError for a value that protobuf does not take."""
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop
+        try:
+            return generation_pb2.SamplingParams(
+                n=self.n,
+                stop=stop,
+                stop_token_ids=self.stop_token_ids,
+                bad_words=self.bad_words,
+                logit_bias=self.logit_bias,
+                **self._scalars(),
+            )
+        except (TypeError, ValueError) as error:
+            raise InvalidArgumentError(f"sampling parameters: {error}") from error
+
+
+def _check_range(name: str, value: object) -> None:
+    low, high = _RANGES[name]
+    numeric = isinstance(value, int) if name in _INTEGERS else isinstance(value, int | float)
+    if not numeric or isinstance(value, bool):
+        kind = "an integer" if name in _INTEGERS else "a number"
+        raise _refusal(name, f"must be {kind}, got {value!r}")
+    assert isinstance(value, int | float)
+    above = value > low if name in _OPEN else value >= low
+    if not (math.isfinite(value) and above and value <= high):
+        opening = "(" if name in _OPEN else "["
+        raise _refusal(name, f"must be in {opening}{low}, {high}], got {value}")
+
+
+def _refusal(name: str, reason: str) -> InvalidArgumentError:
+    return InvalidArgumentError(f"{name} {reason}", name)

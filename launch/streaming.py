@@ -1,0 +1,21 @@
+"""Prints a stream of output to stdout as it comes."""
+
+import sys
+from collections.abc import Iterator
+
+from .outputs import RequestOutput, merge_outputs
+
+
+def print_stream(deltas: Iterator[RequestOutput]) -> RequestOutput:
+    """Writes each delta at once; returns the whole output, whose token ids it prints if there was no text."""
+    output = merge_outputs(_printed(deltas))
+    print("" if output.outputs[0].text else ",".join(map(str, output.outputs[0].token_ids)))
+    return output
+
+
+def _printed(deltas: Iterator[RequestOutput]) -> Iterator[RequestOutput]:
+    for delta in deltas:
+        for sample in delta.outputs:
+            sys.stdout.write(sample.text)
+            sys.stdout.flush()
+        yield delta

@@ -1,0 +1,261 @@
+"""Starts the processes of one server in order, watches them, and ends them: gateways, coordinator, Ray's actors.
+
+A process that dies ends the server with one clear line. Nothing is left behind: processes, sockets, files.
+"""
+
+import concurrent.futures
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import grpc
+from google.protobuf import json_format
+from google.protobuf.message import Message
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from ..errors import UnavailableError
+from ..proto import admin_pb2, engine_pb2
+from .child_process import ChildProcess
+from .config import ServeConfig
+from .engine_control import EngineControl
+from .process_configs import add_group_request, engine_config, gateway_config
+from .resolve import Placement, ServedModel, check_ports, resolve_model, resolve_placement
+from .start_display import StartDisplay
+
+if TYPE_CHECKING:
+    from .ray_cluster import RankEndpoint, RayCluster
+
+_GATEWAY_START_TIMEOUT_S = 60.0
+_GATEWAY_STOP_TIMEOUT_S = 12.0  # a gateway's own grace for running requests is 10 s
+_COORDINATOR_STOP_TIMEOUT_S = 5.0
+_POLL_S = 0.05
+_WATCH_S = 0.5
+# A Unix socket's path has at most 107 bytes, and Ray adds about 70 to the directory's.
+_MAX_RUN_DIR_BYTES = 35
+
+
+class Supervisor:
+    """Owner of a server's processes. `start`, then `watch` or nothing, then `stop`, which is safe at any point."""
+
+    def __init__(self, config: ServeConfig, display: StartDisplay) -> None:
+        self._config = config
+        self._display = display
+        self._run_dir: Path | None = None
+        self._gateways: list[ChildProcess] = []
+        self._coordinator: ChildProcess | None = None
+        self._cluster: RayCluster | None = None
+        self._control: EngineControl | None = None
+        self._is_ready = False
+
+    @property
+    def local_addresses(self) -> list[str]:
+        """Each gateway's own gRPC door."""
+        return [self._socket(f"gateway-{index}") for index in range(self._config.num_gateways)]
+
+    # Start
+
+    def start(self) -> ServedModel:
+        """Until the server is ready. Raises OctavoError, in one line, if it cannot be; then call `stop`."""
+        with self._display.step("model", f"Checking {self._config.model}") as step:
+            model = resolve_model(self._config)
+            step.detail = _describe(model)
+        check_ports(self._config)
+        self._run_dir = _make_run_dir()
+        self._start_gateways(model)  # they load the tokenizer while Ray starts
+        placement = self._start_ray(model)
+        self._start_coordinator(model, placement)
+        groups = self._start_ranks(placement)
+        self._load_model(model, placement, groups)
+        with self._display.step("gateways", "Waiting for the gateways") as step:
+            self._await_gateways()
+            step.detail = f"{len(self._gateways)} ready"
+        self._is_ready = True
+        return model
+
+    def _start_gateways(self, model: ServedModel) -> None:
+        for index, local_address in enumerate(self.local_addresses):
+            config = gateway_config(self._config, model, self._socket("engine"), local_address)
+            self._gateways.append(self._spawn(f"gateway {index}", "octavo.gateway", config))
+
+    def _start_ray(self, model: ServedModel) -> Placement:
+        where = f"joining {self._config.ray_address}" if self._config.ray_address else "starting a local one"
+        with self._display.step("ray", f"Ray: {where}") as step:
+            from .ray_cluster import RayCluster  # half a second, and not needed before
+
+            num_ranks = self._config.num_groups * self._config.tensor_parallel_size
+            temp_dir = self._directory / "ray"
+            self._cluster = RayCluster(self._config.ray_address, num_ranks, self._config.device, temp_dir)
+            placement = resolve_placement(self._config, model.config, self._cluster.num_free_gpus)
+            step.detail = (
+                f"{'local' if self._cluster.is_local else 'joined'}, {num_ranks} rank(s) on {placement.device}"
+            )
+        return placement
+
+    def _start_coordinator(self, model: ServedModel, placement: Placement) -> None:
+        config = engine_config(self._config, model, placement, self._socket("engine"))
+        self._coordinator = self._spawn("coordinator", "octavo.coordinator", config)
+
+    def _start_ranks(self, placement: Placement) -> "list[list[RankEndpoint]]":
+        assert self._cluster is not None
+        assert self._coordinator is not None
+        with self._display.step("ranks", "Starting the ranks and the coordinator") as step:
+            config = self._config
+            groups = self._cluster.start_groups(config.num_groups, config.tensor_parallel_size, placement.device)
+            self._control = EngineControl(self._socket("engine"))
+            self._control.wait_until_up(self._require_children)
+            step.detail = f"{config.num_groups} group(s) of {config.tensor_parallel_size}"
+        return groups
+
+    def _load_model(self, model: ServedModel, placement: Placement, groups: "list[list[RankEndpoint]]") -> None:
+        with self._display.step("groups", "Loading the model") as step:
+            requests = [
+                add_group_request(group_id, self._config, model, placement, ranks)
+                for group_id, ranks in enumerate(groups)
+            ]
+            num_blocks = self._add_groups(requests)
+            num_tokens = min(num_blocks) * self._config.block_size
+            step.detail = f"{placement.dtype}, {min(num_blocks)} KV blocks ({num_tokens} tokens) a group"
+
+    def _add_groups(self, requests: list[engine_pb2.AddGroupRequest]) -> list[int]:
+        """All at once. Raises the first group's error, with the cause that Ray knows if a rank died."""
+        pool = concurrent.futures.ThreadPoolExecutor(len(requests), "add group")
+        try:
+            adding = [pool.submit(self._add_group, request) for request in requests]
+            while concurrent.futures.wait(adding, _WATCH_S, concurrent.futures.FIRST_EXCEPTION).not_done:
+                self._require_children()
+                if any(future.done() and future.exception() for future in adding):
+                    break
+            return [future.result() for future in sorted(adding, key=lambda future: not future.done())]
+        except UnavailableError as error:
+            raise self._named(error) from error
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _add_group(self, request: engine_pb2.AddGroupRequest) -> int:
+        assert self._control is not None
+
+        def report(stage: str, duration_s: float) -> None:
+            self._display.report(f"  group {request.group_id}", stage, duration_s)
+
+        return self._control.add_group(request, report)
+
+    def _named(self, error: UnavailableError) -> UnavailableError:
+        assert self._cluster is not None
+        cause = self._cluster.find_dead_rank()
+        return UnavailableError(cause) if cause else error
+
+    def _await_gateways(self) -> None:
+        deadline = time.monotonic() + _GATEWAY_START_TIMEOUT_S
+        for address in self.local_addresses:
+            with grpc.insecure_channel(address) as channel:
+                health = health_pb2_grpc.HealthStub(channel)
+                while not _is_serving(health):
+                    self._require_children()
+                    if time.monotonic() > deadline:
+                        raise UnavailableError(f"the gateways were not ready within {_GATEWAY_START_TIMEOUT_S:.0f} s")
+                    time.sleep(_POLL_S)
+
+    # Run
+
+    def watch(self) -> None:
+        """Returns never: raises UnavailableError when a process of the server fails."""
+        while True:
+            time.sleep(_WATCH_S)
+            self.check()
+
+    def check(self) -> None:
+        """Raises UnavailableError, naming the cause, if a process or a rank has failed."""
+        assert self._control is not None
+        self._require_children()
+        for group in self._control.status().groups:
+            if group.state == admin_pb2.GROUP_STATE_FAILED:
+                raise self._named(UnavailableError(f"worker group {group.group_id} failed: {self._last_log_line()}"))
+
+    def _last_log_line(self) -> str:
+        lines = self._coordinator.log if self._coordinator is not None else []
+        return lines[-1] if lines else "the coordinator said nothing"
+
+    def _require_children(self) -> None:
+        for child in self._children():
+            try:
+                child.require_alive()
+            except UnavailableError:
+                self._show_hidden_log(child)
+                raise
+
+    def _children(self) -> Iterable[ChildProcess]:
+        return [*self._gateways, *([self._coordinator] if self._coordinator is not None else [])]
+
+    # Stop
+
+    def stop(self, hurry: threading.Event) -> None:
+        """Ends everything, gateways first, so that what runs may finish. `hurry` cuts every wait short."""
+        self._is_ready = False
+        for gateway in self._gateways:
+            gateway.terminate()
+        for gateway in self._gateways:
+            gateway.wait(_GATEWAY_STOP_TIMEOUT_S, hurry)
+        self._gateways.clear()
+        if self._control is not None:
+            self._control.close()
+            self._control = None
+        if self._coordinator is not None:
+            self._coordinator.terminate()
+            self._coordinator.wait(_COORDINATOR_STOP_TIMEOUT_S, hurry)
+            self._coordinator = None
+        if self._cluster is not None:
+            self._cluster.shut_down(hurry)
+            self._cluster = None
+        if self._run_dir is not None:
+            shutil.rmtree(self._run_dir, ignore_errors=True)
+            self._run_dir = None
+
+    # Processes and files
+
+    @property
+    def _directory(self) -> Path:
+        assert self._run_dir is not None
+        return self._run_dir
+
+    def _socket(self, name: str) -> str:
+        return f"unix:{self._directory}/{name}.sock"
+
+    def _spawn(self, name: str, module: str, config: Message) -> ChildProcess:
+        path = self._directory / f"{name.replace(' ', '-')}.json"
+        path.write_text(json_format.MessageToJson(config))
+        return ChildProcess(name, module, path, self._take_log)
+
+    def _take_log(self, name: str, line: str) -> None:
+        """During the start the log is kept back: if the start fails, one line says why."""
+        if self._is_ready:
+            self._display.log(name, line)
+
+    def _show_hidden_log(self, child: ChildProcess) -> None:
+        """A process that dies of a known cause says so in one line, which the error repeats; a traceback has more."""
+        if not self._is_ready and len(child.log) > 1:
+            for line in child.log:
+                self._display.log(child.name, line)
+
+
+def _is_serving(health: health_pb2_grpc.HealthStub) -> bool:
+    try:
+        answer = health.Check(health_pb2.HealthCheckRequest(), timeout=1, wait_for_ready=True)
+    except grpc.RpcError:  # not up yet; the caller watches the process and the clock
+        return False
+    return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+def _make_run_dir() -> Path:
+    """Sockets, configurations, Ray's files. In /tmp if the system's choice is too long for a socket's path."""
+    fits = len(tempfile.gettempdir().encode()) + len("/octavo-12345678") <= _MAX_RUN_DIR_BYTES
+    return Path(tempfile.mkdtemp(prefix="octavo-", dir=None if fits else "/tmp"))  # noqa: S108 - mkdtemp is private
+
+
+def _describe(model: ServedModel) -> str:
+    config = model.config
+    shape = f"{config.num_layers} layers, {config.num_heads}/{config.num_kv_heads} heads"
+    return f"{model.names[0]}: {config.architecture}, {shape}, context {model.max_model_len}"
