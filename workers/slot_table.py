@@ -34,8 +34,8 @@ class SlotTableShape:
 
 
 class SlotTable:
-    """Rows of running sequences. An illegal edit raises FailedPreconditionError, or InvalidArgumentError for a malformed
-    join; the table is then not to be used on.
+    """Rows of running sequences. An illegal edit raises FailedPreconditionError, a malformed join InvalidArgumentError;
+    the table is then not to be used on.
 
     Device: token_ids [num_slots, max_model_len + 1] int32, block_tables [num_slots, max_blocks] int32.
     Host: num_known, num_computed, num_prompt, num_blocks [num_slots] int64 and a copy of the block tables.

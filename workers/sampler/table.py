@@ -92,6 +92,8 @@ def _extras(params: sampling_pb2.SamplingParams, vocab_size: int) -> SlotExtras 
     )
     if len(extras.bias_token_ids) != len(extras.bias_values):
         raise InvalidArgumentError("logit_bias_token_ids and logit_bias_values differ in length", "logit_bias_values")
+    if not (extras.bias_values < np.inf).all():
+        raise InvalidArgumentError("logit_bias_values has NaN or infinity", "logit_bias_values")
     if any(len(word) == 0 for word in extras.bad_words):
         raise InvalidArgumentError("bad_words has an empty sequence", "bad_words")
     masks_stops = params.min_tokens > 0 and len(extras.stop_token_ids) > 0

@@ -41,7 +41,8 @@ def mask_top_p(logits: torch.Tensor, p: torch.Tensor, vocab: VocabSlice) -> torc
 
 def _ordered_keys(logits: torch.Tensor) -> torch.Tensor:
     """float32 to int64 in [0, 2**32), in the same order."""
-    bits = logits.contiguous().view(torch.int32)
+    # Adding 0 makes -0.0 the 0.0 that it equals.
+    bits = (logits + 0.0).contiguous().view(torch.int32)
     flipped = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # negative floats descend with their bits
     return flipped.long() + 2**31
 
