@@ -80,16 +80,17 @@ class WindowDetokenizer:
 
     The settled part stays in the window because a decoder may treat the first token of a text differently (it drops a
     leading space). Text that ends with U+FFFD may be the start of a character, so it waits; no character has more than
-    four bytes, so after four tokens it is malformed for good and goes out as it is.
+    four bytes, so after four such tokens it is malformed for good and goes out as it is.
     """
 
-    _MAX_WAIT = 4
+    _MAX_BYTES = 4
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, special: frozenset[int], skip_special_tokens: bool) -> None:
         self._tokenizer = tokenizer
         self._skipped = special if skip_special_tokens else frozenset()
         self._window: list[int] = []
         self._num_settled = 0
+        self._num_waiting = 0  # tokens since the last that ended in a whole character
 
     def push(self, token_ids: list[int]) -> str:
         return "".join([self._push_one(token_id) for token_id in token_ids if token_id not in self._skipped])
@@ -100,9 +101,13 @@ class WindowDetokenizer:
     def _push_one(self, token_id: int) -> str:
         self._window.append(token_id)
         text = self._new_text()
-        waits = len(self._window) - self._num_settled < self._MAX_WAIT
-        if not text or (text.endswith(_REPLACEMENT) and waits):
+        if not text:  # such as the space that a decoder drops from the start
             return ""
+        if text.endswith(_REPLACEMENT):
+            self._num_waiting += 1
+            if self._num_waiting < self._MAX_BYTES:
+                return ""
+        self._num_waiting = 0
         self._window = self._window[self._num_settled :]
         self._num_settled = len(self._window)
         return text

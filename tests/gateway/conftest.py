@@ -324,6 +324,7 @@ def shared_gateway(loop, tokenizer, model_dir, tmp_path_factory):
 def gateway(loop, shared_gateway):
     """The gateway that tests share, its engine as new."""
     loop.call(shared_gateway.engine.reset)
+    wait_until(lambda: _is_ready(shared_gateway.http))  # a test before may have broken the session
     return shared_gateway
 
 
