@@ -42,7 +42,8 @@ def load_config(path: Path) -> GatewaySettings:
     try:
         json_format.Parse(text, config)
     except json_format.ParseError as error:
-        raise InvalidArgumentError(f"{path} is no GatewayConfig in protobuf JSON: {error}") from error
+        reason = str(error).splitlines()[0]
+        raise InvalidArgumentError(f"{path} is no GatewayConfig in protobuf JSON: {reason}") from error
     return check_config(config)
 
 
