@@ -43,9 +43,8 @@ class LoadSpec:
         if self.door not in DOORS:
             raise InvalidArgumentError(f"door takes {' or '.join(DOORS)}, got {self.door!r}", "door")
 
-    def prompts(self) -> list[list[int]]:
-        lengths = LengthRange.parse(self.input_len, "input_len")
-        return Workload(self.num_prompts, lengths, self.output_len, self.seed).prompts(self.vocab_size)
+    def workload(self) -> Workload:
+        return Workload(self.num_prompts, LengthRange.parse(self.input_len, "input_len"), self.output_len, self.seed)
 
     def arrivals(self) -> list[float]:
         rate = float("inf") if self.requests_per_s is None else self.requests_per_s
@@ -67,7 +66,7 @@ def run_load(spec: LoadSpec) -> list[Observation]:
 
 
 async def _run_load(spec: LoadSpec) -> list[Observation]:
-    prompts, arrivals = spec.prompts(), spec.arrivals()
+    prompts, arrivals = spec.workload().prompts(spec.vocab_size), spec.arrivals()
     started = time.perf_counter()
     door = _open_door(spec, lambda: time.perf_counter() - started)
     observations = [Observation(arrival_s) for arrival_s in arrivals]

@@ -32,6 +32,12 @@ class Report:
     def add(self, table: str, row: Row) -> None:
         self.tables.setdefault(table, []).append(row)
 
+    def finish(self, json_path: Path | None) -> None:
+        """Shows the tables on stdout, and writes the file."""
+        self.show(Console())
+        if json_path is not None:
+            json_path.write_bytes(self.to_json())
+
     def to_json(self) -> bytes:
         return orjson.dumps(asdict(self), option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
 

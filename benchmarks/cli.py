@@ -1,0 +1,149 @@
+"""`octavo bench`: its commands and their options. Each checks everything before it starts anything."""
+
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import InvalidArgumentError
+from ..launch.config import ServeConfig
+from ..workers.model_config import ModelConfig
+from .latency import LatencySettings, check_latency, run_latency
+from .options import (
+    JsonOption,
+    ModelOption,
+    PresetOption,
+    SeedOption,
+    model_directory,
+    serve_config,
+    with_serve_options,
+)
+from .report import Report, Value, check_json_path
+from .serve_command import bench_serve
+from .startup import run_startup
+from .throughput import WORKLOADS, check_throughput, run_throughput
+from .workload import LengthRange, Workload
+
+_BATCH_SIZES = (1, 8, 32, 128, 256)
+_PREFILL_LENS = (512, 2048, 8192)
+
+BatchSizes = Annotated[
+    list[int] | None,
+    typer.Option(help="Sequences that decode at once; repeat for several.", show_default=str(_BATCH_SIZES)),
+]
+PrefillLens = Annotated[
+    list[int] | None,
+    typer.Option(help="Tokens of a prompt; repeat for several.", show_default=f"those of {_PREFILL_LENS} that fit"),
+]
+WorkloadName = Annotated[str | None, typer.Option(help=f"Tokens in and out: {' or '.join(WORKLOADS)}.")]
+InputLen = Annotated[str | None, typer.Option(help="Tokens of a prompt, or a range as 16:127.")]
+OutputLen = Annotated[int | None, typer.Option(help="Tokens that each request generates.")]
+Compare = Annotated[str | None, typer.Option(help="Also run this on the same work: transformers.")]
+
+
+def _latency(
+    given: dict[str, Any],
+    preset: PresetOption = None,
+    model: ModelOption = None,
+    batch_size: BatchSizes = None,
+    context: Annotated[int, typer.Option(help="Tokens that each sequence of a decode knows.")] = 1024,
+    steps: Annotated[int, typer.Option(help="Decode steps that are measured.")] = 64,
+    prefill: PrefillLens = None,
+    repeats: Annotated[int, typer.Option(help="Of each prefill.")] = 5,
+    seed: SeedOption = 0,
+    json: JsonOption = None,
+) -> None:
+    """Time of a decode step by batch size, its share outside the model, and the prefill of one prompt."""
+    check_json_path(json)
+    directory = model_directory(preset, model)
+    batch_sizes = tuple(batch_size or _BATCH_SIZES)
+    config = serve_config(directory, seed, given, max_num_seqs=max(256, *batch_sizes))
+    fitting = tuple(length for length in _PREFILL_LENS if length < (config.max_model_len or 0))
+    settings = LatencySettings(batch_sizes, context, steps, tuple(prefill) if prefill else fitting, repeats, seed)
+    cases = check_latency(settings, config, ModelConfig.from_directory(directory).vocab_size)
+    report = Report("latency", describe(config, context=context, steps=steps, repeats=repeats))
+    run_latency(config, settings, cases, report)
+    report.finish(json)
+
+
+def _throughput(
+    given: dict[str, Any],
+    preset: PresetOption = None,
+    model: ModelOption = None,
+    workload: WorkloadName = None,
+    num_prompts: Annotated[int, typer.Option(help="Requests, all at once.")] = 1000,
+    input_len: InputLen = None,
+    output_len: OutputLen = None,
+    repeats: Annotated[int, typer.Option(help="Of the whole.")] = 1,
+    compare: Compare = None,
+    seed: SeedOption = 0,
+    json: JsonOption = None,
+) -> None:
+    """Tokens a second of many requests at once, offline."""
+    check_json_path(json)
+    config = serve_config(model_directory(preset, model), seed, given)
+    asked = _workload(workload, num_prompts, input_len, output_len, seed)
+    check_throughput(asked, config)
+    if repeats < 1:
+        raise InvalidArgumentError(f"repeats must be at least 1, got {repeats}", "repeats")
+    settings = describe(config, num_prompts=num_prompts, input_len=str(asked.input_len), output_len=asked.output_len)
+    report = Report("throughput", settings)
+    if compare is None:
+        run_throughput(config, asked, repeats, report)
+    else:
+        _compare(compare, config, asked, repeats, report)
+    report.finish(json)
+
+
+def _compare(name: str, config: ServeConfig, workload: Workload, num_repeats: int, report: Report) -> None:
+    if name != "transformers":
+        raise InvalidArgumentError(f"--compare takes transformers, got {name!r}", "compare")
+    from .comparison import check_comparison, run_comparison  # imports torch, which nothing else here needs
+
+    check_comparison(config)
+    run_comparison(config, workload, num_repeats, report)
+
+
+def _workload(name: str | None, num_prompts: int, input_len: str | None, output_len: int | None, seed: int) -> Workload:
+    """A named one, or the two lengths."""
+    if (name is None) == (input_len is None) or (input_len is None) != (output_len is None):
+        raise InvalidArgumentError("give --workload, or both of --input-len and --output-len", "workload")
+    if name is not None and name not in WORKLOADS:
+        raise InvalidArgumentError(f"--workload takes {' or '.join(WORKLOADS)}, got {name!r}", "workload")
+    named_input_len, named_output_len = WORKLOADS[name] if name is not None else (input_len or "", output_len or 0)
+    return Workload(num_prompts, LengthRange.parse(named_input_len, "input_len"), named_output_len, seed)
+
+
+def _startup(
+    given: dict[str, Any],
+    preset: PresetOption = None,
+    model: ModelOption = None,
+    seed: SeedOption = 0,
+    json: JsonOption = None,
+) -> None:
+    """Time from the command to a system that takes requests, stage by stage."""
+    check_json_path(json)
+    config = serve_config(model_directory(preset, model), seed, given)
+    report = Report("startup", describe(config))
+    run_startup(config, report)
+    report.finish(json)
+
+
+def describe(config: ServeConfig, **settings: Value) -> dict[str, Value]:
+    """What a report says about how it was made; the command has the rest."""
+    names = ("model", "tensor_parallel_size", "num_groups", "num_gateways", "device", "dtype", "block_size")
+    limits = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_inflight_steps", "seed")
+    return {**{name: getattr(config, name) for name in (*names, *limits)}, **settings}
+
+
+def _build_app() -> typer.Typer:
+    app = typer.Typer(
+        help="Measure latency, throughput, serving and start-up.", no_args_is_help=True, rich_markup_mode=None
+    )
+    app.command("latency")(with_serve_options(_latency))
+    app.command("throughput")(with_serve_options(_throughput))
+    app.command("serve")(with_serve_options(bench_serve))
+    app.command("startup")(with_serve_options(_startup))
+    return app
+
+
+app = _build_app()

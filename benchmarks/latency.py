@@ -1,0 +1,121 @@
+"""`octavo bench latency`: the time of one decode step by batch size, and of the prefill of one prompt."""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..errors import InvalidArgumentError
+from ..launch.config import ServeConfig
+from .machine import gpu_names
+from .presets import ModelSize
+from .probe import DecodeCase, DecodeTimes, Probe, StepMeans, open_probe, total_steps
+from .report import Report, Row
+from .roof import Hardware, decode_roof_s, hardware_of
+from .summary import percentile_columns
+from .system import System, running_system
+from .workload import LengthRange, Workload
+
+
+@dataclass(frozen=True, slots=True)
+class LatencySettings:
+    """What is measured, in this order."""
+
+    batch_sizes: tuple[int, ...]
+    context_len: int  # tokens that each sequence of a decode knows
+    num_steps: int  # of each decode case
+    prefill_lens: tuple[int, ...]
+    num_repeats: int  # of each prefill
+    seed: int
+
+    def __post_init__(self) -> None:
+        for name in ("batch_sizes", "prefill_lens"):
+            if any(value < 1 for value in getattr(self, name)):
+                raise InvalidArgumentError(f"{name} must be at least 1", name)
+        for name in ("num_steps", "num_repeats"):
+            if getattr(self, name) < 1:
+                raise InvalidArgumentError(f"{name} must be at least 1, got {getattr(self, name)}", name)
+
+
+def check_latency(settings: LatencySettings, config: ServeConfig, vocab_size: int) -> list[DecodeCase]:
+    """The cases of decode. Raises InvalidArgumentError for those that the system could not hold."""
+    max_model_len = config.max_model_len or 0
+    if config.num_groups != 1:
+        raise InvalidArgumentError("latency measures one group; leave num_groups at 1", "num_groups")
+    if over := [length for length in settings.prefill_lens if length >= max_model_len]:
+        raise InvalidArgumentError(f"a prefill of {over[0]} tokens is over max_model_len ({max_model_len})", "prefill")
+    if over := [size for size in settings.batch_sizes if size > config.max_num_seqs]:
+        raise InvalidArgumentError(f"batch size {over[0]} is over max_num_seqs ({config.max_num_seqs})", "batch_size")
+    context_len, num_steps = settings.context_len, settings.num_steps
+    return [
+        DecodeCase(size, context_len, num_steps, vocab_size, max_model_len, settings.seed)
+        for size in settings.batch_sizes
+    ]
+
+
+def run_latency(config: ServeConfig, settings: LatencySettings, cases: Sequence[DecodeCase], report: Report) -> None:
+    """Adds the tables `Decode` and `Prefill` to the report."""
+    with running_system(config) as system:
+        asyncio.run(_measure(system, config.tensor_parallel_size, settings, cases, report))
+
+
+async def _measure(
+    system: System, num_ranks: int, settings: LatencySettings, cases: Sequence[DecodeCase], report: Report
+) -> None:
+    async with open_probe(system.address) as probe:
+        await probe.measure_ttft(cases[0].prompts()[0] if cases else [0])  # what is slow only once is done here
+        devices = {rank.device for group in (await probe.status()).groups for rank in group.ranks}
+        is_cuda = all(device.startswith("cuda") for device in devices)
+        roof = _Roof(ModelSize.of(system.model.config), hardware_of(gpu_names()) if is_cuda else None, num_ranks)
+        for case in cases:
+            report.add("Decode", _decode_row(case, await probe.measure_decode(case), roof))
+        for length in settings.prefill_lens:
+            report.add("Prefill", await _prefill_row(probe, length, system.model.config.vocab_size, settings))
+
+
+@dataclass(frozen=True, slots=True)
+class _Roof:
+    """The least time of a step, where the hardware's is known."""
+
+    size: ModelSize
+    hardware: Hardware | None
+    num_gpus: int
+
+    def decode_ms(self, case: DecodeCase) -> float | None:
+        if self.hardware is None:
+            return None
+        roof_s = decode_roof_s(self.size, self.hardware, self.num_gpus, case.batch_size, case.context_len)
+        return roof_s * 1e3
+
+
+def _decode_row(case: DecodeCase, times: DecodeTimes, roof: _Roof) -> Row:
+    steps, roof_ms = times.steps, roof.decode_ms(case)
+    itl = percentile_columns("itl", times.gaps_s)
+    return {
+        "batch": case.batch_size,
+        "step_ms": steps.step_s * 1e3,
+        "model_ms": steps.model_s * 1e3,
+        "outside_model_percent": 100 * steps.share_outside_model,
+        "plan_bytes": steps.plan_bytes,
+        **itl,
+        "roof_ms": roof_ms,
+        "roof_percent": None if roof_ms is None else 100 * roof_ms / (steps.step_s * 1e3),
+        "tokens_per_step": steps.num_tokens,
+        "steps": steps.num_steps,
+    }
+
+
+async def _prefill_row(probe: Probe, length: int, vocab_size: int, settings: LatencySettings) -> Row:
+    prompts = Workload(settings.num_repeats + 1, LengthRange(length, length), 1, settings.seed).prompts(vocab_size)
+    await probe.measure_ttft(prompts.pop())
+    before = total_steps(await probe.status())
+    times_ms = [await probe.measure_ttft(prompt) * 1e3 for prompt in prompts]
+    steps = StepMeans.between(before, total_steps(await probe.status()))
+    return {
+        "prompt_tokens": length,
+        "ttft_p50_ms": float(np.median(times_ms)),
+        "ttft_min_ms": min(times_ms),
+        "model_ms": steps.model_s * steps.num_steps / len(prompts) * 1e3,
+        "steps": steps.num_steps / len(prompts),
+    }

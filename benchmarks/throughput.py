@@ -1,0 +1,106 @@
+"""`octavo bench throughput`: many requests at once, offline, on the way that `LLM.generate` takes."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from ..errors import InternalError, InvalidArgumentError
+from ..launch.bulk import BulkClient, BulkRequest
+from ..launch.client import Client
+from ..launch.config import ServeConfig
+from ..launch.prompts import RequestOptions, build_request
+from ..launch.sampling_params import SamplingParams
+from .probe import StepMeans, total_steps
+from .report import Report, Row
+from .system import System, running_system
+from .workload import Workload
+
+WORKLOADS = {"1024/128": ("1024", 128), "128/512": ("128", 512)}  # of the anchors: tokens in, tokens out
+_WARM_UP_REQUESTS = 16
+_WARM_UP_OUTPUT_LEN = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One system on one workload."""
+
+    system: str
+    num_prompt_tokens: int
+    num_output_tokens: Sequence[int]  # of each request
+    duration_s: float
+    steps: StepMeans | None = None  # of Octavo only
+
+    @property
+    def generated_tokens_per_s(self) -> float:
+        return sum(self.num_output_tokens) / self.duration_s
+
+
+def check_throughput(workload: Workload, config: ServeConfig) -> None:
+    """Raises InvalidArgumentError for a workload that the system could not hold."""
+    if config.max_model_len is not None and workload.longest > config.max_model_len:
+        raise InvalidArgumentError(
+            f"input_len and output_len come to {workload.longest} tokens, over max_model_len ({config.max_model_len})",
+            "output_len",
+        )
+
+
+def run_throughput(config: ServeConfig, workload: Workload, num_repeats: int, report: Report) -> None:
+    """Adds the table `Throughput` to the report: a row for each repeat."""
+    with running_system(config) as system:
+        for run in run_octavo(system, config, workload, num_repeats):
+            report.add("Throughput", row_of(run))
+
+
+def run_octavo(system: System, config: ServeConfig, workload: Workload, num_repeats: int) -> Iterator[Run]:
+    """The workload, so many times. A short one before does what is slow only once."""
+    prompts = workload.prompts(system.model.config.vocab_size)
+    with _bulk_client(system, config) as bulk, Client(system.address) as client:
+        bulk.run(_requests(prompts[:_WARM_UP_REQUESTS], _WARM_UP_OUTPUT_LEN), lambda output: None)
+        for _ in range(num_repeats):
+            requests = _requests(prompts, workload.output_len)
+            before = total_steps(client.status())
+            started = time.perf_counter()
+            outputs = bulk.run(requests, lambda output: None)
+            duration_s = time.perf_counter() - started
+            steps = StepMeans.between(before, total_steps(client.status()))
+            counts = [len(output.outputs[0].token_ids) for output in outputs]
+            yield checked(Run("octavo", sum(map(len, prompts)), counts, duration_s, steps), workload)
+
+
+def checked(run: Run, workload: Workload) -> Run:
+    """Raises InternalError if a system did less than it was asked for: its time would mean nothing."""
+    if list(run.num_output_tokens) != [workload.output_len] * workload.num_prompts:
+        raise InternalError(f"{run.system} generated {sum(run.num_output_tokens)} tokens, which is not what was asked")
+    return run
+
+
+def row_of(run: Run) -> Row:
+    num_generated = sum(run.num_output_tokens)
+    steps = run.steps
+    return {
+        "system": run.system,
+        "requests": len(run.num_output_tokens),
+        "s": run.duration_s,
+        "requests_per_s": len(run.num_output_tokens) / run.duration_s,
+        "total_tokens_per_s": (run.num_prompt_tokens + num_generated) / run.duration_s,
+        "generated_tokens_per_s": run.generated_tokens_per_s,
+        "steps": None if steps is None else steps.num_steps,
+        "step_ms": None if steps is None else steps.step_s * 1e3,
+        "model_ms": None if steps is None else steps.model_s * 1e3,
+    }
+
+
+@contextmanager
+def _bulk_client(system: System, config: ServeConfig) -> Iterator[BulkClient]:
+    client = BulkClient(system.address, config.max_num_waiting)
+    try:
+        yield client
+    finally:
+        client.close()
+
+
+def _requests(prompts: Sequence[list[int]], output_len: int) -> list[BulkRequest]:
+    params = SamplingParams(temperature=1.0, max_tokens=output_len, ignore_eos=True)
+    options = RequestOptions(only_end=True)
+    return [BulkRequest(build_request({"prompt_token_ids": prompt}, params, options), None) for prompt in prompts]
