@@ -5,6 +5,7 @@ import json
 import tarfile
 
 import pytest
+from octavo.workers.checkpoint import verify_checkpoint
 from octavo.workers.model_config import ModelConfig
 
 NAMES = {"main": "demo", "draft": "demo-draft"}
@@ -16,6 +17,7 @@ def test_a_fresh_model_is_one_that_the_workers_read(script, tmp_path, name):
     spec = model.SPECS[name]
     model.save_model(model.build_model(spec, seed=0), tmp_path)
     config = ModelConfig.from_directory(tmp_path)
+    verify_checkpoint(tmp_path, config)
     assert (tmp_path / "model.safetensors").stat().st_size <= spec.max_bytes
     assert (config.hidden_size, config.num_heads, config.num_kv_heads) == (spec.hidden_size, 8, 4)
     assert config.tie_word_embeddings
@@ -36,6 +38,7 @@ def test_a_model_too_large_to_check_in_is_refused(script):
 def test_the_checked_in_model_is_what_its_report_says(script, demo_model_directory, name):
     directory = demo_model_directory / NAMES[name]
     config = ModelConfig.from_directory(directory)
+    verify_checkpoint(directory, config)
     report = json.loads((directory / "report.json").read_text())
     size = (directory / "model.safetensors").stat().st_size
     assert size == report["model_bytes"] <= script("model").SPECS[name].max_bytes
