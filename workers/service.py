@@ -58,14 +58,18 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             if self._runner is None or self._request is None:
                 raise FailedPreconditionError("this worker is not configured")
             if self._has_stream:
-                raise FailedPreconditionError("another stream drives this worker already")
+                raise FailedPreconditionError("a stream has driven this worker already; it must be rebuilt")
             self._has_stream = True
             stream = _StepStream(self._request, self._runner, self._pipeline, context)
             await stream.run(plans)
 
 
 class _StepStream:
-    """One `Steps` call: a task takes plans and queues them, another answers in the same order."""
+    """One `Steps` call: a task takes plans and queues their steps, the call itself answers in the same order.
+
+    What is wrong with a plan goes through the queue too: what came before it is still answered, and nothing interrupts
+    the writing of an answer, which gRPC would not forgive.
+    """
 
     def __init__(
         self,
@@ -83,32 +87,33 @@ class _StepStream:
 
     async def run(self, plans: AsyncIterator[worker_pb2.BatchPlan]) -> None:
         """Until the coordinator closes the stream, or a plan or step fails: then raises its error."""
-        tasks = [asyncio.create_task(self._take(plans)), asyncio.create_task(self._answer())]
+        taking = asyncio.create_task(self._take(plans))
         try:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
-            for task in done:
-                task.result()
+            while (result := await self._queued.get()) is not None:
+                answer = await result
+                if self._answers:
+                    await self._context.write(answer)
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            taking.cancel()
 
     async def _take(self, plans: AsyncIterator[worker_pb2.BatchPlan]) -> None:
-        async for plan in plans:
-            if (plan.epoch, plan.step_id) != (self._epoch, self._next_step_id):
-                raise FailedPreconditionError(
-                    f"plan {plan.step_id} of epoch {plan.epoch} came; "
-                    f"plan {self._next_step_id} of epoch {self._epoch} is due"
-                )
-            self._next_step_id += 1
-            self._queued.put_nowait(asyncio.wrap_future(self._pipeline.step(self._runner, plan)))
+        try:
+            async for plan in plans:
+                self._check_order(plan)
+                self._queued.put_nowait(asyncio.wrap_future(self._pipeline.step(self._runner, plan)))
+        except Exception as error:  # raised where the answers are written
+            failed: asyncio.Future[worker_pb2.StepResult] = asyncio.get_running_loop().create_future()
+            failed.set_exception(error)
+            self._queued.put_nowait(failed)
         self._queued.put_nowait(None)
 
-    async def _answer(self) -> None:
-        while (result := await self._queued.get()) is not None:
-            answer = await result
-            if self._answers:
-                await self._context.write(answer)
+    def _check_order(self, plan: worker_pb2.BatchPlan) -> None:
+        if (plan.epoch, plan.step_id) != (self._epoch, self._next_step_id):
+            raise FailedPreconditionError(
+                f"plan {plan.step_id} of epoch {plan.epoch} came; "
+                f"plan {self._next_step_id} of epoch {self._epoch} is due"
+            )
+        self._next_step_id += 1
 
 
 @contextlib.asynccontextmanager
