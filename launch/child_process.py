@@ -52,9 +52,10 @@ class ChildProcess:
         if (status := self._process.poll()) is None:
             return
         self._reader.join(timeout=1)
+        if status < 0:
+            raise UnavailableError(f"{self.name} was killed by signal {-status}; start the server again")
         last_words = self._lines[-1].removeprefix(f"{self.name.split()[0]}: ") if self._lines else "it said nothing"
-        how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
-        raise UnavailableError(f"the {self.name} {how}: {last_words}")
+        raise UnavailableError(f"{self.name} ended with status {status}: {last_words}")
 
     def terminate(self) -> None:
         """Asks it to end; see `wait`."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from ray.util.placement_group import (
@@ -35,6 +36,7 @@ _STRICT_PLACEMENT_TIMEOUT_S = 5.0
 _ACTOR_START_TIMEOUT_S = 300.0  # a first import of torch from a cold network disk takes minutes
 _ACTOR_STOP_TIMEOUT_S = 3.0
 _PING_TIMEOUT_S = 2.0
+_ORPHAN_TIMEOUT_S = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +100,7 @@ class RayCluster:
         if not self._owns_connection:
             self.is_local = False
             return
-        with _own_sigterm_handler(), _environment("RAY_USAGE_STATS_ENABLED", "0"):
+        with _own_sigterm_handler(), _environment("RAY_USAGE_STATS_ENABLED", "0"), _cleaned_up_on_failure():
             if address is None:
                 self._start_local(num_ranks, device, temp_dir)
             else:
@@ -244,15 +246,36 @@ def _actor_options(placement: PlacementGroup, rank: int, device: str) -> dict[st
 
 @contextlib.contextmanager
 def _own_sigterm_handler() -> Iterator[None]:
-    """Ray takes over SIGTERM when it starts; the program's own handler comes back."""
+    """Ray takes over SIGTERM when it starts; the program's own handler comes back, and gets what came meanwhile."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     handler = signal.getsignal(signal.SIGTERM)
+    is_terminated = False
     try:
         yield
+    except SystemExit:  # Ray's handler
+        is_terminated = True
     finally:
         signal.signal(signal.SIGTERM, handler)
+    if is_terminated:
+        signal.raise_signal(signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def _cleaned_up_on_failure() -> Iterator[None]:
+    """A start that fails or is interrupted leaves processes that Ray itself forgets; they are ended here."""
+    before = set(psutil.Process().children(recursive=True))
+    try:
+        yield
+    except BaseException:
+        started = set(psutil.Process().children(recursive=True)) - before
+        ray.shutdown()
+        _, alive = psutil.wait_procs(started, timeout=_ORPHAN_TIMEOUT_S)
+        for process in alive:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        raise
 
 
 @contextlib.contextmanager
@@ -271,4 +294,7 @@ def _environment(name: str, value: str) -> Iterator[None]:
 def _cause(error: BaseException) -> str:
     """The line that says what happened: Ray appends the rank's own traceback, which ends with it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    detail = lines[-1].rpartition("Worker exit detail: ")[2]
+    return detail.partition(" Some common causes")[0]
