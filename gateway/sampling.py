@@ -191,7 +191,7 @@ def _stop_token_ids(request: SamplingRequest, limits: ModelLimits) -> set[int]:
 
 
 def _tokenize_bad_words(words: Sequence[str], text: TextModel | None) -> list[list[int]]:
-    """Each word as it is tokenized at the start of a text and, where that differs, after a space (as vLLM does)."""
+    """Each word as it is tokenized at the start of a text and, where that differs, after a space."""
     if text is None:
         return []
     sequences: list[list[int]] = []
@@ -201,6 +201,6 @@ def _tokenize_bad_words(words: Sequence[str], text: TextModel | None) -> list[li
         if not bare:
             raise InvalidArgumentError(f"bad_words: {word!r} has no tokens", "bad_words")
         sequences.append(bare)
-        if spaced[0] != bare[0] and len(spaced) == len(bare):
+        if spaced != bare:
             sequences.append(spaced)
     return sequences

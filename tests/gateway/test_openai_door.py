@@ -289,3 +289,60 @@ def test_an_error_amid_a_stream_is_an_event(gateway, loop):
         rest = list(lines)
     assert json.loads(rest[0][6:])["error"]["type"] == "service_unavailable_error"
     assert rest[1:] == ["data: [DONE]"]
+
+
+def test_sampling_parameters_reach_the_engine_resolved(gateway):
+    body = {
+        "temperature": 0.5,
+        "top_p": 0.25,
+        "top_k": 7,
+        "min_p": 0.125,
+        "presence_penalty": 1,
+        "frequency_penalty": -1,
+        "repetition_penalty": 1.5,
+        "logit_bias": {"9": 2.5, "10": -100},
+        "seed": 11,
+        "stop_token_ids": [5],
+        "ignore_eos": True,
+        "max_tokens": 9,
+        "min_tokens": 2,
+        "bad_words": ["fox"],
+        "logprobs": 3,
+        "prompt_logprobs": 1,
+        "priority": -4,
+    }
+    assert gateway.http.post("/v1/completions", json={"prompt": "a", **body}).status_code == 200
+    body |= {"logprobs": True, "top_logprobs": 3, "messages": MESSAGES}
+    assert gateway.http.post("/v1/chat/completions", json=body).status_code == 200
+    for submit in gateway.engine.submits:
+        sent = submit.sampling_params
+        assert submit.priority == -4
+        assert (sent.temperature, sent.top_p, sent.top_k, sent.min_p, sent.seed) == (0.5, 0.25, 7, 0.125, 11)
+        assert (sent.presence_penalty, sent.frequency_penalty, sent.repetition_penalty) == (1, -1, 1.5)
+        assert np.frombuffer(sent.logit_bias_token_ids, "<i4").tolist() == [9, 10]
+        assert np.frombuffer(sent.logit_bias_values, "<f4").tolist() == [2.5, -100]
+        assert np.frombuffer(sent.stop_token_ids, "<i4").tolist() == [5]
+        assert (sent.max_tokens, sent.min_tokens) == (9, 2)
+        assert len(sent.bad_words) == 2  # at the start of a text, and after a space
+        assert (sent.num_logprobs, sent.num_prompt_logprobs) == (3, 1)
+
+
+@pytest.mark.parametrize(("min_tokens", "expected"), [(0, ""), (2, "the fox "), (4, "the fox the lazy")])
+def test_no_stop_string_ends_it_before_min_tokens(gateway, tokenizer, min_tokens, expected):
+    text = "the fox the lazy dog"
+    assert [tokenizer.decode([i]) for i in gateway.engine.say(text)[:2]] == ["the", " fox"]
+    extra = {"min_tokens": min_tokens}
+    answer = gateway.openai.completions.create(model="tiny", prompt="a", stop=["the", " dog"], extra_body=extra)
+    assert answer.choices[0].text == expected
+
+
+def test_special_tokens_and_the_stop_token_are_shown_when_asked_for(gateway, tokenizer):
+    fox = tokenizer.token_to_id("Ġfox")
+    gateway.engine.say("the<|user|> fox")
+    gateway.engine.answer.token_ids.pop()  # the named stop token ends it
+    extra = {"stop_token_ids": [fox]}
+    shown = {"skip_special_tokens": False, "include_stop_str_in_output": True}
+    for options, expected in (({}, "the"), (shown, "the<|user|> fox")):
+        answer = gateway.openai.completions.create(model="tiny", prompt="a", extra_body=extra | options)
+        assert answer.choices[0].text == expected
+        assert answer.choices[0].model_dump()["stop_reason"] == fox
