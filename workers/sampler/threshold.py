@@ -1,7 +1,7 @@
 """Exact top-k and top-p over a vocabulary spread over ranks, without gathering or sorting logits.
 
 Both ask for the greatest threshold t for which the tokens with logit >= t weigh at least a target: k where each token
-weighs 1, and p times the whole mass where it weighs its probability. Logits become unsigned keys of the same order, and
+weighs 1, and p times the whole mass where it weighs its probability. Logits become 32-bit keys of the same order, and
 three passes of a radix histogram (11, 11 and 10 bits from the top) find t's key; ranks add up the histograms.
 
 Weights are integers, so sums are exact in any order: the threshold is the same on every rank, at any number of ranks
@@ -12,7 +12,8 @@ import torch
 
 from .vocab import VocabSlice
 
-_PASSES = ((21, 11), (10, 11), (0, 10))  # shift and width of each digit of the 32-bit key
+# Shift and width of each digit of the 32-bit key, and the sign bit in the first, which counts from the bottom.
+_PASSES = ((21, 11, 1 << 10), (10, 11, 0), (0, 10, 0))
 _MASS_SCALE = 2.0**44  # times a vocabulary of at most 2**18 tokens, a sum stays under 2**63
 _LEAST = torch.finfo(torch.float32).min
 
@@ -23,7 +24,8 @@ def mask_top_k(logits: torch.Tensor, k: torch.Tensor, vocab: VocabSlice) -> torc
     k: [n] int64, at least 1.
     """
     keys = _ordered_keys(logits)
-    return logits.masked_fill(keys < _threshold(keys, torch.ones_like(keys), k, vocab)[:, None], -torch.inf)
+    ones = torch.ones_like(keys, dtype=torch.int64)
+    return logits.masked_fill(keys < _threshold(keys, ones, k, vocab)[:, None], -torch.inf)
 
 
 def mask_top_p(logits: torch.Tensor, p: torch.Tensor, vocab: VocabSlice) -> torch.Tensor:
@@ -40,24 +42,24 @@ def mask_top_p(logits: torch.Tensor, p: torch.Tensor, vocab: VocabSlice) -> torc
 
 
 def _ordered_keys(logits: torch.Tensor) -> torch.Tensor:
-    """float32 to int64 in [0, 2**32), in the same order."""
+    """float32 to int32 in the same order."""
     # Adding 0 makes -0.0 the 0.0 that it equals.
     bits = (logits + 0.0).contiguous().view(torch.int32)
-    flipped = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # negative floats descend with their bits
-    return flipped.long() + 2**31
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)  # negative floats descend with their bits
 
 
 def _threshold(keys: torch.Tensor, weights: torch.Tensor, target: torch.Tensor, vocab: VocabSlice) -> torch.Tensor:
-    """[n]: the greatest key for which the weights of keys at least as great reach `target`."""
-    prefix = torch.zeros_like(target)
-    for shift, width in _PASSES:
-        candidates = weights.masked_fill((keys >> (shift + width)) != prefix[:, None], 0)
-        digits = (keys >> shift) & ((1 << width) - 1)
-        histogram = weights.new_zeros((len(keys), 1 << width)).scatter_add_(1, digits, candidates)
+    """[n] int32: the greatest key for which the weights of keys at least as great reach `target`."""
+    threshold = torch.zeros_like(target, dtype=torch.int32)
+    for shift, width, sign in _PASSES:
+        digits = (((keys >> shift) & (1 << width) - 1) ^ sign).long()
+        histogram = weights.new_zeros((len(keys), 1 << width)).scatter_add_(1, digits, weights)
         digit, above = _pick(vocab.tp.all_reduce(histogram), target)
-        prefix = (prefix << width) | digit
+        threshold |= (digit ^ sign).int() << shift
         target = target - above
-    return prefix
+        if shift:
+            weights = weights.masked_fill(digits != digit[:, None], 0)
+    return threshold
 
 
 def _pick(histogram: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
