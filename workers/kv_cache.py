@@ -1,13 +1,16 @@
 """This rank's paged KV cache, and how many blocks of it fit the device."""
 
+import math
 from dataclasses import dataclass
 
+import numpy as np
 import psutil
 import torch
 
 from ..errors import ResourceExhaustedError
 
 _MIB = 1024 * 1024
+_MAX_CPU_BYTES = 4096 * _MIB
 
 
 class KVCache:
@@ -30,8 +33,8 @@ class KVCache:
         self.num_kv_heads, self.head_dim = num_kv_heads, head_dim
         self.dtype, self.device = dtype, device
         shape = (num_layers, num_blocks, block_size, num_kv_heads, head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.keys = _zeros(shape, dtype, device)
+        self.values = _zeros(shape, dtype, device)
 
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of one layer, each [num_blocks, block_size, num_kv_heads, head_dim]."""
@@ -43,6 +46,14 @@ class KVCache:
     ) -> int:
         """Memory of one block of this rank: keys and values of all layers."""
         return 2 * num_layers * block_size * num_kv_heads * head_dim * dtype.itemsize
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """On a CPU, pages that the system zeroes when they are first touched; torch.zeros would write them all at once."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    pages = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
+    return torch.from_numpy(pages).view(dtype).view(shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +91,8 @@ class BlockBudget:
 def num_blocks_that_fit(device: torch.device, budget: BlockBudget, memory: DeviceMemory | None = None) -> int:
     """Blocks that this rank can hold, at least 1, or the override if that fits.
 
-    On a CPU never more than max_num_seqs sequences of max_model_len can use: the host has other uses for its memory.
+    On a CPU at most 4 GiB for all ranks, and no more than max_num_seqs sequences of max_model_len can use: the host has
+    other uses for its memory. The override is the way to more.
     Raises ResourceExhaustedError naming what is needed, what there is, and the remedy.
     """
     memory = memory or DeviceMemory.of(device)
@@ -96,7 +108,9 @@ def num_blocks_that_fit(device: torch.device, budget: BlockBudget, memory: Devic
             f"{budget.gpu_memory_utilization}; raise --gpu-memory-utilization, lower --block-size, or use more ranks"
         )
     if device.type == "cpu":
-        num_blocks = min(num_blocks, budget.max_num_seqs * -(-budget.max_model_len // budget.block_size))
+        enough = budget.max_num_seqs * -(-budget.max_model_len // budget.block_size)
+        modest = max(1, _MAX_CPU_BYTES // budget.num_ranks_on_device // budget.bytes_per_block)
+        num_blocks = min(num_blocks, enough, modest)
     return num_blocks
 
 
