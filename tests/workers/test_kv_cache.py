@@ -37,6 +37,9 @@ def test_a_gpu_gives_all_that_its_share_leaves():
 def test_a_cpu_gives_no_more_than_can_be_used():
     assert num_blocks_that_fit(CPU, BUDGET, MEMORY) == 4 * 7
     assert num_blocks_that_fit(CPU, replace(BUDGET, max_num_seqs=1000), MEMORY) == 300
+    large = DeviceMemory(total_bytes=10**6 * MIB, free_bytes=10**6 * MIB)
+    assert num_blocks_that_fit(CPU, replace(BUDGET, max_num_seqs=10**6), large) == 4096
+    assert num_blocks_that_fit(CPU, replace(BUDGET, max_num_seqs=10**6, num_ranks_on_device=2), large) == 2048
 
 
 def test_the_override_is_taken_if_it_fits():
