@@ -93,7 +93,7 @@ class FakeEngine(engine_pb2_grpc.EngineServicer):
 
     def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._news: asyncio.Queue[engine_pb2.SessionResponse | None] = asyncio.Queue()
+        self._sessions: list[asyncio.Queue[engine_pb2.SessionResponse | None]] = []
         self.accepts = asyncio.Event()
         self.accepts.set()
         self.reset()
@@ -116,42 +116,47 @@ class FakeEngine(engine_pb2_grpc.EngineServicer):
         failure = engine_pb2.Failure(code=code, message=message, retry_after_s=retry_after_s)
         self.answer = Answer([], failure=failure)
 
-    def break_session(self) -> None:
-        self._news.put_nowait(None)
+    def break_sessions(self) -> None:
+        for news in self._sessions:
+            news.put_nowait(None)
 
     async def Session(self, requests, context):
         await self.accepts.wait()
-        self._news = asyncio.Queue()
-        reader = asyncio.create_task(self._read(requests))
-        yield engine_pb2.SessionResponse()
-        while (response := await self._news.get()) is not None:
-            yield response
-        reader.cancel()
+        news = asyncio.Queue()
+        self._sessions.append(news)
+        reader = asyncio.create_task(self._read(requests, news))
+        try:
+            yield engine_pb2.SessionResponse()
+            while (response := await news.get()) is not None:
+                yield response
+        finally:
+            reader.cancel()
+            self._sessions.remove(news)
 
     async def GetStatus(self, request, context):
         return admin_pb2.GetStatusResponse(version="0", model="tiny", num_gateways=1)
 
-    async def _read(self, requests):
+    async def _read(self, requests, news):
         answers = {}
         async for request in requests:
             for submit in request.submits:
                 self.submits.append(submit)
-                answers[submit.handle] = asyncio.create_task(self._answer(submit, self.answer, self.hold))
+                answers[submit.handle] = asyncio.create_task(self._answer(submit, news, self.answer, self.hold))
             for handle in np.frombuffer(request.cancel_handles, "<u4").tolist():
                 self.cancels.append(handle)
                 answers[handle].cancel()
 
-    async def _answer(self, submit, answer, hold):
+    async def _answer(self, submit, news, answer, hold):
         if submit.sampling_params.HasField("num_prompt_logprobs"):
             prompt = np.frombuffer(submit.prompt_token_ids, "<i4").tolist()[1:]
             table = logprob_table(prompt, submit.sampling_params.num_prompt_logprobs, answer.logprobs_of)
             chunk = engine_pb2.PromptLogprobs(handle=submit.handle, start=1, table=table)
-            self._news.put_nowait(engine_pb2.SessionResponse(prompt_logprobs=[chunk]))
+            news.put_nowait(engine_pb2.SessionResponse(prompt_logprobs=[chunk]))
         if answer.failure is not None:
             failure = engine_pb2.Failure()
             failure.CopyFrom(answer.failure)
             failure.handle = submit.handle
-            self._news.put_nowait(engine_pb2.SessionResponse(failures=[failure]))
+            news.put_nowait(engine_pb2.SessionResponse(failures=[failure]))
             return
         token_ids = answer.token_ids[: submit.sampling_params.max_tokens]
         finish_reason = answer.finish_reason if token_ids == answer.token_ids else LENGTH
@@ -160,7 +165,7 @@ class FakeEngine(engine_pb2_grpc.EngineServicer):
                 await hold.wait()
             piece = token_ids[start : start + answer.tokens_per_message]
             ends = start + len(piece) == len(token_ids)
-            self._news.put_nowait(_response(submit, piece, finish_reason if ends else 0, answer))
+            news.put_nowait(_response(submit, piece, finish_reason if ends else 0, answer))
             await asyncio.sleep(0)
 
 

@@ -285,7 +285,7 @@ def test_an_error_amid_a_stream_is_an_event(gateway, loop):
     with gateway.http.stream("POST", "/v1/completions", json={"prompt": "a", "stream": True}) as response:
         lines = (line for line in response.iter_lines() if line)
         assert json.loads(next(lines)[6:])["choices"][0]["text"]
-        loop.call(gateway.engine.break_session)
+        loop.call(gateway.engine.break_sessions)
         rest = list(lines)
     assert json.loads(rest[0][6:])["error"]["type"] == "service_unavailable_error"
     assert rest[1:] == ["data: [DONE]"]

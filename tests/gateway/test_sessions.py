@@ -85,7 +85,7 @@ def test_loss_of_the_engine_and_recovery(start_gateway, loop, eventually):
             call = own.generation.Generate(GenerateRequest(text="a"))
             next(call)
             loop.call(own.engine.accepts.clear)
-            loop.call(own.engine.break_session)
+            loop.call(own.engine.break_sessions)
             with pytest.raises(grpc.RpcError) as caught:
                 list(call)
             assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
@@ -155,7 +155,7 @@ def test_many_clients_at_once(gateway):
     texts = [""] * 64
 
     def generate(index):
-        responses = list(gateway.generation.Generate(GenerateRequest(text=f"number {index}")))
+        responses = list(gateway.generation.Generate(GenerateRequest(text=f"number {index}"), timeout=60))
         texts[index] = "".join(response.outputs[0].text for response in responses)
         assert responses[-1].usage.completion_tokens == len(token_ids)
 
