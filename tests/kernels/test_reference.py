@@ -1,7 +1,7 @@
 """The reference operations against formulas written out, on odd shapes; paged attention against dense attention."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -152,6 +152,19 @@ def test_paged_attention_equals_dense_attention(name):
     spans = zip(batch.query_starts[:-1], batch.query_starts[1:], strict=True)
     expected = [dense_attention(q[a:b], k, v, scale) for (a, b), (k, v) in zip(spans, rows, strict=True)]
     torch.testing.assert_close(out, torch.cat(expected), **CLOSE)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", CASES)
+def test_paged_attention_on_a_gpu_equals_that_on_the_cpu(name):
+    case = CASES[name]
+    q, caches, batch, _ = make_step(case)
+    expected = reference.paged_attention(q, *caches, batch, 0.3)
+    tensors = {name: getattr(batch, name).cuda() for name in ("positions", "kv_indices", "block_tables", "seq_lens")}
+    out = reference.paged_attention(q.cuda(), *(cache.cuda() for cache in caches), replace(batch, **tensors), 0.3)
+    # Scores go through another kernel, with another order of sums.
+    torch.testing.assert_close(out.cpu(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_decodes_that_are_many_share_calls_but_not_results():
