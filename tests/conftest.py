@@ -1,7 +1,11 @@
-"""Tiny random Llamas, saved as transformers saves them: what the tests run models on."""
+"""What the tests run models on: tiny random Llamas, saved as transformers saves them, and the demo model's scripts."""
 
+import importlib
 import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -44,3 +48,25 @@ def make_llama(tmp_path_factory):
         return saved[key]
 
     return make
+
+
+DEMO_MODEL = Path(__file__).parents[1] / "examples" / "demo_model"
+
+
+@pytest.fixture(scope="session")
+def script() -> Callable[[str], ModuleType]:
+    """The demo model's scripts as modules: they import each other as they do when one of them is run."""
+
+    def load(name: str) -> ModuleType:
+        sys.path.insert(0, str(DEMO_MODEL))
+        try:
+            return importlib.import_module(name)
+        finally:
+            sys.path.remove(str(DEMO_MODEL))
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def demo_model_directory() -> Path:
+    return DEMO_MODEL
