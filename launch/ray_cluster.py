@@ -126,8 +126,8 @@ class RayCluster:
             ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
         except (RayError, RuntimeError, OSError, ValueError) as error:
             raise UnavailableError(
-                f"no Ray cluster answers at {address}: {_cause(error)}; check --ray-address, or leave it out to "
-                "start a local one"
+                f"could not join the Ray cluster at {address}: {_cause(error)}; check --ray-address, set "
+                "RAY_AUTH_MODE=token if the cluster wants its token, or leave the option out to start a local one"
             ) from error
 
     @property

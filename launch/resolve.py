@@ -7,12 +7,13 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import CheckpointError, FailedPreconditionError, InvalidArgumentError, NotFoundError
+from ..errors import CheckpointError, FailedPreconditionError, InvalidArgumentError, NotFoundError, UnavailableError
 from ..workers.checkpoint import verify_checkpoint
 from ..workers.model_config import ModelConfig
 from .config import DEFAULT_MODEL, ServeConfig
 
 _NUM_BATCHED_TOKENS = {"cuda": 8192, "cpu": 2048}
+_CONNECT_TIMEOUT_S = 5.0
 _DOWNLOADED = ["*.json", "*.safetensors", "*.jinja"]
 
 
@@ -130,6 +131,21 @@ def resolve_placement(config: ServeConfig, model: ModelConfig, num_free_gpus: in
         dtype = model.dtype if device == "cuda" else "float32"  # type: ignore[assignment] # checked by ModelConfig
     num_batched_tokens = config.max_num_batched_tokens or max(_NUM_BATCHED_TOKENS[device], config.max_num_seqs)
     return Placement(device, dtype, num_batched_tokens)
+
+
+def check_ray_address(address: str | None) -> None:
+    """Raises InvalidArgumentError or UnavailableError if no cluster can be there; Ray itself would try for minutes."""
+    if address is None or address == "auto":
+        return
+    host, separator, port = address.rpartition(":")
+    if not (separator and host and port.isdigit()) or "/" in host:
+        raise InvalidArgumentError(f"ray_address must be HOST:PORT or auto, got {address!r}", "ray_address")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _CONNECT_TIMEOUT_S).close()
+    except (OSError, OverflowError) as error:
+        raise UnavailableError(
+            f"no Ray cluster answers at {address}; check --ray-address, or leave it out to start a local one"
+        ) from error
 
 
 def check_ports(config: ServeConfig) -> None:

@@ -23,7 +23,7 @@ from .child_process import ChildProcess
 from .config import ServeConfig
 from .engine_control import EngineControl
 from .process_configs import add_group_request, engine_config, gateway_config
-from .resolve import Placement, ServedModel, check_ports, resolve_model, resolve_placement
+from .resolve import Placement, ServedModel, check_ports, check_ray_address, resolve_model, resolve_placement
 from .start_display import StartDisplay
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ class Supervisor:
             model = resolve_model(self._config)
             step.detail = _describe(model)
         check_ports(self._config)
+        check_ray_address(self._config.ray_address)
         self._run_dir = _make_run_dir()
         self._start_gateways(model)  # they load the tokenizer while Ray starts
         placement = self._start_ray(model)
