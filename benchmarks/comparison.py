@@ -2,6 +2,7 @@
 on the same machine, one after the other. Of repeats the best of each system counts.
 """
 
+import itertools
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -53,18 +54,18 @@ def _with_weights(config: ServeConfig, seed: int) -> Iterator[ServeConfig]:
 
 def _run_baselines(config: ServeConfig, device: str, workload: Workload, num_repeats: int) -> list[Run]:
     model_config = ModelConfig.from_directory(config.model)
-    on_cpu = "float32" if device == "cpu" else model_config.dtype
-    dtype = on_cpu if config.dtype == "auto" else config.dtype
+    own_dtype = "float32" if device == "cpu" else model_config.dtype  # as the launcher resolves "auto"
+    dtype = own_dtype if config.dtype == "auto" else config.dtype
     model = baselines.load_model(Path(config.model), device, dtype)
     prompts = workload.prompts(model_config.vocab_size)
     num_prompt_tokens = sum(map(len, prompts))
-    runs = []
+    baselines.run_static_batch(model, prompts, output_len=2)  # does what is slow only once
+    by_name: dict[str, list[Run]] = {}
     for way in (baselines.run_static_batch, baselines.run_continuous_batching):
-        way(model, prompts[:2], 2)  # what is slow only once
-        done = [way(model, prompts, workload.output_len) for _ in range(num_repeats)]
-        repeats = [Run(one.name, num_prompt_tokens, one.num_output_tokens, one.duration_s) for one in done]
-        runs.append(checked(_best(repeats), workload))
-    return runs
+        for one in itertools.chain.from_iterable(way(model, prompts, workload.output_len) for _ in range(num_repeats)):
+            run = Run(one.name, num_prompt_tokens, one.num_output_tokens, one.duration_s)
+            by_name.setdefault(one.name, []).append(checked(run, workload))
+    return [_best(runs) for runs in by_name.values()]
 
 
 def _device(system: System) -> str:

@@ -7,11 +7,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import orjson
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from ..errors import InvalidArgumentError
 from .machine import Machine, describe_machine, git_commit
+
+_FILE_WIDTH = 180  # characters, where the output is no terminal
 
 Value = str | int | float | None
 Row = Mapping[str, Value]
@@ -34,7 +37,8 @@ class Report:
 
     def finish(self, json_path: Path | None) -> None:
         """Shows the tables on stdout, and writes the file."""
-        self.show(Console())
+        console = Console()
+        self.show(console if console.is_terminal else Console(width=_FILE_WIDTH))
         if json_path is not None:
             json_path.write_bytes(self.to_json())
 
@@ -53,9 +57,9 @@ def check_json_path(path: Path | None) -> None:
 
 
 def _build_table(title: str, rows: Sequence[Row]) -> Table:
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
     for name in rows[0]:
-        table.add_column(name.replace("_", " "), justify="right")
+        table.add_column(name.replace("_", " "), justify="right", overflow="fold")
     for row in rows:
         table.add_row(*(_format(value) for value in row.values()))
     return table

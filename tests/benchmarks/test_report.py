@@ -48,8 +48,7 @@ def test_table_shows_rows_and_leaves_blanks():
     shown = io.StringIO()
     report().show(Console(file=shown, width=100))
     assert "step ms" in shown.getvalue()
-    assert "4.321" in shown.getvalue()
-    assert [line for line in shown.getvalue().splitlines() if "│" in line and "4.321" in line and " - " in line]
+    assert [line.split() for line in shown.getvalue().splitlines() if "4.321" in line] == [["1", "4.321", "-"]]
 
 
 def test_a_json_file_that_cannot_be_is_refused_before_the_work(tmp_path):
