@@ -124,20 +124,21 @@ class FakeEngine(engine_pb2_grpc.EngineServicer):
         await self.accepts.wait()
         news = asyncio.Queue()
         self._sessions.append(news)
-        reader = asyncio.create_task(self._read(requests, news))
+        answers = {}
+        reader = asyncio.create_task(self._read(requests, news, answers))
         try:
             yield engine_pb2.SessionResponse()
             while (response := await news.get()) is not None:
                 yield response
         finally:
-            reader.cancel()
+            for task in (reader, *answers.values()):
+                task.cancel()
             self._sessions.remove(news)
 
     async def GetStatus(self, request, context):
         return admin_pb2.GetStatusResponse(version="0", model="tiny", num_gateways=1)
 
-    async def _read(self, requests, news):
-        answers = {}
+    async def _read(self, requests, news, answers):
         async for request in requests:
             for submit in request.submits:
                 self.submits.append(submit)
