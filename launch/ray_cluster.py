@@ -241,6 +241,10 @@ def _actor_options(placement: PlacementGroup, rank: int, device: str) -> dict[st
         options["num_gpus"] = 1
         # Peer-to-peer copies need to see the neighbours' GPUs; each rank names its own.
         options["runtime_env"] = {"env_vars": {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}}
+    else:
+        # OpenMP threads that spin while they wait take the cores from the coordinator and the gateways. Measured with
+        # 2 threads on 2 busy cores, 64 decodes of a 6.5 M-parameter model: a step took 169 ms so, 38 ms without.
+        options["runtime_env"] = {"env_vars": {"OMP_WAIT_POLICY": "passive"}}
     return options
 
 
