@@ -1,0 +1,143 @@
+"""The command line: what it prints, and errors as one line with an exit status."""
+
+import io
+import json
+import subprocess
+import sys
+from importlib.metadata import version
+
+import pytest
+from octavo.errors import NotFoundError
+from octavo.launch.cli import run
+from octavo.launch.config import option_names
+from octavo.proto import admin_pb2
+
+
+def one_line(capsys):
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1, captured.err
+    assert captured.err.startswith("octavo: ")
+    return captured.err
+
+
+def test_version(capsys):
+    assert run(["version"]) == 0
+    assert capsys.readouterr().out.strip() == version("octavo")
+
+
+def test_help_lists_the_commands(capsys):
+    assert run(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(command in out for command in ("serve", "generate", "chat", "status", "version"))
+
+
+def test_serve_offers_every_option(capsys):
+    assert run(["serve", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert [name for name in option_names() if name != "model" and f"--{name.replace('_', '-')}" not in out] == []
+    assert "--config" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "reason"),
+    [
+        (["serve", "/no/such/model"], 1, "does not exist"),
+        (["serve", "--port", "abc"], 2, "--port"),
+        (["serve", "--port", "70000"], 1, "port must be in"),
+        (["serve", "--device", "tpu"], 2, "--device"),
+        (["serve", "--block-sise", "8"], 2, "--block-sise"),
+        (["serve", "--config", "/no/such/file.yaml"], 1, "/no/such/file.yaml"),
+        (["sevre"], 2, "sevre"),
+        (["generate"], 1, "--token-ids"),
+        (["generate", "hi", "--token-ids", "1"], 1, "not both"),
+        (["generate", "--token-ids", "1;2"], 1, "integers and commas"),
+        (["generate", "hi", "--temperature", "-1"], 1, "temperature"),
+    ],
+)
+def test_an_error_is_one_line(capsys, arguments, status, reason):
+    assert run(arguments) == status
+    assert reason in one_line(capsys)
+
+
+def test_generate_streams_text(capsys, fake_server, deltas):
+    fake_server.answer = lambda request: deltas(" upon a time")
+    assert run(["generate", "Once", "--address", fake_server.address, "--max-tokens", "12", "--seed", "3"]) == 0
+    assert capsys.readouterr().out == " upon a time\n"
+    [request] = fake_server.requests
+    assert (request.text, request.sampling_params.max_tokens, request.sampling_params.seed) == ("Once", 12, 3)
+    assert request.sampling_params.temperature == 0
+
+
+def test_generate_prints_token_ids_where_there_is_no_text(capsys, fake_server, deltas):
+    def answer(request):
+        for response in deltas("abc"):
+            response.outputs[0].text = ""
+            yield response
+
+    fake_server.answer = answer
+    assert run(["generate", "--token-ids", "1,2", "--address", fake_server.address]) == 0
+    assert capsys.readouterr().out == "97,98,99\n"
+
+
+def test_a_servers_refusal_is_one_line(capsys, fake_server):
+    def answer(request):
+        raise NotFoundError("model 'x' is not served;\nserved: y")
+
+    fake_server.answer = answer
+    assert run(["generate", "hi", "--model", "x", "--address", fake_server.address]) == 1
+    assert "served: y" in one_line(capsys)
+
+
+def test_chat_remembers_the_conversation(capsys, monkeypatch, fake_server, deltas):
+    fake_server.answer = lambda request: deltas(f"answer {len(request.chat.messages)}")
+    monkeypatch.setattr("sys.stdin", io.StringIO("first\n\nsecond\n"))
+    assert run(["chat", "--address", fake_server.address, "--system", "be kind"]) == 0
+    out = capsys.readouterr().out
+    assert "answer 2" in out
+    assert "answer 4" in out
+    roles = [message.role for message in fake_server.requests[1].chat.messages]
+    assert roles == ["system", "user", "assistant", "user"]
+
+
+def test_a_failed_turn_of_a_chat_is_taken_back(capsys, monkeypatch, fake_server, deltas):
+    def answer(request):
+        if len(fake_server.requests) == 1:
+            raise NotFoundError("gone for a moment")
+        return deltas("fine")
+
+    fake_server.answer = answer
+    monkeypatch.setattr("sys.stdin", io.StringIO("first\nsecond\n"))
+    assert run(["chat", "--address", fake_server.address]) == 0
+    out = capsys.readouterr().out
+    assert "gone for a moment" in out
+    assert "fine" in out
+    assert [message.content for message in fake_server.requests[1].chat.messages] == ["second"]
+
+
+def test_status_shows_groups_ranks_and_counters(capsys, fake_server):
+    status = admin_pb2.GetStatusResponse(version="1", model="fake", num_waiting=7, num_gateways=1)
+    group = status.groups.add(group_id=0, state=admin_pb2.GROUP_STATE_READY, num_blocks=100, num_free_blocks=75)
+    group.ranks.add(rank=0, device="cuda:1", address="host:123")
+    group.steps.num_steps = 4
+    group.steps.step_time_s = 0.01
+    status.counters.num_preemptions = 42
+    fake_server.status = status
+    assert run(["status", "--address", fake_server.address]) == 0
+    out = capsys.readouterr().out
+    for shown in ("7 waiting", "ready", "25 (25%)", "cuda:1", "host:123", "2.50", "42"):
+        assert shown in out
+
+
+def test_status_of_a_group_that_starts(capsys, fake_server):
+    fake_server.status.groups.add(group_id=0, state=admin_pb2.GROUP_STATE_STARTING)
+    assert run(["status", "--address", fake_server.address]) == 0
+    assert "starting" in capsys.readouterr().out
+
+
+def test_neither_the_package_nor_the_command_line_loads_torch_or_ray():
+    program = (
+        "import sys, json, octavo, octavo.launch.cli; octavo.Client, octavo.SamplingParams;"
+        "print(json.dumps([name for name in ('torch', 'ray', 'transformers') if name in sys.modules]))"
+    )
+    answer = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, check=True)
+    assert json.loads(answer.stdout) == []
