@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import threading
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -53,6 +54,8 @@ class RankActor:
 
     def __init__(self, rank: int, device: str, is_local: bool, num_ranks_on_node: int) -> None:
         """`device` is "cuda" or "cpu"; of a cluster's GPUs Ray chooses one. On a cluster the node's address is used."""
+        # torch's own calls of its deprecated functions; a rank's output is shown to the user.
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
         from ..workers.server import WorkerServer
 
         self._device = _assigned_gpu() if device == "cuda" else device
@@ -114,7 +117,7 @@ class RayCluster:
                 num_gpus=0 if device == "cpu" else None,
                 include_dashboard=False,
                 logging_level=logging.ERROR,
-                log_to_driver=False,
+                log_to_driver=True,
                 object_store_memory=_OBJECT_STORE_BYTES,
                 _temp_dir=str(temp_dir),
             )
@@ -123,7 +126,7 @@ class RayCluster:
 
     def _join(self, address: str) -> None:
         try:
-            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
+            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=True)
         except (RayError, RuntimeError, OSError, ValueError) as error:
             raise UnavailableError(
                 f"could not join the Ray cluster at {address}: {_cause(error)}; check --ray-address, set "

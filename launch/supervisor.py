@@ -4,8 +4,6 @@ A process that dies ends the server with one clear line. Nothing is left behind:
 """
 
 import concurrent.futures
-import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Iterable
@@ -24,6 +22,7 @@ from .config import ServeConfig
 from .engine_control import EngineControl
 from .process_configs import add_group_request, engine_config, gateway_config
 from .resolve import Placement, ServedModel, check_ports, check_ray_address, resolve_model, resolve_placement
+from .run_dir import RunDir
 from .start_display import StartDisplay
 
 if TYPE_CHECKING:
@@ -34,8 +33,6 @@ _GATEWAY_STOP_TIMEOUT_S = 12.0  # a gateway's own grace for running requests is 
 _COORDINATOR_STOP_TIMEOUT_S = 5.0
 _POLL_S = 0.05
 _WATCH_S = 0.5
-# A Unix socket's path has at most 107 bytes, and Ray adds about 70 to the directory's.
-_MAX_RUN_DIR_BYTES = 35
 
 
 class Supervisor:
@@ -44,7 +41,7 @@ class Supervisor:
     def __init__(self, config: ServeConfig, display: StartDisplay) -> None:
         self._config = config
         self._display = display
-        self._run_dir: Path | None = None
+        self._run_dir: RunDir | None = None
         self._gateways: list[ChildProcess] = []
         self._coordinator: ChildProcess | None = None
         self._cluster: RayCluster | None = None
@@ -65,7 +62,7 @@ class Supervisor:
             step.detail = _describe(model)
         check_ports(self._config)
         check_ray_address(self._config.ray_address)
-        self._run_dir = _make_run_dir()
+        self._run_dir = RunDir()
         self._start_gateways(model)  # they load the tokenizer while Ray starts
         placement = self._start_ray(model)
         self._start_coordinator(model, placement)
@@ -212,7 +209,7 @@ class Supervisor:
             self._cluster.shut_down(hurry)
             self._cluster = None
         if self._run_dir is not None:
-            shutil.rmtree(self._run_dir, ignore_errors=True)
+            self._run_dir.remove()
             self._run_dir = None
 
     # Processes and files
@@ -220,7 +217,7 @@ class Supervisor:
     @property
     def _directory(self) -> Path:
         assert self._run_dir is not None
-        return self._run_dir
+        return self._run_dir.path
 
     def _socket(self, name: str) -> str:
         return f"unix:{self._directory}/{name}.sock"
@@ -248,12 +245,6 @@ def _is_serving(health: health_pb2_grpc.HealthStub) -> bool:
     except grpc.RpcError:  # not up yet; the caller watches the process and the clock
         return False
     return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
-
-
-def _make_run_dir() -> Path:
-    """Sockets, configurations, Ray's files. In /tmp if the system's choice is too long for a socket's path."""
-    fits = len(tempfile.gettempdir().encode()) + len("/octavo-12345678") <= _MAX_RUN_DIR_BYTES
-    return Path(tempfile.mkdtemp(prefix="octavo-", dir=None if fits else "/tmp"))  # noqa: S108 - mkdtemp is private
 
 
 def _describe(model: ServedModel) -> str:
