@@ -42,13 +42,13 @@ def build_serve_command() -> Callable[..., None]:
 def option_parameter(spec: "Field[Any]", hint: Any) -> inspect.Parameter:  # noqa: ANN401 (a type)
     """Its default is None, which says that nothing was given; the help shows the real one."""
     shown = spec.metadata["shown"] or str(spec.default if spec.default is not MISSING else "")
-    text = spec.metadata["help"]
+    text = f"{spec.metadata['help']} [default: {shown}]"
     if spec.name == "model":
-        argument = typer.Argument(help=text, metavar="MODEL", show_default=shown)
+        argument = typer.Argument(help=text, metavar="MODEL", show_default=False)
         return _keyword("model", Annotated[str | None, argument])
     hint = list[str] if hint == tuple[str, ...] else hint
     names = [] if hint is not bool else [f"--{spec.name.replace('_', '-')}/--no-{spec.name.replace('_', '-')}"]
-    return _keyword(spec.name, Annotated[hint | None, typer.Option(*names, help=text, show_default=shown)])
+    return _keyword(spec.name, Annotated[hint | None, typer.Option(*names, help=text, show_default=False)])
 
 
 def _keyword(name: str, annotation: Any) -> inspect.Parameter:  # noqa: ANN401 (a type)
