@@ -18,6 +18,11 @@ class Observation:
     error: str | None = None
 
     @property
+    def is_streamed(self) -> bool:
+        """Whether its tokens came one after another. A server without a tokenizer has no text to stream over HTTP."""
+        return len(self.event_times_s) > 1 or (bool(self.event_times_s) and self.num_tokens == 1)
+
+    @property
     def ttft_s(self) -> float:
         """Time to first token. Only for a request that got one."""
         return self.event_times_s[0] - self.sent_at_s

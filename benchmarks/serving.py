@@ -88,7 +88,7 @@ def run_clients(spec: LoadSpec) -> list[Observation]:
 
 
 def summarize(spec: LoadSpec, observations: Sequence[Observation]) -> Row:
-    """One row. Times are those of the requests that ended well."""
+    """One row. Times are those of the requests that ended well and were streamed."""
     done = [observation for observation in observations if observation.error is None]
     duration_s = max(one.finished_at_s for one in done) - min(one.sent_at_s for one in done)
     return {
@@ -97,7 +97,7 @@ def summarize(spec: LoadSpec, observations: Sequence[Observation]) -> Row:
         "failed": len(observations) - len(done),
         "done_requests_per_s": len(done) / duration_s,
         "generated_tokens_per_s": sum(one.num_tokens for one in done) / duration_s,
-        **percentile_columns("ttft", [one.ttft_s for one in done if one.event_times_s]),
+        **percentile_columns("ttft", [one.ttft_s for one in done if one.is_streamed]),
         **percentile_columns("itl", [gap_s for one in done for gap_s in one.gaps_s]),
     }
 

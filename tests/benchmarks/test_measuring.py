@@ -63,6 +63,13 @@ def test_a_served_row_is_of_the_requests_that_ended_well():
     assert row["itl_p50_ms"] == pytest.approx(50.0)
 
 
+def test_an_answer_in_one_piece_says_nothing_of_the_first_token():
+    row = summarize(spec(), [Observation(0.0, [0.9], num_tokens=16, finished_at_s=0.9)])
+    assert (row["ttft_p50_ms"], row["itl_p50_ms"]) == (None, None)
+    row = summarize(spec(), [Observation(0.0, [0.9], num_tokens=1, finished_at_s=0.9)])
+    assert row["ttft_p50_ms"] == pytest.approx(900.0)
+
+
 def test_each_rate_gets_twenty_seconds_of_arrivals():
     settings = ServeSettings((4.0, float("inf")), None, "512", 128, seed=0)
     assert [one.num_prompts for one in load_specs(settings, "http", "", "", 100)] == [80, 1000]
