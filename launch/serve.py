@@ -2,7 +2,10 @@
 
 import json
 import shlex
+import shutil
+import sys
 import time
+from pathlib import Path
 
 from rich.console import Console
 
@@ -69,7 +72,7 @@ def _endpoints(config: ServeConfig, model: ServedModel) -> str:
 
 
 def _grpc_example(config: ServeConfig, address: str) -> str:
-    command = ["octavo", "generate"]
+    command = [*_own_command(), "generate"]
     command += ["--token-ids", "1,2,3"] if config.skip_tokenizer_init else ["Once upon a time"]
     return shlex.join([*command, "--address", address])
 
@@ -78,3 +81,13 @@ def _http_example(config: ServeConfig, url: str, name: str) -> str:
     prompt: str | list[int] = [1, 2, 3] if config.skip_tokenizer_init else "Once upon a time"
     body = json.dumps({"model": name, "prompt": prompt, "max_tokens": 32})
     return f"curl {url}/v1/completions -H 'Content-Type: application/json' -d {shlex.quote(body)}"
+
+
+def _own_command() -> list[str]:
+    """How a shell in this directory reaches the command line: by name if it is on the path."""
+    if shutil.which("octavo"):
+        return ["octavo"]
+    script = Path(sys.executable).with_name("octavo")
+    if not script.is_file():
+        return [sys.executable, "-m", "octavo"]
+    return [str(script.relative_to(Path.cwd()) if script.is_relative_to(Path.cwd()) else script)]

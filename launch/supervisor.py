@@ -4,6 +4,7 @@ A process that dies ends the server with one clear line. Nothing is left behind:
 """
 
 import concurrent.futures
+import contextlib
 import threading
 import time
 from collections.abc import Iterable
@@ -193,11 +194,20 @@ class Supervisor:
     def stop(self, hurry: threading.Event) -> None:
         """Ends everything, gateways first, so that what runs may finish. `hurry` cuts every wait short."""
         self._is_ready = False
+        with contextlib.ExitStack() as last_to_first:  # goes on to the end even if a step fails
+            last_to_first.callback(self._remove_run_dir)
+            last_to_first.callback(self._stop_cluster, hurry)
+            last_to_first.callback(self._stop_coordinator, hurry)
+            self._stop_gateways(hurry)
+
+    def _stop_gateways(self, hurry: threading.Event) -> None:
         for gateway in self._gateways:
             gateway.terminate()
         for gateway in self._gateways:
             gateway.wait(_GATEWAY_STOP_TIMEOUT_S, hurry)
         self._gateways.clear()
+
+    def _stop_coordinator(self, hurry: threading.Event) -> None:
         if self._control is not None:
             self._control.close()
             self._control = None
@@ -205,12 +215,16 @@ class Supervisor:
             self._coordinator.terminate()
             self._coordinator.wait(_COORDINATOR_STOP_TIMEOUT_S, hurry)
             self._coordinator = None
-        if self._cluster is not None:
-            self._cluster.shut_down(hurry)
-            self._cluster = None
-        if self._run_dir is not None:
-            self._run_dir.remove()
-            self._run_dir = None
+
+    def _stop_cluster(self, hurry: threading.Event) -> None:
+        cluster, self._cluster = self._cluster, None
+        if cluster is not None:
+            cluster.shut_down(hurry)
+
+    def _remove_run_dir(self) -> None:
+        run_dir, self._run_dir = self._run_dir, None
+        if run_dir is not None:
+            run_dir.remove()
 
     # Processes and files
 
