@@ -1,0 +1,90 @@
+"""The RMSNorm kernels against their torch twins."""
+
+import pytest
+import torch
+from octavo.kernels import reference
+from octavo.kernels.norm import add_rms_norm, rms_norm
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# float32: a mean summed in another order, a few units of 2**-24 each. Half precisions are computed in float32 too, so
+# that difference moves a value over a rounding boundary at most: one unit of the last place.
+CLOSE = {
+    torch.float32: {"rtol": 2e-6, "atol": 1e-6},
+    torch.bfloat16: {"rtol": 2**-7, "atol": 1e-6},
+    torch.float16: {"rtol": 2**-10, "atol": 1e-6},
+}
+SHAPES = [(1, 1), (3, 7), (2, 3, 64), (5, 257), (1, 4096), (2, 5120), (2, 8192)]
+
+
+def normal(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return (torch.randn(shape, generator=generator) * scale).to(DEVICE, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rms_norm(shape, dtype):
+    x, weight = normal(*shape, dtype=dtype, scale=3), normal(shape[-1], dtype=dtype)
+    torch.testing.assert_close(rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5), **CLOSE[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_add_rms_norm(shape, dtype):
+    x, residual = normal(*shape, dtype=dtype), normal(1, *shape, dtype=dtype, scale=3)[0]
+    weight = normal(shape[-1], dtype=dtype)
+    kept = x.clone(), residual.clone()
+    normed, total = add_rms_norm(x, residual, weight, 1e-5)
+    expected, expected_total = reference.add_rms_norm(x, residual, weight, 1e-5)
+    # One sum of two numbers, rounded once: no freedom.
+    torch.testing.assert_close(total, expected_total, rtol=0, atol=0)
+    torch.testing.assert_close(normed, expected, **CLOSE[dtype])
+    torch.testing.assert_close((x, residual), kept, rtol=0, atol=0)
+
+
+def test_the_norm_is_of_the_rounded_sum():
+    # 256 + 1 is 256 in bfloat16: the sum's last bit is lost before the norm.
+    x, residual = (torch.full((1, 16), value, dtype=torch.bfloat16, device=DEVICE) for value in (1.0, 256.0))
+    x[0, 0] = 64
+    weight = normal(16, dtype=torch.bfloat16)
+    normed, total = add_rms_norm(x, residual, weight, 1e-5)
+    assert total[0, 1] == 256
+    assert torch.equal(normed, rms_norm(total, weight, 1e-5))
+
+
+def test_eps_is_added_to_the_mean():
+    x, weight = torch.full((1, 8), 1e-3, device=DEVICE), torch.ones(8, device=DEVICE)
+    expected = torch.full_like(x, 1e-3 / (1e-6 + 3e-6) ** 0.5)
+    torch.testing.assert_close(rms_norm(x, weight, 3e-6), expected, **CLOSE[torch.float32])
+
+
+def test_half_precision_does_not_overflow():
+    x, weight = (torch.full(shape, 300.0, dtype=torch.float16, device=DEVICE) for shape in ((1, 512), (512,)))
+    torch.testing.assert_close(rms_norm(x, weight / 300, 1e-5), torch.ones_like(x), **CLOSE[torch.float16])
+
+
+def test_no_rows():
+    x, weight = torch.empty(0, 8, device=DEVICE), torch.ones(8, device=DEVICE)
+    assert rms_norm(x, weight, 1e-5).shape == (0, 8)
+    assert [tensor.shape for tensor in add_rms_norm(x, x, weight, 1e-5)] == [(0, 8)] * 2
+
+
+@pytest.mark.parametrize(
+    ("x", "weight", "problem"),
+    [
+        (torch.ones(2, 8, dtype=torch.float64), torch.ones(8, dtype=torch.float64), "float64"),
+        (torch.ones(2, 8), torch.ones(8, dtype=torch.bfloat16), "bfloat16"),
+        (torch.ones(2, 8), torch.ones(7), r"\[7\] does not fit x \[2, 8\]"),
+        (torch.ones(1, 20000), torch.ones(20000), "not 20000"),
+        (torch.ones(8, 2).t(), torch.ones(8), r"strides are \(1, 2\)"),
+    ],
+)
+def test_what_the_kernel_cannot_take_is_named(x, weight, problem):
+    with pytest.raises(ValueError, match=problem):
+        rms_norm(x, weight, 1e-5)
+
+
+def test_a_residual_unlike_x_is_named():
+    with pytest.raises(ValueError, match=r"not \[3, 8\]"):
+        add_rms_norm(torch.ones(2, 8), torch.ones(3, 8), torch.ones(8), 1e-5)
