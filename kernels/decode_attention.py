@@ -1,8 +1,8 @@
 """Paged attention of one query token for each row, split over the keys, in one launch.
 
-softmax(q k^T * scale) v over a row's cached keys, online (FlashAttention, arXiv 2205.14135) and split over programs that
-merge by log-sum-exp (Flash-Decoding). A program serves one KV head of one row with all of its query heads, so a key is
-read once; the last program of a row and KV head to arrive merges the splits.
+softmax(q k^T * scale) v over a row's cached keys, online (FlashAttention, arXiv 2205.14135) and split over programs
+that merge by log-sum-exp (Flash-Decoding). A program serves one KV head of one row with all of its query heads, so a
+key is read once; the last program of a row and KV head to arrive merges the splits.
 
 The grid depends on shapes alone, so a CUDA graph can replay it; which keys a program takes it reads on the device.
 """
@@ -14,10 +14,11 @@ import torch
 import triton
 import triton.language as tl
 
-from .paged_cache import check_cache, check_rows, load_block_ids, load_cells, padded
+from .paged_cache import cell_offsets, check_cache, check_rows, load_block_ids, load_cells, padded
 
 H200_NUM_SMS = 132
-# Programs that a multiprocessor holds at once: what 3 stages of 32 keys of 128 in bfloat16 leave room for, 48 KiB each.
+# Programs wanted on each multiprocessor. Six fit (36 KiB of shared memory each, for heads of 128 in bfloat16); four
+# keep enough copies in flight, and fewer splits cost less to merge. To be tuned by measurement.
 _PROGRAMS_PER_SM = 4
 _MAX_SPLITS = 64
 # A split below this costs more to merge than its keys cost to read.
@@ -199,15 +200,13 @@ def _decode_kernel(
     block_ids = load_block_ids(table_ptr, start + tl.arange(0, keys_per_tile), end, block_size)
     for tile_start in range(start, end, keys_per_tile):
         keys = tile_start + tl.arange(0, keys_per_tile)
-        k = load_cells(
-            k_head_ptr, block_ids, keys, end, block_size, num_kv_heads * head_dim, head_dim, head_dim_padded, True
-        )
-        v = load_cells(
-            v_head_ptr, block_ids, keys, end, block_size, num_kv_heads * head_dim, head_dim, head_dim_padded, True
-        )
+        is_key = keys < end
+        offsets = cell_offsets(block_ids, keys, block_size, num_kv_heads * head_dim)
+        k = load_cells(k_head_ptr, offsets, is_key, head_dim, head_dim_padded, True)
+        v = load_cells(v_head_ptr, offsets, is_key, head_dim, head_dim_padded, True)
         block_ids = load_block_ids(table_ptr, keys + keys_per_tile, end, block_size)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * log2_scale
-        scores = tl.where((keys < end)[None, :], scores, -float("inf"))
+        scores = tl.where(is_key[None, :], scores, -float("inf"))
         # Every tile has a key before `end`, so the maximum is finite.
         new_top = tl.maximum(top, tl.max(scores, 1))
         rescale = tl.exp2(top - new_top)
@@ -220,7 +219,7 @@ def _decode_kernel(
     attention = acc / tl.where(total > 0, total, 1.0)[:, None]
     if num_active == 1:
         tl.store(out_row_ptr + in_row, attention.to(out_ptr.dtype.element_ty), mask=is_real)
-    if is_split:
+    if is_split:  # noqa: SIM102 (known when compiled, unlike the next)
         if num_active > 1:
             first_partial = row_head.to(tl.int64) * num_splits * group
             partial = first_partial + split * group + heads

@@ -26,32 +26,31 @@ def load_block_ids(table_ptr: tl.tensor, keys: tl.tensor, end: tl.tensor, block_
 
 
 @triton.jit
+def cell_offsets(
+    block_ids: tl.tensor, keys: tl.tensor, block_size: tl.constexpr, cell_stride: tl.constexpr
+) -> tl.tensor:
+    """Elements from the cache's start to each key's cell, the same for keys and values: int64."""
+    # block_size is a power of two: the mask is the remainder.
+    return (block_ids.to(tl.int64) * block_size + (keys & (block_size - 1))) * cell_stride
+
+
+@triton.jit
 def load_cells(
     head_ptr: tl.tensor,  # the KV head's first element in the cache
-    block_ids: tl.tensor,
-    keys: tl.tensor,
-    end: tl.tensor,
-    block_size: tl.constexpr,
-    cell_stride: tl.constexpr,
+    offsets: tl.tensor,
+    is_key: tl.tensor,
     head_dim: tl.constexpr,
     head_dim_padded: tl.constexpr,
     masked: tl.constexpr,
 ) -> tl.tensor:
-    """[keys, head_dim_padded] of one KV head. Keys from `end` on are not read if `masked`: they are 0."""
-    cells = block_ids.to(tl.int64) * block_size + keys % block_size
+    """[keys, head_dim_padded] of one KV head. What is no key is not read if `masked`: it is 0."""
     dims = tl.arange(0, head_dim_padded)
-    pointers = head_ptr + cells[:, None] * cell_stride + dims[None, :]
+    pointers = head_ptr + offsets[:, None] + dims[None, :]
+    if head_dim < head_dim_padded:
+        return tl.load(pointers, mask=is_key[:, None] & (dims < head_dim)[None, :], other=0.0)
     if masked:
-        if head_dim == head_dim_padded:
-            tile = tl.load(pointers, mask=(keys < end)[:, None], other=0.0)
-        else:
-            tile = tl.load(pointers, mask=(keys < end)[:, None] & (dims < head_dim)[None, :], other=0.0)
-    else:
-        if head_dim == head_dim_padded:
-            tile = tl.load(pointers)
-        else:
-            tile = tl.load(pointers, mask=(dims < head_dim)[None, :], other=0.0)
-    return tile
+        return tl.load(pointers, mask=is_key[:, None], other=0.0)
+    return tl.load(pointers)
 
 
 def check_cache(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, out: torch.Tensor) -> None:

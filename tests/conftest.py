@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,11 @@ from types import ModuleType
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Without a GPU kernels run in Triton's interpreter, to be chosen before the models below import it.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from transformers import LlamaConfig, LlamaForCausalLM
 
 _DEFAULTS = {

@@ -1,0 +1,235 @@
+"""Paged causal attention of several query tokens for each row: prompt chunks, behind what is cached of the row already.
+
+Query i of a row of n query tokens stands at position p = seq_len - n + i; its output is softmax(q k^T * scale) v over
+the keys [0, p], online and tile by tile (FlashAttention-2, arXiv 2307.08691, algorithm 1). A program serves one tile of
+queries of one head: first the keys that all of them see, without a mask, then the tiles on the diagonal.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from .paged_cache import cell_offsets, check_cache, check_rows, load_block_ids, load_cells, padded
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkConfig:
+    """How the kernel is cut for one shape."""
+
+    queries_per_tile: int
+    keys_per_tile: int
+    num_warps: int
+    num_stages: int
+
+
+def chunk_config(max_query_len: int, head_dim: int, dtype: torch.dtype) -> ChunkConfig:
+    """Tiles for chunks of up to `max_query_len` tokens: Hopper's tensor cores want 64 queries for each 4 warps."""
+    if dtype == torch.float32:
+        # Computed without tensor cores, from registers.
+        return ChunkConfig(16, 32, 4, 1)
+    if max_query_len <= 16:
+        return ChunkConfig(16, 64, 4, 3 if head_dim <= 128 else 2)
+    if head_dim > 128:
+        return ChunkConfig(64, 64, 4, 2)
+    return ChunkConfig(64, 64, 4, 3) if max_query_len <= 64 else ChunkConfig(128, 64, 8, 3)
+
+
+@triton.jit
+def _attend_keys(
+    q: tl.tensor,
+    top: tl.tensor,
+    total: tl.tensor,
+    acc: tl.tensor,
+    k_head_ptr: tl.tensor,
+    v_head_ptr: tl.tensor,
+    table_ptr: tl.tensor,
+    positions: tl.tensor,
+    start: tl.tensor,
+    end: tl.tensor,
+    log2_scale: tl.tensor,
+    cell_stride: tl.constexpr,
+    head_dim: tl.constexpr,
+    head_dim_padded: tl.constexpr,
+    block_size: tl.constexpr,
+    keys_per_tile: tl.constexpr,
+    masked: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Takes keys [start, end) into the running maximum, sum and output; `masked` says which of them a query sees."""
+    # The next tile's block ids travel through the loop: loaded where they are used, the pipeline would wait for every
+    # copy in flight.
+    block_ids = load_block_ids(table_ptr, start + tl.arange(0, keys_per_tile), end, block_size)
+    for tile_start in range(start, end, keys_per_tile):
+        keys = tile_start + tl.arange(0, keys_per_tile)
+        is_key = keys < end
+        offsets = cell_offsets(block_ids, keys, block_size, cell_stride)
+        k = load_cells(k_head_ptr, offsets, is_key, head_dim, head_dim_padded, masked)
+        v = load_cells(v_head_ptr, offsets, is_key, head_dim, head_dim_padded, masked)
+        block_ids = load_block_ids(table_ptr, keys + keys_per_tile, end, block_size)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * log2_scale
+        if masked:
+            # Covers the keys from `end` on too: every query of the row stands before it.
+            scores = tl.where(keys[None, :] <= positions[:, None], scores, -float("inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        rescale = tl.exp2(top - new_top)
+        weights = tl.exp2(scores - new_top[:, None])
+        total = total * rescale + tl.sum(weights, 1)
+        acc = tl.dot(weights.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
+        top = new_top
+    return top, total, acc
+
+
+@triton.jit
+def _chunk_kernel(
+    out_ptr: tl.tensor,
+    q_ptr: tl.tensor,
+    k_cache_ptr: tl.tensor,
+    v_cache_ptr: tl.tensor,
+    block_tables_ptr: tl.tensor,
+    slots_ptr: tl.tensor,
+    seq_lens_ptr: tl.tensor,
+    query_starts_ptr: tl.tensor,
+    log2_scale: tl.tensor,  # scale * log2(e): scores are exponents of 2
+    out_stride: tl.tensor,
+    q_stride: tl.tensor,
+    table_stride: tl.tensor,
+    num_kv_heads: tl.constexpr,
+    group: tl.constexpr,  # query heads of a KV head
+    head_dim: tl.constexpr,
+    head_dim_padded: tl.constexpr,
+    block_size: tl.constexpr,
+    queries_per_tile: tl.constexpr,
+    keys_per_tile: tl.constexpr,
+) -> None:
+    head = tl.program_id(0)
+    row = tl.program_id(2)
+    query_start = tl.load(query_starts_ptr + row)
+    query_len = tl.load(query_starts_ptr + row + 1) - query_start
+    # A row's last tile has the most keys: it starts first.
+    tile = tl.cdiv(query_len, queries_per_tile) - 1 - tl.program_id(1)
+    if tile < 0:
+        return
+    seq_len = tl.load(seq_lens_ptr + row)
+    slot = tl.load(slots_ptr + row)
+
+    queries = tile * queries_per_tile + tl.arange(0, queries_per_tile)
+    dims = tl.arange(0, head_dim_padded)
+    is_real = (queries < query_len)[:, None] & (dims < head_dim)[None, :]
+    tokens = (query_start + queries).to(tl.int64)
+    in_token = head * head_dim + dims
+    q = tl.load(q_ptr + tokens[:, None] * q_stride + in_token[None, :], mask=is_real, other=0.0)
+
+    first_position = seq_len - query_len + tile * queries_per_tile
+    positions = first_position + tl.arange(0, queries_per_tile)
+    seen_by_all = (first_position + 1) // keys_per_tile * keys_per_tile
+    end = tl.minimum(first_position + queries_per_tile, seq_len)
+
+    table_ptr = block_tables_ptr + slot * table_stride
+    k_head_ptr = k_cache_ptr + head // group * head_dim
+    v_head_ptr = v_cache_ptr + head // group * head_dim
+    cell_stride: tl.constexpr = num_kv_heads * head_dim
+    top = tl.full([queries_per_tile], -float("inf"), dtype=tl.float32)
+    total = tl.zeros([queries_per_tile], dtype=tl.float32)
+    acc = tl.zeros([queries_per_tile, head_dim_padded], dtype=tl.float32)
+    # Every query sees a key of the first tile that either loop takes, so no maximum is ever that of nothing.
+    top, total, acc = _attend_keys(
+        q,
+        top,
+        total,
+        acc,
+        k_head_ptr,
+        v_head_ptr,
+        table_ptr,
+        positions,
+        0,
+        seen_by_all,
+        log2_scale,
+        cell_stride,
+        head_dim,
+        head_dim_padded,
+        block_size,
+        keys_per_tile,
+        False,
+    )
+    top, total, acc = _attend_keys(
+        q,
+        top,
+        total,
+        acc,
+        k_head_ptr,
+        v_head_ptr,
+        table_ptr,
+        positions,
+        seen_by_all,
+        end,
+        log2_scale,
+        cell_stride,
+        head_dim,
+        head_dim_padded,
+        block_size,
+        keys_per_tile,
+        True,
+    )
+    attention = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + tokens[:, None] * out_stride + in_token[None, :], attention, mask=is_real)
+
+
+def paged_chunk_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    slots: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_starts: torch.Tensor,
+    max_query_len: int,
+    scale: float,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Causal attention of each row's last query_starts[row + 1] - query_starts[row] tokens over its cached keys.
+
+    q: [num_tokens, num_heads, head_dim], tokens any stride apart; caches: [num_blocks, block_size, num_kv_heads,
+    head_dim], with this step's keys in them; block_tables: [num_slots, max_blocks] int32; slots: [num_rows] int64, each
+    row's row of block_tables; seq_lens: [num_rows] int32, those query tokens included; query_starts: [num_rows + 1]
+    int32, places in q; no row has more than max_query_len query tokens, a padding row has none. Returns `out`, or new
+    memory of q's shape; tokens of no row are left as they are. Raises ValueError for shapes that the kernel does not
+    take.
+    """
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
+    check_cache(q, k_cache, v_cache, out)
+    check_rows(block_tables, slots, seq_lens)
+    if query_starts.dtype != torch.int32 or query_starts.shape != (len(slots) + 1,) or not query_starts.is_contiguous():
+        raise ValueError(f"query_starts {tuple(query_starts.shape)} of {query_starts.dtype} for {len(slots)} rows")
+    _, num_heads, head_dim = q.shape
+    _, block_size, num_kv_heads, _ = k_cache.shape
+    if len(slots) == 0 or max_query_len <= 0:
+        return out
+    config = chunk_config(max_query_len, head_dim, q.dtype)
+    num_tiles = -(-max_query_len // config.queries_per_tile)
+    with torch.cuda.device_of(q):
+        _chunk_kernel[(num_heads, num_tiles, len(slots))](
+            out,
+            q,
+            k_cache,
+            v_cache,
+            block_tables,
+            slots,
+            seq_lens,
+            query_starts,
+            scale * math.log2(math.e),
+            out.stride(0),
+            q.stride(0),
+            block_tables.stride(0),
+            num_kv_heads=num_kv_heads,
+            group=num_heads // num_kv_heads,
+            head_dim=head_dim,
+            head_dim_padded=padded(head_dim),
+            block_size=block_size,
+            queries_per_tile=config.queries_per_tile,
+            keys_per_tile=config.keys_per_tile,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+    return out

@@ -1,0 +1,181 @@
+"""Decode attention against the reference in float32: odd shapes, splits and their merge, padding, poisoned caches."""
+
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from octavo.kernels.decode_attention import decode_config, decode_workspace, paged_decode_attention
+
+# float32: sums of up to a few hundred terms in another order. Half precisions: the weights of the values are rounded
+# once (half a unit of the mantissa, of about the values' mean size, 0.8) and so is the output.
+TOLERANCES = {
+    torch.float32: {"rtol": 2e-5, "atol": 2e-6},
+    torch.float16: {"rtol": 2**-10, "atol": 2**-11},
+    torch.bfloat16: {"rtol": 2**-7, "atol": 2**-8},
+}
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A step of decodes; a row of no tokens is a padding row."""
+
+    seq_lens: tuple[int, ...]
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 64
+    block_size: int = 16
+    dtype: torch.dtype = torch.float32
+
+
+CASES = {
+    "one token": Case((1,)),
+    "around blocks and tiles": Case((15, 16, 17, 31, 32, 33, 64, 65)),
+    "padding rows": Case((0, 40, 0, 0, 7, 0)),
+    "only padding rows": Case((0, 0)),
+    "one long row of many splits": Case((700,), block_size=32),
+    "short and long rows together": Case((3, 513, 64, 129), num_heads=8, head_dim=128, dtype=torch.bfloat16),
+    "more splits than one merge tile": Case((1290,), 4, 1, 128, 16, torch.bfloat16),
+    "blocks larger than a tile": Case((130, 5, 257), block_size=128, dtype=torch.float16),
+    "small blocks, odd head_dim": Case((9, 100, 64), head_dim=20, block_size=8),
+    "a head_dim between powers of two": Case((70, 200), head_dim=80, dtype=torch.bfloat16),
+    "a KV head for each": Case((33, 1), num_heads=3, num_kv_heads=3, head_dim=96),
+    "eight heads to a KV head": Case((50, 260), num_heads=8, num_kv_heads=1, dtype=torch.float16),
+    "more heads to a KV head than a dot's rows": Case((50,), num_heads=20, num_kv_heads=1, head_dim=20),
+    "too many rows to split": Case(tuple(range(1, 80, 2)), num_heads=8, num_kv_heads=8, head_dim=20),
+}
+
+
+def run(rows, q, scale, out=None):
+    """The kernel's output, with a workspace of its own."""
+    _, num_heads, head_dim = q.shape
+    num_kv_heads, max_keys = rows.k_cache.shape[2], rows.block_tables.shape[1] * rows.k_cache.shape[1]
+    workspace = decode_workspace(len(q), num_heads, num_kv_heads, head_dim, q.dtype, max_keys, q.device)
+    return paged_decode_attention(
+        q, rows.k_cache, rows.v_cache, rows.block_tables, rows.slots, rows.seq_lens, scale, workspace, out
+    )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_the_reference(name, make_rows, device):
+    case = CASES[name]
+    rows = make_rows(case.seq_lens, case.block_size, case.num_kv_heads, case.head_dim, case.dtype)
+    q = torch.randn(len(case.seq_lens), case.num_heads, case.head_dim).to(case.dtype).to(device)
+    scale = 1 / math.sqrt(case.head_dim)
+    out = run(rows, q, scale)
+    real = rows.seq_lens > 0
+    assert out.dtype == case.dtype
+    assert not out[~real].count_nonzero()
+    if real.any():
+        expected = rows.attend(q[real], (1,) * len(q), scale)
+        torch.testing.assert_close(out[real].float(), expected, **TOLERANCES[case.dtype])
+
+
+def test_a_workspace_serves_one_call_after_the_other(make_rows, device):
+    workspace = decode_workspace(3, 4, 2, 64, torch.float32, 512, device)
+    for lens in ((300, 200, 100), (65, 300), (300, 0, 299)):
+        rows = make_rows(lens, 16, 2, 64, torch.float32)
+        q = torch.randn(len(lens), 4, 64, device=device)
+        tables = (rows.block_tables, rows.slots, rows.seq_lens)
+        out = paged_decode_attention(q, rows.k_cache, rows.v_cache, *tables, 0.1, workspace)
+        real = rows.seq_lens > 0
+        expected = rows.attend(q[real], (1,) * len(lens), 0.1)
+        torch.testing.assert_close(out[real], expected, **TOLERANCES[torch.float32])
+        assert not workspace.arrivals.count_nonzero()
+
+
+def test_queries_and_outputs_may_lie_in_wider_rows(make_rows, device):
+    rows = make_rows((90, 20), 16, 2, 64, torch.float32)
+    qkv = torch.randn(2, 8 * 64, device=device)
+    q = qkv[:, : 4 * 64].unflatten(1, (4, 64))
+    wide = torch.full((3, 6 * 64), 7.0, device=device)
+    out = wide[:2, : 4 * 64].unflatten(1, (4, 64))
+    assert run(rows, q, 0.1, out) is out
+    torch.testing.assert_close(out, rows.attend(q, (1, 1), 0.1), **TOLERANCES[torch.float32])
+    assert (wide[2] == 7).all()
+    assert (wide[:, 4 * 64 :] == 7).all()
+
+
+def test_large_scores_do_not_overflow(make_rows, device):
+    rows = make_rows((200,), 16, 1, 64, torch.float32)
+    q = torch.randn(1, 2, 64, device=device)
+    torch.testing.assert_close(run(rows, q, 50.0), rows.attend(q, (1,), 50.0), rtol=1e-3, atol=1e-4)
+
+
+def test_cells_behind_two_to_the_31_elements(device):
+    # 4 GiB, of which only the pages in use are ever touched.
+    cache = torch.empty(2**14 + 8, 128, 8, 128, dtype=torch.bfloat16, device=device)
+    cache[-1] = torch.randn(128, 8, 128)
+    tables = torch.tensor([[len(cache) - 1]], dtype=torch.int32, device=device)
+    slots, lens = torch.zeros(1, dtype=torch.int64, device=device), torch.tensor([37], dtype=torch.int32, device=device)
+    q = torch.randn(1, 8, 128).to(torch.bfloat16).to(device)
+    workspace = decode_workspace(1, 8, 8, 128, torch.bfloat16, 128, device)
+    out = paged_decode_attention(q, cache, cache, tables, slots, lens, 0.1, workspace)
+    keys = cache[-1, :37].float().transpose(0, 1)
+    expected = torch.softmax(q[0].float().unsqueeze(1) @ keys.mT * 0.1, -1) @ keys
+    torch.testing.assert_close(out[0].float(), expected.squeeze(1), **TOLERANCES[torch.bfloat16])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("num_kv_heads", [1, 2, 8])
+@pytest.mark.parametrize("max_keys", [8, 1024, 16384, 131072])
+def test_config_fills_the_gpu_once_and_no_row_takes_one_program_forever(dtype, num_kv_heads, max_keys):
+    for num_rows in (1, 8, 32, 256, 512):
+        config = decode_config(num_rows, 32, num_kv_heads, 128, dtype, max_keys)
+        needed = -(-max_keys // 16384)
+        assert 1 <= config.num_splits <= max(64, needed)
+        assert config.num_splits >= needed
+        assert config.num_splits == needed or num_rows * num_kv_heads * config.num_splits <= 4 * 132
+        assert config.min_keys_per_split % config.keys_per_tile == 0
+        for size in (config.keys_per_tile, config.num_warps):
+            assert size & (size - 1) == 0
+    assert decode_config(1, 32, 8, 128, dtype, 16384).num_splits == 64
+    assert decode_config(256, 32, 8, 128, dtype, 16384).num_splits == 1
+
+
+def test_a_workspace_holds_what_fewer_rows_need(device):
+    workspace = decode_workspace(40, 32, 8, 128, torch.bfloat16, 16384, device)
+    for num_rows in range(1, 41):
+        config = decode_config(num_rows, 32, 8, 128, torch.bfloat16, 16384)
+        assert workspace.log_sums.numel() >= num_rows * 32 * config.num_splits
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"q": torch.zeros(2, 4, 32)}, "head_dim 32 of the queries, 64 of the cache"),
+        ({"q": torch.zeros(2, 3, 64)}, "3 query heads are no multiple of 2"),
+        ({"q": torch.zeros(2, 4, 64, dtype=torch.float16)}, "dtypes"),
+        ({"q": torch.zeros(2, 64, 4).mT}, "strides"),
+        ({"q": torch.zeros(3, 4, 64)}, "2 slots for 3 rows"),
+        ({"seq_lens": torch.zeros(2, dtype=torch.int64)}, "seq_lens torch.int64"),
+        ({"slots": torch.zeros(3, dtype=torch.int64)}, "one of each for each row"),
+        ({"block_tables": torch.zeros(2, 8, dtype=torch.int32)[:, ::2]}, "contiguous"),
+        ({"k_cache": torch.zeros(4, 24, 2, 64)}, "block_size 24"),
+        ({"v_cache": torch.zeros(5, 16, 2, 64)}, "one shape"),
+        ({"out": torch.zeros(2, 4, 32)}, "out"),
+        ({"block_tables": torch.zeros(2, 40, dtype=torch.int32)}, "a workspace of 16 partial results: 80 needed"),
+    ],
+)
+def test_refuses_what_it_does_not_take(changes, message, device):
+    given = {
+        "q": torch.zeros(2, 4, 64),
+        "k_cache": torch.zeros(4, 16, 2, 64),
+        "v_cache": torch.zeros(4, 16, 2, 64),
+        "block_tables": torch.zeros(2, 4, dtype=torch.int32),
+        "slots": torch.zeros(2, dtype=torch.int64),
+        "seq_lens": torch.zeros(2, dtype=torch.int32),
+        "out": None,
+    } | changes
+    given = {name: x if x is None else x.to(device) for name, x in given.items()}
+    workspace = decode_workspace(4, 4, 2, 64, torch.float32, 64, device)
+    with pytest.raises(ValueError, match=message):
+        paged_decode_attention(**given, scale=0.1, workspace=workspace)
