@@ -1,0 +1,173 @@
+"""Sampling against the CPU sampler's noise, and the generator's words themselves."""
+
+import pytest
+import torch
+from octavo.kernels.sampling import sample_tokens
+from octavo.workers.parallel import TensorParallel
+from octavo.workers.sampler.gumbel import gumbel_noise
+from octavo.workers.sampler.vocab import VocabSlice
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ALONE = TensorParallel(0, 1, DEVICE)
+# Noise is two logarithms, each within a few units of 2**-24 of the twin's; scores here stay below 32.
+CLOSE = {"rtol": 0, "atol": 8e-6}
+SEEDS = [0, 5, 2**32 + 5, 0x9E3779B97F4A7C15, 2**64 - 1]
+POSITIONS = [0, 1, 1, 77777, 2**31 + 3]
+# numpy's, in the interpreter: log(1 - u) / -u where 1 - u rounds to 1, which the kernel does not choose.
+pytestmark = pytest.mark.filterwarnings("ignore:(divide by zero|invalid value) encountered")
+
+
+def seeds_of(values: list[int]) -> torch.Tensor:
+    return torch.tensor([[value & 0xFFFFFFFF, value >> 32] for value in values], device=DEVICE)
+
+
+def normal(num_rows: int, size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    logits = torch.randn(num_rows, size, generator=torch.Generator().manual_seed(size))
+    return logits.mul_(2).to(DEVICE, dtype)
+
+
+def draw(logits: torch.Tensor, temperature: list[float], start: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    num_rows = len(logits)
+    return sample_tokens(
+        logits,
+        torch.tensor(temperature, device=DEVICE),
+        seeds_of(SEEDS[:num_rows]),
+        torch.tensor(POSITIONS[:num_rows], device=DEVICE),
+        start,
+    )
+
+
+def twin_scores(logits: torch.Tensor, temperature: list[float], start: int = 0) -> torch.Tensor:
+    num_rows, size = logits.shape
+    seeds, positions = seeds_of(SEEDS[:num_rows]), torch.tensor(POSITIONS[:num_rows], device=DEVICE)
+    noise = gumbel_noise(seeds, positions, VocabSlice(ALONE, start, size, start + size))
+    heat = torch.tensor(temperature, device=DEVICE)[:, None]
+    return torch.where(heat > 0, logits.float() / heat + noise, logits.float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("start", "size"), [(0, 1), (0, 7), (3, 2), (0, 1024), (1023, 1027), (4096, 2051), (50, 5000), (128_000, 300)]
+)
+def test_rows_of_all_kinds_against_the_twin(start, size, dtype):
+    logits, temperature = normal(5, size, dtype), [1.0, 0.0, 0.7, 1.5, 0.25]
+    scores, ids = draw(logits, temperature, start)
+    expected, columns = twin_scores(logits, temperature, start).max(dim=-1)
+    assert torch.equal(ids, columns + start)
+    assert (scores.dtype, ids.dtype) == (torch.float32, torch.int64)
+    torch.testing.assert_close(scores, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("start", [0, 6, 131])
+def test_every_token_has_the_noise_of_the_twin(start):
+    """One row for each token, which alone is allowed: its score is its noise."""
+    size = 61
+    logits = torch.full((size, size), -torch.inf, device=DEVICE).fill_diagonal_(0.0)
+    seeds, positions = seeds_of([SEEDS[3]] * size), torch.full((size,), 123456, device=DEVICE)
+    scores, ids = sample_tokens(logits, torch.ones(size, device=DEVICE), seeds, positions, start)
+    assert torch.equal(ids, torch.arange(start, start + size, device=DEVICE))
+    expected = gumbel_noise(seeds[:1], positions[:1], VocabSlice(ALONE, start, size, start + size))[0]
+    torch.testing.assert_close(scores, expected, **CLOSE)
+
+
+def test_the_extreme_words_of_the_generator_have_finite_noise():
+    """The least and the greatest word that token 0 at position 0 draws with any seed below 2**26: 45 and 2**32 - 53."""
+    seeds = seeds_of([19781057, 54414807])
+    positions = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    scores, _ = sample_tokens(torch.zeros(2, 1, device=DEVICE), torch.ones(2, device=DEVICE), seeds, positions, 0)
+    expected = gumbel_noise(seeds, positions, VocabSlice(ALONE, 0, 1, 1))[:, 0]
+    assert expected[0] > 18
+    assert expected[1] < -2.8
+    torch.testing.assert_close(scores, expected, **CLOSE)
+
+
+def test_many_rows_share_programs_and_agree_with_few():
+    """Enough rows that each program takes several blocks; most are greedy, which the interpreter does faster."""
+    num_rows, size = 410, 10 * 1024 + 3
+    logits, few_temperature = normal(5, size), [1.0, 0.0, 0.7, 1.5, 0.25]
+    temperature = torch.zeros(num_rows, device=DEVICE)
+    temperature[:5] = torch.tensor(few_temperature)
+    repeats = num_rows // 5
+    seeds, positions = seeds_of(SEEDS).repeat(repeats, 1), torch.tensor(POSITIONS, device=DEVICE).repeat(repeats)
+    scores, ids = sample_tokens(logits.repeat(repeats, 1), temperature, seeds, positions, 2)
+    few_scores, few_ids = draw(logits, few_temperature, 2)
+    assert torch.equal(ids[:5], few_ids)
+    assert torch.equal(scores[:5], few_scores)
+    highest, columns = logits.max(dim=-1)
+    assert torch.equal(ids[5:].view(-1, 5), (columns + 2).expand(repeats - 1, 5))
+    assert torch.equal(scores[5:].view(-1, 5), highest.expand(repeats - 1, 5))
+
+
+def test_greedy_takes_the_lowest_of_equals():
+    logits = torch.zeros(3, 3000, device=DEVICE)
+    logits[1, [1500, 1501, 2999]] = 1.0
+    logits[2, 1023:1026] = torch.inf
+    scores, ids = draw(logits, [0.0] * 3, start=10)
+    assert ids.tolist() == [10, 1510, 1033]
+    assert scores.tolist() == [0.0, 1.0, torch.inf]
+
+
+def test_padding_behind_the_vocabulary_is_never_drawn():
+    logits = torch.full((5, 2100), -torch.inf, device=DEVICE)
+    logits[:, 2047] = -1e30
+    _, ids = draw(logits, [0.0, 1.0, 2.0, 0.5, 1.0])
+    assert ids.tolist() == [2047] * 5
+
+
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+def test_rows_without_a_candidate_give_a_valid_token(value):
+    scores, ids = draw(torch.full((2, 2500), value, device=DEVICE), [0.0, 1.0], start=7)
+    assert ids.tolist() == [7, 7]
+    assert scores.tolist() == [-torch.inf] * 2
+
+
+def test_nan_loses_and_infinity_wins():
+    logits = normal(2, 1500)
+    logits[:, 3] = torch.nan
+    logits[:, [1200, 1300]] = torch.inf
+    scores, ids = draw(logits, [0.0, 1.0])
+    assert ids.tolist() == [1200, 1200]
+    assert scores.tolist() == [torch.inf, torch.finfo(torch.float32).max]
+
+
+def test_rows_of_a_wider_tensor():
+    wide = normal(5, 2000)
+    narrow = wide[:, :1501]
+    expected = draw(narrow.contiguous(), [1.0, 0.0, 0.7, 1.5, 0.25])
+    torch.testing.assert_close(draw(narrow, [1.0, 0.0, 0.7, 1.5, 0.25]), expected, rtol=0, atol=0)
+
+
+def test_no_rows():
+    scores, ids = sample_tokens(
+        torch.empty(0, 8, device=DEVICE),
+        torch.empty(0, device=DEVICE),
+        torch.empty(0, 2, dtype=torch.int64, device=DEVICE),
+        torch.empty(0, dtype=torch.int64, device=DEVICE),
+        0,
+    )
+    assert (scores.shape, ids.shape) == ((0,), (0,))
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"logits": torch.ones(2, 8, dtype=torch.float64)}, "float64"),
+        ({"logits": torch.ones(8, 2).t()}, r"strides \(1, 2\)"),
+        ({"logits": torch.ones(2, 0)}, "not 0 from 0"),
+        ({"vocab_start": -1}, "8 from -1"),
+        ({"vocab_start": 2**24}, "supported"),
+        ({"temperature": torch.ones(2, 1)}, "temperature must be"),
+        ({"seeds": torch.ones(2, 2)}, "seeds must be"),
+        ({"positions": torch.ones(3, dtype=torch.int64)}, "positions must be"),
+    ],
+)
+def test_what_the_kernel_cannot_take_is_named(changes, problem):
+    arguments = {
+        "logits": torch.ones(2, 8),
+        "temperature": torch.ones(2),
+        "seeds": torch.ones(2, 2, dtype=torch.int64),
+        "positions": torch.ones(2, dtype=torch.int64),
+        "vocab_start": 0,
+    }
+    with pytest.raises(ValueError, match=problem):
+        sample_tokens(**(arguments | changes))
