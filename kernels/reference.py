@@ -95,9 +95,11 @@ class AttentionPlan:
 def plan_attention(batch: AttentionBatch, block_size: int, dtype: torch.dtype) -> AttentionPlan:
     """Computes once a step what `attend` needs in every layer. `dtype` is that of the queries."""
     num_rows = batch.num_decode_rows
-    chunks = tuple(_plan_chunk(batch, row, block_size) for row in range(num_rows, batch.num_rows))
+    max_blocks = -(-max(batch.host_seq_lens) // block_size)
+    block_tables = batch.block_tables[:, :max_blocks].index_select(0, batch.slots)
+    chunks = tuple(_plan_chunk(batch, block_tables[row], row, block_size) for row in range(num_rows, batch.num_rows))
     host_lens = list(batch.host_seq_lens[:num_rows])
-    block_tables, seq_lens = batch.block_tables[:num_rows], batch.seq_lens[:num_rows]
+    block_tables, seq_lens = block_tables[:num_rows], batch.seq_lens[:num_rows]
     order = places = None
     is_cpu = seq_lens.device.type == "cpu"
     if num_rows > 1 and is_cpu:
@@ -132,14 +134,13 @@ def _length_mask(seq_lens: torch.Tensor, num_keys: int, dtype: torch.dtype) -> t
     return torch.zeros(beyond.shape, dtype=dtype, device=beyond.device).masked_fill_(beyond, -torch.inf)[:, None, None]
 
 
-def _plan_chunk(batch: AttentionBatch, row: int, block_size: int) -> ChunkPlan:
+def _plan_chunk(batch: AttentionBatch, blocks: torch.Tensor, row: int, block_size: int) -> ChunkPlan:
     start, end, seq_len = batch.query_starts[row], batch.query_starts[row + 1], batch.host_seq_lens[row]
     mask = None
     if end - start < seq_len:
         keys = torch.arange(seq_len, device=batch.positions.device)
         mask = keys <= batch.positions[start:end, None]
-    blocks = batch.block_tables[row, : -(-seq_len // block_size)]
-    return ChunkPlan(start, end, seq_len, blocks, mask)
+    return ChunkPlan(start, end, seq_len, blocks[: -(-seq_len // block_size)], mask)
 
 
 def attend(

@@ -11,7 +11,7 @@ from .sampler.logprobs import Logprobs, logprobs_of, measure
 from .sampler.sampler import Context, Sampled, sample
 from .sampler.vocab import VocabSlice
 from .slot_table import SlotTable, SlotTableShape
-from .step_batch import ChunkRow, SampleRows, StepBatch, build_step_batch
+from .step_batch import ChunkRow, StepBatch, StepRows, send_step, take_step
 from .step_clock import StepClock
 from .step_result import ChunkLogprobs, PendingResult, RowLogprobs
 
@@ -39,27 +39,29 @@ class ModelRunner:
         """
         clock = StepClock(self._tp.device)
         self._slots.apply(plan)
-        batch = build_step_batch(self._slots, plan)
-        if batch is None:
+        rows = take_step(self._slots, plan)
+        if rows is None:
             return PendingResult(clock, None, None, [])
+        batch = send_step(rows, self._slots)
         token_ids = self._slots.token_ids.view(-1).index_select(0, batch.token_cells).long()
         hidden = self._model.forward(token_ids, batch.attention, self._kv_cache)
-        chunks = self._prompt_logprobs(hidden, batch)
-        if batch.samples is None:
+        chunks = self._prompt_logprobs(hidden, rows)
+        if not len(rows.sampling):
             return PendingResult(clock, None, None, chunks)
-        sampled, wanted = self._sample(hidden, batch.samples)
+        sampled, wanted = self._sample(hidden, rows, batch)
         return PendingResult(clock, sampled.token_ids, wanted, chunks)
 
-    def _sample(self, hidden: torch.Tensor, rows: SampleRows) -> tuple[Sampled, RowLogprobs | None]:
+    def _sample(self, hidden: torch.Tensor, rows: StepRows, batch: StepBatch) -> tuple[Sampled, RowLogprobs | None]:
         # In a step of decodes alone every token samples, in order.
-        chosen = hidden if len(rows.slots) == len(hidden) else hidden.index_select(0, rows.token_indices)
-        batch = self._sampling_batch(rows.slots)
-        context = Context(self._slots.token_ids, rows.positions, rows.longest)
-        sampled = sample(self._model.logits(chosen), batch, context, self._vocab)
-        self._slots.token_ids.view(-1).index_copy_(0, rows.cells, sampled.token_ids.int())
-        if batch.logprobs is None or sampled.logprobs is None:
+        whole = len(rows.sampling) == len(hidden)
+        chosen = hidden if whole else hidden.index_select(0, batch.samples.token_indices)
+        sampling = self._sampling_batch(rows.sample_slots)
+        context = Context(self._slots.token_ids, batch.samples.positions, int(rows.sample_positions.max()))
+        sampled = sample(self._model.logits(chosen), sampling, context, self._vocab)
+        self._slots.token_ids.view(-1).index_copy_(0, batch.samples.cells, sampled.token_ids.int())
+        if sampling.logprobs is None or sampled.logprobs is None:
             return sampled, None
-        return sampled, RowLogprobs(batch.logprobs.host_rows, batch.logprobs.counts, sampled.logprobs)
+        return sampled, RowLogprobs(sampling.logprobs.host_rows, sampling.logprobs.counts, sampled.logprobs)
 
     def _sampling_batch(self, slots: Ints) -> SamplingBatch:
         """The sampling parameters of `slots`, kept while neither they nor their sequences change."""
@@ -70,9 +72,9 @@ class ModelRunner:
             self._sampling_key = key
         return self._sampling
 
-    def _prompt_logprobs(self, hidden: torch.Tensor, batch: StepBatch) -> list[ChunkLogprobs]:
+    def _prompt_logprobs(self, hidden: torch.Tensor, rows: StepRows) -> list[ChunkLogprobs]:
         found = []
-        for index, chunk in enumerate(batch.chunks):
+        for index, chunk in enumerate(rows.chunks):
             num_top = int(self._slots.sampling.num_prompt_logprobs[chunk.slot])
             # The last prompt token predicts the first sample, which is not part of the prompt.
             num_rows = min(chunk.num_tokens, int(self._slots.num_prompt[chunk.slot]) - 1 - chunk.num_computed)

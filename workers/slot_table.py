@@ -37,14 +37,15 @@ class SlotTable:
     """Rows of running sequences. An illegal edit raises FailedPreconditionError, a malformed join InvalidArgumentError;
     the table is then not to be used on.
 
-    Device: token_ids [num_slots, max_model_len + 1] int32, block_tables [num_slots, max_blocks] int32.
+    Device: token_ids [num_slots + 1, max_model_len + 1] int32, whose last row takes what padding rows of a CUDA graph
+    sample, and block_tables [num_slots, max_blocks] int32.
     Host: num_known, num_computed, num_prompt, num_blocks [num_slots] int64 and a copy of the block tables.
     """
 
     def __init__(self, shape: SlotTableShape, device: torch.device) -> None:
         self.shape = shape
         self.device = device
-        self.token_ids = torch.zeros((shape.num_slots, shape.max_model_len + 1), dtype=torch.int32, device=device)
+        self.token_ids = torch.zeros((shape.num_slots + 1, shape.max_model_len + 1), dtype=torch.int32, device=device)
         self.block_tables = torch.zeros((shape.num_slots, shape.max_blocks), dtype=torch.int32, device=device)
         self.host_block_tables = np.zeros((shape.num_slots, shape.max_blocks), dtype=np.int64)
         self.occupied = np.zeros(shape.num_slots, dtype=np.bool_)
@@ -72,6 +73,10 @@ class SlotTable:
         """Notes that `slots` computed `num_tokens` each, and that `sampled` slots know one token more."""
         self.num_computed[slots] += num_tokens
         self.num_known[sampled] += 1
+
+    def cells(self, slots: Ints, positions: Ints) -> Ints:
+        """Where tokens stand in the flattened token table."""
+        return slots * self.token_ids.shape[1] + positions
 
     def _leave(self, slots: Ints) -> None:
         self._check_occupied(slots, "leave")
