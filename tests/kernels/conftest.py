@@ -1,4 +1,4 @@
-"""Where the kernel tests run, on the GPU or in Triton's interpreter, and the cached rows that attention is tested on."""
+"""Where kernel tests run, on the GPU or in Triton's interpreter, and the cached rows that attention is tested on."""
 
 from dataclasses import dataclass
 
@@ -8,21 +8,34 @@ from octavo.kernels import reference
 from octavo.kernels.batch import AttentionBatch
 
 
-def _let_the_interpreter_count() -> None:
-    """Triton 3.6 turns a loop bound to an int by int(array of one element), which numpy 2.4 refuses."""
+def _mend_the_interpreter() -> None:
+    """Two holes in Triton 3.6's interpreter that no GPU has."""
+    import triton.language as tl
     from triton.runtime import interpreter
 
     patch_tensor = interpreter._patch_lang_tensor
+    create_dot = interpreter.InterpreterBuilder.create_dot
 
     def patch(tensor, scope):
+        # It makes a loop bound an int by int(array of one element), which numpy 2.4 refuses.
         patch_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
+    def widen(x):
+        """Bfloat16, which it holds as bit patterns and would multiply as such, in float32."""
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        return interpreter.TensorHandle((x.data.astype("uint32") << 16).view("float32"), tl.float32)
+
+    def dot(self, a, b, *rest):
+        return create_dot(self, widen(a), widen(b), *rest)
+
     interpreter._patch_lang_tensor = patch
+    interpreter.InterpreterBuilder.create_dot = dot
 
 
 if not torch.cuda.is_available():
-    _let_the_interpreter_count()
+    _mend_the_interpreter()
 
 
 @pytest.fixture(scope="session")
