@@ -16,7 +16,7 @@ import triton.language as tl
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _BLOCK = 1024  # tokens that a program looks at together: 8 a thread at 4 warps
 _NUM_WARPS = 4
-# Programs that fill the device several times over; with more, each takes several blocks and reduces once at its end.
+# Programs that fill an H200 about twice (132 multiprocessors of nine each, at 55 registers a thread).
 _ENOUGH_PROGRAMS = 2048
 _MAX_BLOCKS = 16
 _MAX_VOCAB = 1 << 24
@@ -103,7 +103,13 @@ def _reduce_kernel(
 
 
 def sample_tokens(
-    logits: torch.Tensor, temperature: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor, vocab_start: int
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+    vocab_start: int,
+    *,
+    enough_programs: int = _ENOUGH_PROGRAMS,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Each row's best score and its token, of the vocabulary's slice that begins at `vocab_start`.
 
@@ -111,13 +117,14 @@ def sample_tokens(
     temperature: [num_rows] float32, 0 for greedy; seeds: [num_rows, 2] int64, the low and the high 32 bits; positions:
     [num_rows] int64 below 2**32, of the token to be sampled. Returns scores [num_rows] float32 and token ids [num_rows]
     int64: the lowest id among equal scores. NaN counts as -inf; where nothing is above -inf the id is `vocab_start`.
+    With more than `enough_programs` programs each takes several blocks and reduces once, at its end; results are equal.
 
     Raises ValueError for tensors that the kernel does not take.
     """
     _check(logits, temperature, seeds, positions, vocab_start)
     num_rows, size = logits.shape
     first_group, lead = divmod(vocab_start, 4)
-    num_blocks, num_parts = _split(num_rows, lead + size)
+    num_blocks, num_parts = _split(num_rows, lead + size, enough_programs)
     scores = torch.empty((num_rows, num_parts), dtype=torch.float32, device=logits.device)
     columns = torch.empty((num_rows, num_parts), dtype=torch.int32, device=logits.device)
     best_scores = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
@@ -138,6 +145,7 @@ def sample_tokens(
             block=_BLOCK,
             num_warps=_NUM_WARPS,
         )
+        block = triton.next_power_of_2(num_parts)
         _reduce_kernel[(num_rows,)](
             scores,
             columns,
@@ -145,16 +153,16 @@ def sample_tokens(
             best_ids,
             vocab_start,
             num_parts=num_parts,
-            block=triton.next_power_of_2(num_parts),
-            num_warps=1,
+            block=block,
+            num_warps=min(max(block // 128, 1), 8),
         )
     return best_scores, best_ids
 
 
-def _split(num_rows: int, num_tokens: int) -> tuple[int, int]:
+def _split(num_rows: int, num_tokens: int, enough_programs: int) -> tuple[int, int]:
     """Blocks of one program, and programs of a row."""
     all_blocks = triton.cdiv(num_tokens, _BLOCK)
-    num_blocks = min(max(num_rows * all_blocks // _ENOUGH_PROGRAMS, 1), _MAX_BLOCKS)
+    num_blocks = min(max(num_rows * all_blocks // enough_programs, 1), _MAX_BLOCKS)
     return num_blocks, triton.cdiv(all_blocks, num_blocks)
 
 

@@ -17,8 +17,9 @@ def normal(shape: tuple[int, ...]) -> torch.Tensor:
 def test_float32(shape):
     gate_up = normal(shape)
     kept = gate_up.clone()
-    # One exponential, one quotient and two products: a few units of 2**-24 each.
-    torch.testing.assert_close(silu_and_mul(gate_up), reference.silu_and_mul(kept), rtol=2e-6, atol=1e-7)
+    # exp(x) is made of 2**(x * log2(e)), whose argument's rounding costs |x| * 2**-24 of the value, |x| up to 18 here;
+    # a quotient and two products cost a few units of 2**-24 more.
+    torch.testing.assert_close(silu_and_mul(gate_up), reference.silu_and_mul(kept), rtol=3e-6, atol=1e-7)
     torch.testing.assert_close(gate_up, kept, rtol=0, atol=0)
 
 
