@@ -135,6 +135,8 @@ class Engine:
         for token in outcome.tokens:
             self._sessions[token.key.session_id].add_token(token, logprobs.get(token.row))
         self._flush()
+        if self.scheduler.waiting:  # one that this group preempted may belong in another, which may be idle
+            self._wake_groups()
 
     def _flush(self) -> None:
         for session in self._sessions.values():

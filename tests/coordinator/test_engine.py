@@ -21,6 +21,7 @@ class CountingWorker(worker_pb2_grpc.WorkerServicer):
         self.rank = rank
         self.plans: list[worker_pb2.BatchPlan] = []
         self.fail_at_step = 0
+        self.num_blocks = NUM_BLOCKS
         self.hold = asyncio.Event()
         self.hold.set()
         self.computed: dict[int, int] = {}
@@ -32,7 +33,7 @@ class CountingWorker(worker_pb2_grpc.WorkerServicer):
         if request.config.model_path == "broken":
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "tensor w is missing")
         yield worker_pb2.ConfigureProgress(stage="weights", duration_s=1.0 + self.rank)
-        yield worker_pb2.ConfigureProgress(stage="kv cache", duration_s=0.5, num_blocks=NUM_BLOCKS)
+        yield worker_pb2.ConfigureProgress(stage="kv cache", duration_s=0.5, num_blocks=self.num_blocks)
 
     async def Steps(self, requests, context):
         async for plan in requests:
@@ -119,10 +120,9 @@ class Cluster:
         self.endpoints = endpoints
         self.stub: engine_pb2_grpc.EngineStub
 
-    async def add_group(self, model_path="model"):
-        request = engine_pb2.AddGroupRequest(
-            group_id=0, workers=self.endpoints, config=engine_pb2.WorkerConfig(model_path=model_path)
-        )
+    async def add_group(self, model_path="model", group_id=0, ranks=slice(None)):
+        config = engine_pb2.WorkerConfig(model_path=model_path)
+        request = engine_pb2.AddGroupRequest(group_id=group_id, workers=self.endpoints[ranks], config=config)
         return [progress async for progress in self.stub.AddGroup(request)]
 
     async def session(self) -> GatewaySession:
@@ -297,6 +297,29 @@ def test_a_full_queue_refuses_with_a_time_to_retry(tmp_path):
     run(scenario())
 
 
+def test_what_a_group_preempts_goes_on_in_an_idle_one(tmp_path):
+    async def scenario():
+        async with cluster(tmp_path, max_num_seqs=2) as it:
+            for group_id, worker in enumerate(it.workers):
+                worker.rank, worker.num_blocks = 0, 8
+                await it.add_group(group_id=group_id, ranks=slice(group_id, group_id + 1))
+            session = await it.session()
+            # Two short ones fill group 0, two that outgrow the blocks fill group 1; no later request wakes anybody.
+            await session.submit(
+                submit(0, num_prompt=4, max_tokens=2),
+                submit(1, num_prompt=8, max_tokens=20),
+                submit(2, num_prompt=4, max_tokens=2),
+                submit(3, num_prompt=8, max_tokens=20),
+            )
+            await session.read_until_done(4)
+            assert session.tokens[3] == list(range(8, 28))
+            status = await it.status()
+            assert status.counters.num_preemptions > 0
+            assert len(it.workers[0].plans) > 2
+
+    run(scenario())
+
+
 def test_a_failing_rank_ends_every_request_with_one_clear_error(tmp_path):
     async def scenario():
         async with cluster(tmp_path) as it:
@@ -317,7 +340,7 @@ def test_a_failing_rank_ends_every_request_with_one_clear_error(tmp_path):
 def test_a_group_that_cannot_start_says_why(tmp_path):
     async def scenario():
         async with cluster(tmp_path) as it:
-            with pytest.raises(grpc.aio.AioRpcError, match="rank .: tensor w is missing"):
+            with pytest.raises(grpc.aio.AioRpcError, match=r"rank \d: tensor w is missing"):
                 await it.add_group("broken")
             assert not (await it.status()).groups
             await it.add_group()  # and may be tried again
