@@ -7,6 +7,7 @@ key is read once; the last program of a row and KV head to arrive merges the spl
 The grid depends on shapes alone, so a CUDA graph can replay it; which keys a program takes it reads on the device.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -38,6 +39,7 @@ class DecodeConfig:
     num_stages: int
 
 
+@functools.cache
 def decode_config(
     num_rows: int,
     num_heads: int,
@@ -78,6 +80,7 @@ def decode_workspace(
     device: torch.device,
 ) -> DecodeWorkspace:
     """Memory for calls of up to `num_rows` rows whose block tables hold up to `max_keys` keys each."""
+    # Fewer rows are split into more parts.
     num_sms = _num_sms(device)
     num_partials = max(
         rows * num_heads * decode_config(rows, num_heads, num_kv_heads, head_dim, dtype, max_keys, num_sms).num_splits

@@ -1,7 +1,7 @@
 """Decode attention against the reference in float32: odd shapes, splits and their merge, padding, poisoned caches."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -10,8 +10,8 @@ pytest.importorskip("triton")
 
 from octavo.kernels.decode_attention import decode_config, decode_workspace, paged_decode_attention
 
-# float32: sums of up to a few hundred terms in another order. Half precisions: the weights of the values are rounded
-# once (half a unit of the mantissa, of about the values' mean size, 0.8) and so is the output.
+# float32: sums of up to a few hundred terms in another order. Half precisions: the output is rounded once (a unit of
+# its last place), and so are the weights of the values (half a unit, of about the values' mean size, 0.8).
 TOLERANCES = {
     torch.float32: {"rtol": 2e-5, "atol": 2e-6},
     torch.float16: {"rtol": 2**-10, "atol": 2**-11},
@@ -102,6 +102,30 @@ def test_queries_and_outputs_may_lie_in_wider_rows(make_rows, device):
     torch.testing.assert_close(out, rows.attend(q, (1, 1), 0.1), **TOLERANCES[torch.float32])
     assert (wide[2] == 7).all()
     assert (wide[:, 4 * 64 :] == 7).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_one_graph_serves_rows_of_any_length(make_rows, device):
+    rows = make_rows((4000, 4000, 4000, 4000), 16, 8, 128, torch.bfloat16)
+    q = torch.randn(4, 32, 128).to(device, torch.bfloat16)
+    tables, caches = (rows.block_tables, rows.slots, rows.seq_lens), (rows.k_cache, rows.v_cache)
+    workspace = decode_workspace(4, 32, 8, 128, q.dtype, rows.block_tables.shape[1] * 16, device)
+    paged_decode_attention(q, *caches, *tables, 0.1, workspace)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = paged_decode_attention(q, *caches, *tables, 0.1, workspace)
+    for lens in ((1, 64, 65, 4000), (3999, 0, 1000, 130), (0, 0, 0, 0), (4000, 4000, 4000, 4000)):
+        rows.seq_lens.copy_(torch.tensor(lens))
+        q.normal_()
+        # Again and again: the splits arrive in another order every time.
+        for _ in range(20):
+            graph.replay()
+        real = rows.seq_lens > 0
+        assert not out[~real].count_nonzero()
+        if real.any():
+            expected = replace(rows, host_seq_lens=lens).attend(q[real], (1,) * 4, 0.1)
+            torch.testing.assert_close(out[real].float(), expected, **TOLERANCES[torch.bfloat16])
 
 
 def test_large_scores_do_not_overflow(make_rows, device):
