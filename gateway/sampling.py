@@ -91,7 +91,7 @@ def resolve_sampling(
         seed=draw_seed() if request.seed is None else request.seed & (2**64 - 1),
         logit_bias_token_ids=np.array(list(request.logit_bias), "<i4").tobytes(),
         logit_bias_values=np.array(list(request.logit_bias.values()), "<f4").tobytes(),
-        bad_words=[np.array(ids, "<i4").tobytes() for ids in _tokenize_bad_words(request.bad_words, limits.text)],
+        bad_words=[np.array(ids, "<i4").tobytes() for ids in _tokenize_bad_words(request.bad_words, limits)],
         stop_token_ids=np.array(sorted(_stop_token_ids(request, limits)), "<i4").tobytes(),
         max_tokens=max_tokens,
         min_tokens=request.min_tokens,
@@ -190,9 +190,9 @@ def _stop_token_ids(request: SamplingRequest, limits: ModelLimits) -> set[int]:
     return {*request.stop_token_ids, *eos_token_ids}
 
 
-def _tokenize_bad_words(words: Sequence[str], text: TextModel | None) -> list[list[int]]:
+def _tokenize_bad_words(words: Sequence[str], limits: ModelLimits) -> list[list[int]]:
     """Each word as it is tokenized at the start of a text and, where that differs, after a space."""
-    if text is None:
+    if (text := limits.text) is None:
         return []
     sequences: list[list[int]] = []
     for word in words:
@@ -200,6 +200,7 @@ def _tokenize_bad_words(words: Sequence[str], text: TextModel | None) -> list[li
         spaced = text.encode(" " + word.lstrip(), add_special_tokens=False)
         if not bare:
             raise InvalidArgumentError(f"bad_words: {word!r} has no tokens", "bad_words")
+        check_token_ids("bad_words", bare + spaced, limits.vocab_size)  # a tokenizer may know more than the model
         sequences.append(bare)
         if spaced != bare:
             sequences.append(spaced)

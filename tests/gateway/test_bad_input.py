@@ -7,6 +7,9 @@ import openai
 import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
+from octavo.errors import InvalidArgumentError
+from octavo.gateway.sampling import ModelLimits, SamplingRequest, resolve_sampling
+from octavo.gateway.text import load_text_model
 from octavo.proto import generation_pb2
 from octavo.proto.generation_pb2 import ChatMessage, ChatPrompt, GenerateRequest, SamplingParams, TokenIds
 
@@ -68,6 +71,14 @@ def _server_goes_on(gateway):
     assert gateway.engine.submits == []
     gateway.engine.say("fox")
     assert gateway.openai.completions.create(model="tiny", prompt="a").choices[0].text == "fox"
+
+
+def test_a_bad_word_that_only_the_tokenizer_knows_is_refused_here_and_not_by_a_worker(model_dir):
+    text = load_text_model(model_dir)
+    limits = ModelLimits(256, max(text.encode("fox", add_special_tokens=False)), frozenset(), text)
+    with pytest.raises(InvalidArgumentError, match="bad_words: token id") as caught:
+        resolve_sampling(SamplingRequest(bad_words=["fox"]), 1, limits, lambda: 0)
+    assert caught.value.field == "bad_words"
 
 
 @pytest.mark.parametrize(("name", "value"), CASES)
