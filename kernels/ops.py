@@ -2,12 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from . import reference
 from .batch import AttentionBatch
-from .reference import AttentionPlan
 
 Tensor = torch.Tensor
 
@@ -18,25 +18,27 @@ class Operations:
 
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
-    apply_rope: Callable[[Tensor, Tensor, Tensor], Tensor]
+    rope_and_cache: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int], Tensor]
     silu_and_mul: Callable[[Tensor], Tensor]
-    write_kv: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
-    plan_attention: Callable[[AttentionBatch, int, torch.dtype], AttentionPlan]
-    attend: Callable[[Tensor, Tensor, Tensor, AttentionPlan, float], Tensor]
+    # What one step's layers share; only the same implementation's `attend` knows what it holds.
+    plan_attention: Callable[[AttentionBatch, int, torch.dtype], Any]
+    attend: Callable[[Tensor, Tensor, Tensor, Any, float], Tensor]
 
 
 REFERENCE = Operations(
     rms_norm=reference.rms_norm,
     add_rms_norm=reference.add_rms_norm,
-    apply_rope=reference.apply_rope,
+    rope_and_cache=reference.rope_and_cache,
     silu_and_mul=reference.silu_and_mul,
-    write_kv=reference.write_kv,
     plan_attention=reference.plan_attention,
     attend=reference.attend,
 )
 
 
 def operations_for(device: torch.device) -> Operations:
-    """The implementation for `device`. The reference serves every device so far."""
-    del device
-    return REFERENCE
+    """The implementation for `device`: Triton kernels on a GPU, the torch reference on a CPU."""
+    if device.type != "cuda":
+        return REFERENCE
+    from .triton_ops import TRITON  # Triton comes with a CUDA build of torch, and is needed with no other
+
+    return TRITON

@@ -60,6 +60,26 @@ def write_kv(
     v_cache.flatten(0, 1).index_copy_(0, kv_indices, v)
 
 
+def rope_and_cache(
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    kv_indices: torch.Tensor,
+    num_heads: int,
+) -> torch.Tensor:
+    """Rotates queries and keys, caches keys and values, returns the queries [num_tokens, num_heads, head_dim].
+
+    qkv: [num_tokens, num_heads + 2 * num_kv_heads, head_dim]: the heads of queries, keys and values in this order.
+    """
+    # Queries and keys lie side by side, so one call rotates both.
+    qk, v = qkv.tensor_split((num_heads + k_cache.shape[2],), dim=1)
+    q, k = apply_rope(qk, cos, sin).tensor_split((num_heads,), dim=1)
+    write_kv(k, v, k_cache, v_cache, kv_indices)
+    return q
+
+
 @dataclass(frozen=True, slots=True)
 class ChunkPlan:
     """One row of several query tokens (or one, at the end of a prompt)."""

@@ -66,6 +66,9 @@ class ServeConfig:
     num_inflight_steps: int = field(
         default=2, metadata=_help("Steps that are sent to the ranks ahead of their results.")
     )
+    enforce_eager: bool = field(
+        default=False, metadata=_help("Run decode steps without CUDA graphs, as a CPU does anyway.")
+    )
     host: str = field(default="127.0.0.1", metadata=_help("Interface of the public ports; 0.0.0.0 for all."))
     port: int = field(default=8000, metadata=_help("OpenAI-compatible HTTP port; 0 opens none."))
     grpc_port: int = field(default=DEFAULT_GRPC_PORT, metadata=_help("gRPC port; 0 opens none."))

@@ -73,6 +73,7 @@ def add_group_request(
         num_blocks_override=config.num_gpu_blocks_override or 0,
         store_address=ranks[0].store_address,
         seed=config.seed or 0,
+        enforce_eager=config.enforce_eager,
     )
     workers = [engine_pb2.WorkerEndpoint(address=rank.address, device=rank.device) for rank in ranks]
     return engine_pb2.AddGroupRequest(group_id=group_id, workers=workers, config=worker)

@@ -119,7 +119,7 @@ class WorkerEndpoint(_message.Message):
     def __init__(self, address: _Optional[str] = ..., device: _Optional[str] = ...) -> None: ...
 
 class WorkerConfig(_message.Message):
-    __slots__ = ("model_path", "load_format", "dtype", "block_size", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "gpu_memory_utilization", "num_blocks_override", "store_address", "seed")
+    __slots__ = ("model_path", "load_format", "dtype", "block_size", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "gpu_memory_utilization", "num_blocks_override", "store_address", "seed", "enforce_eager")
     MODEL_PATH_FIELD_NUMBER: _ClassVar[int]
     LOAD_FORMAT_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
@@ -131,6 +131,7 @@ class WorkerConfig(_message.Message):
     NUM_BLOCKS_OVERRIDE_FIELD_NUMBER: _ClassVar[int]
     STORE_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
+    ENFORCE_EAGER_FIELD_NUMBER: _ClassVar[int]
     model_path: str
     load_format: str
     dtype: str
@@ -142,7 +143,8 @@ class WorkerConfig(_message.Message):
     num_blocks_override: int
     store_address: str
     seed: int
-    def __init__(self, model_path: _Optional[str] = ..., load_format: _Optional[str] = ..., dtype: _Optional[str] = ..., block_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., max_num_batched_tokens: _Optional[int] = ..., gpu_memory_utilization: _Optional[float] = ..., num_blocks_override: _Optional[int] = ..., store_address: _Optional[str] = ..., seed: _Optional[int] = ...) -> None: ...
+    enforce_eager: bool
+    def __init__(self, model_path: _Optional[str] = ..., load_format: _Optional[str] = ..., dtype: _Optional[str] = ..., block_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., max_num_batched_tokens: _Optional[int] = ..., gpu_memory_utilization: _Optional[float] = ..., num_blocks_override: _Optional[int] = ..., store_address: _Optional[str] = ..., seed: _Optional[int] = ..., enforce_eager: _Optional[bool] = ...) -> None: ...
 
 class AddGroupProgress(_message.Message):
     __slots__ = ("stage", "duration_s", "num_blocks")

@@ -1,5 +1,7 @@
 """Runs the steps of one rank: plan in, tokens out, with the sampled tokens kept on the device for the next step."""
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from .kv_cache import KVCache
@@ -11,9 +13,12 @@ from .sampler.logprobs import Logprobs, logprobs_of, measure
 from .sampler.sampler import Context, Sampled, sample
 from .sampler.vocab import VocabSlice
 from .slot_table import SlotTable, SlotTableShape
-from .step_batch import ChunkRow, StepBatch, StepRows, send_step, take_step
+from .step_batch import ChunkRow, SampleRows, StepRows, send_step, take_step
 from .step_clock import StepClock
 from .step_result import ChunkLogprobs, PendingResult, RowLogprobs
+
+if TYPE_CHECKING:
+    from .decode_graphs import DecodeGraphs
 
 # Logits of a prompt's tokens are made this many rows at a time: 128 rows of 128k float32 are 64 MiB.
 _PROMPT_LOGPROB_ROWS = 128
@@ -27,8 +32,18 @@ class ModelRunner:
         self._model, self._kv_cache, self._tp = model, kv_cache, tp
         self._slots = SlotTable(shape, tp.device)
         self._vocab = VocabSlice(tp, model.vocab_start, model.local_vocab_size, shape.vocab_size)
+        self._graphs: DecodeGraphs | None = None  # none on a CPU, and before they are captured
         self._sampling: SamplingBatch | None = None
         self._sampling_key: tuple[int, bytes] | None = None  # what _sampling was built for
+
+    @torch.inference_mode()
+    def capture_graphs(self) -> None:
+        """Has steps of decodes alone run as CUDA graphs from now on. The slot table must be empty."""
+        from .decode_graphs import DecodeGraphs  # Triton is there only beside a CUDA build of torch
+
+        graphs = DecodeGraphs(self._model, self._kv_cache, self._slots, self._vocab)
+        graphs.capture()
+        self._graphs = graphs
 
     @torch.inference_mode()
     def execute(self, plan: Plan) -> PendingResult:
@@ -42,23 +57,33 @@ class ModelRunner:
         rows = take_step(self._slots, plan)
         if rows is None:
             return PendingResult(clock, None, None, [])
+        if self._graphs is not None and not rows.chunks:
+            return self._replay(clock, rows, self._graphs)
         batch = send_step(rows, self._slots)
         token_ids = self._slots.token_ids.view(-1).index_select(0, batch.token_cells).long()
         hidden = self._model.forward(token_ids, batch.attention, self._kv_cache)
         chunks = self._prompt_logprobs(hidden, rows)
         if not len(rows.sampling):
             return PendingResult(clock, None, None, chunks)
-        sampled, wanted = self._sample(hidden, rows, batch)
+        indices = batch.samples.token_indices
+        logits = self._model.logits(hidden if indices is None else hidden.index_select(0, indices))
+        sampled, wanted = self._sample(logits, rows, batch.samples)
         return PendingResult(clock, sampled.token_ids, wanted, chunks)
 
-    def _sample(self, hidden: torch.Tensor, rows: StepRows, batch: StepBatch) -> tuple[Sampled, RowLogprobs | None]:
-        # In a step of decodes alone every token samples, in order.
-        whole = len(rows.sampling) == len(hidden)
-        chosen = hidden if whole else hidden.index_select(0, batch.samples.token_indices)
+    def _replay(self, clock: StepClock, rows: StepRows, graphs: "DecodeGraphs") -> PendingResult:
+        """A step of decodes alone, by CUDA graphs; what sampling needs beyond a temperature runs without one."""
+        output = graphs.forward(rows)
         sampling = self._sampling_batch(rows.sample_slots)
-        context = Context(self._slots.token_ids, batch.samples.positions, int(rows.sample_positions.max()))
-        sampled = sample(self._model.logits(chosen), sampling, context, self._vocab)
-        self._slots.token_ids.view(-1).index_copy_(0, batch.samples.cells, sampled.token_ids.int())
+        if sampling.is_plain and sampling.logprobs is None:
+            return PendingResult(clock, graphs.sample(len(rows.slots), sampling), None, [])
+        sampled, wanted = self._sample(output.logits, rows, output.samples)
+        return PendingResult(clock, sampled.token_ids, wanted, [])
+
+    def _sample(self, logits: torch.Tensor, rows: StepRows, samples: SampleRows) -> tuple[Sampled, RowLogprobs | None]:
+        sampling = self._sampling_batch(rows.sample_slots)
+        context = Context(self._slots.token_ids, samples.positions, int(rows.sample_positions.max()))
+        sampled = sample(logits, sampling, context, self._vocab)
+        self._slots.token_ids.view(-1).index_copy_(0, samples.cells, sampled.token_ids.int())
         if sampling.logprobs is None or sampled.logprobs is None:
             return sampled, None
         return sampled, RowLogprobs(sampling.logprobs.host_rows, sampling.logprobs.counts, sampled.logprobs)

@@ -42,12 +42,17 @@ def build_rank(request: worker_pb2.ConfigureRequest, device: torch.device, store
     yield Stage("connect")
     dtype: torch.dtype = getattr(torch, config.dtype)
     model, _ = load_model(config.model_path, config.load_format, dtype, tp, config.max_model_len, config.seed)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     yield Stage("weights")
     builder = _RunnerBuilder(config, model, tp)
     activation_bytes = builder.measure_largest_step() if device.type == "cuda" else 0
     num_blocks = tp.min_int(num_blocks_that_fit(device, builder.budget(activation_bytes)))
     runner = builder.build(num_blocks)
     yield Stage("kv cache")
+    if device.type == "cuda" and not config.enforce_eager:
+        runner.capture_graphs()
+        yield Stage("cuda graphs")
     # The largest step has run on a GPU by now. A CPU needs little: its libraries load with the first token.
     warm_up(runner, num_seqs=1, num_tokens=1)
     yield Stage("warm-up", runner)

@@ -45,6 +45,11 @@ class StepRows:
         return self.seq_lens[self.sampling]
 
     @property
+    def last_tokens(self) -> Ints:
+        """[num_samples]: the step's token whose hidden state predicts the sample."""
+        return (self.starts + self.counts - 1)[self.sampling]
+
+    @property
     def chunks(self) -> tuple[ChunkRow, ...]:
         rows = slice(self.num_decodes, None)
         columns = (self.slots[rows], self.starts[rows], (self.seq_lens - self.counts)[rows], self.counts[rows])
@@ -55,7 +60,9 @@ class StepRows:
 class SampleRows:
     """Rows that sample, on the device."""
 
-    token_indices: torch.Tensor  # [num_samples] int64: the step's token whose hidden state predicts the sample
+    token_indices: (
+        torch.Tensor | None
+    )  # [num_samples] int64: tokens whose hidden states predict them; None: all, in order
     positions: torch.Tensor  # [num_samples] int64: of the sample in its sequence
     cells: torch.Tensor  # [num_samples] int64: where it goes in the flattened token table
 
@@ -107,7 +114,7 @@ def send_step(rows: StepRows, table: SlotTable) -> StepBatch:
             rows.token_cells,
             rows.slots,
             rows.seq_lens,
-            (rows.starts + rows.counts - 1)[rows.sampling],
+            rows.last_tokens,
             rows.sample_positions,
             table.cells(rows.sample_slots, rows.sample_positions),
         ],
@@ -125,7 +132,8 @@ def send_step(rows: StepRows, table: SlotTable) -> StepBatch:
             query_starts=(*rows.starts.tolist(), len(rows.positions)),
             host_seq_lens=tuple(rows.seq_lens.tolist()),
         ),
-        samples=SampleRows(sections[5], sections[6], sections[7]),
+        # In a step of decodes alone every token samples, in order.
+        samples=SampleRows(sections[5] if rows.chunks else None, sections[6], sections[7]),
     )
 
 

@@ -65,6 +65,7 @@ class EngineOptions:
     max_num_batched_tokens: int = 96
     num_inflight_steps: int = 2
     device: str = "cpu"
+    enforce_eager: bool = False
 
 
 @dataclass(slots=True)
@@ -100,6 +101,7 @@ async def _serve_engine(address, model_path, options, workers):
         num_blocks_override=options.num_blocks,
         gpu_memory_utilization=0.9,
         store_address=workers.store_address,
+        enforce_eager=options.enforce_eager,
         **shared,
     )
     server = grpc.aio.server()

@@ -58,9 +58,10 @@ def test_greedy_tokens_on_gpus_equal_transformers_on_the_cpu(
     all_prompts = prompts(vocab_size=128)
     expected = transformers_tokens(path, all_prompts)
     for tensor_parallel_size in (size for size in (1, 2, 4) if size <= torch.cuda.device_count()):
-        options = engine_options(tensor_parallel_size, num_blocks=45, device="cuda")
-        result = run_engine(path, options, all_prompts, lambda i: sampling_params(MAX_TOKENS))
-        assert result.tokens == expected, f"TP {tensor_parallel_size}"
+        for enforce_eager in (False, True):
+            options = engine_options(tensor_parallel_size, num_blocks=45, device="cuda", enforce_eager=enforce_eager)
+            result = run_engine(path, options, all_prompts, lambda i: sampling_params(MAX_TOKENS))
+            assert result.tokens == expected, f"TP {tensor_parallel_size}, eager {enforce_eager}"
 
 
 @pytest.mark.parametrize("name", MODELS)

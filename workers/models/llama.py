@@ -1,12 +1,12 @@
 """Llama (arXiv 2302.13971, 2307.09288, 2407.21783): one rank's share of the decoder, over a paged KV cache."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
 from ...kernels.batch import AttentionBatch
 from ...kernels.ops import operations_for
-from ...kernels.reference import AttentionPlan
 from ..checkpoint import tensor_shapes
 from ..kv_cache import KVCache
 from ..layers import (
@@ -46,10 +46,7 @@ class Attention:
 
     def __call__(self, x: Tensor, step: "Step", cache: tuple[Tensor, Tensor]) -> Tensor:
         qkv = self.qkv_proj(x).view(len(x), -1, self.head_dim)
-        # Queries and keys lie side by side, so one call rotates both.
-        qk, v = qkv.tensor_split((self.num_heads + self.num_kv_heads,), dim=1)
-        q, k = self.ops.apply_rope(qk, step.cos, step.sin).tensor_split((self.num_heads,), dim=1)
-        self.ops.write_kv(k, v, *cache, step.kv_indices)
+        q = self.ops.rope_and_cache(qkv, step.cos, step.sin, *cache, step.kv_indices, self.num_heads)
         return self.o_proj(self.ops.attend(q, *cache, step.attention, self.scale).flatten(1))
 
 
@@ -102,7 +99,8 @@ class Step:
 
     __slots__ = ("attention", "cos", "kv_indices", "sin")
 
-    def __init__(self, attention: AttentionPlan, rope: tuple[Tensor, Tensor], kv_indices: Tensor) -> None:
+    def __init__(self, attention: Any, rope: tuple[Tensor, Tensor], kv_indices: Tensor) -> None:  # noqa: ANN401
+        """`attention`: what the operations' plan_attention made."""
         self.attention, self.kv_indices = attention, kv_indices
         self.cos, self.sin = rope
 

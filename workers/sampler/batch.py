@@ -49,7 +49,13 @@ class SamplingBatch:
     @property
     def is_greedy(self) -> bool:
         """Whether the tokens are simply the argmax of the logits."""
-        return self.bias is None and self.bad_words is None and self.penalties is None and self.random is None
+        return self.is_plain and self.random is None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether temperature is all that lies between the logits and the tokens."""
+        changes = (self.bias, self.bad_words, self.penalties)
+        return all(change is None for change in changes) and (self.random is None or self.random.truncation.is_off)
 
 
 def build_batch(

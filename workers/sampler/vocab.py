@@ -31,10 +31,14 @@ class VocabSlice:
         Always a valid token id, also for rows of NaN or -inf. Ranks exchange one (score, id) pair a row.
         """
         best, columns = scores.max(dim=-1)
+        return self.best(best, columns + self.start)
+
+    def best(self, scores: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+        """Each row's best score here [n] float32 and its token [n] int64 to the best over all ranks, [n] int64."""
         if self.tp.size == 1:
-            return columns.clamp_(max=self.vocab_size - 1)
+            return token_ids.clamp_(max=self.vocab_size - 1)
         # float64 holds a float32 score and a token id exactly, so one message carries both.
-        pairs = torch.stack([best.double(), (columns + self.start).double()], dim=-1)
+        pairs = torch.stack([scores.double(), token_ids.double()], dim=-1)
         gathered = self.tp.all_gather(pairs)  # [size, n, 2]
         winner = gathered[..., 0].argmax(dim=0, keepdim=True)
         return gathered[..., 1].gather(0, winner).squeeze(0).long().clamp_(max=self.vocab_size - 1)

@@ -1,0 +1,90 @@
+"""The operations of a GPU: Triton kernels, put together as layers call them."""
+
+from dataclasses import replace
+
+import torch
+
+from .activation import silu_and_mul
+from .batch import AttentionBatch
+from .chunk_attention import paged_chunk_attention
+from .decode_attention import DecodeWorkspace, decode_workspace, paged_decode_attention
+from .norm import add_rms_norm, rms_norm
+from .ops import REFERENCE
+from .rope_cache import rope_and_cache
+
+
+class TritonAttentionPlan:
+    """What the layers of one step share. The first layer makes the decodes' workspace: it knows the shapes."""
+
+    def __init__(self, batch: AttentionBatch) -> None:
+        self.batch = batch
+        self.num_decodes = batch.num_decode_rows
+        self.query_starts: torch.Tensor | None = None  # of the chunks, counted from the first of their tokens
+        self.max_query_len = 0
+        if batch.num_rows > self.num_decodes:
+            starts = torch.tensor(batch.query_starts[self.num_decodes :], dtype=torch.int32) - self.num_decodes
+            self.max_query_len = int(starts.diff().max())
+            self.query_starts = starts.pin_memory().to(batch.slots.device, non_blocking=True)
+        self._workspace: DecodeWorkspace | None = None
+
+    def workspace(self, q: torch.Tensor, k_cache: torch.Tensor) -> DecodeWorkspace:
+        """For decodes of queries [num_decodes, num_heads, head_dim]."""
+        if self._workspace is None:
+            _, num_heads, head_dim = q.shape
+            _, block_size, num_kv_heads, _ = k_cache.shape
+            max_keys = self.batch.block_tables.shape[1] * block_size
+            self._workspace = decode_workspace(
+                self.num_decodes, num_heads, num_kv_heads, head_dim, q.dtype, max_keys, q.device
+            )
+        return self._workspace
+
+
+def plan_attention(batch: AttentionBatch, block_size: int, dtype: torch.dtype) -> TritonAttentionPlan:
+    """Nothing is computed here: the kernels read the step's tensors."""
+    del block_size, dtype
+    return TritonAttentionPlan(batch)
+
+
+def attend(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, plan: TritonAttentionPlan, scale: float
+) -> torch.Tensor:
+    """As kernels.reference.attend."""
+    batch, num_decodes = plan.batch, plan.num_decodes
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if num_decodes:
+        paged_decode_attention(
+            q[:num_decodes],
+            k_cache,
+            v_cache,
+            batch.block_tables,
+            batch.slots[:num_decodes],
+            batch.seq_lens[:num_decodes],
+            scale,
+            plan.workspace(q[:num_decodes], k_cache),
+            out[:num_decodes],
+        )
+    if plan.query_starts is not None:
+        paged_chunk_attention(
+            q[num_decodes:],
+            k_cache,
+            v_cache,
+            batch.block_tables,
+            batch.slots[num_decodes:],
+            batch.seq_lens[num_decodes:],
+            plan.query_starts,
+            plan.max_query_len,
+            scale,
+            out[num_decodes:],
+        )
+    return out
+
+
+TRITON = replace(
+    REFERENCE,
+    rms_norm=rms_norm,
+    add_rms_norm=add_rms_norm,
+    rope_and_cache=rope_and_cache,
+    silu_and_mul=silu_and_mul,
+    plan_attention=plan_attention,
+    attend=attend,
+)

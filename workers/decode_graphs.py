@@ -1,0 +1,178 @@
+"""CUDA graphs of decode steps: from the token table back to it, replayed with no host in between.
+
+A graph serves a bucket of batch sizes. It reads what changes between steps from fixed tensors; rows beyond the batch are
+padding: they have no keys, cache nothing, and sample into the token table's spare row.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ..kernels.batch import AttentionBatch
+from ..kernels.sampling import sample_tokens
+from .kv_cache import KVCache
+from .models.registry import Model
+from .sampler.batch import SamplingBatch
+from .sampler.vocab import VocabSlice
+from .slot_table import SlotTable
+from .step_batch import SampleRows, StepRows
+
+# Rows of the input tensor.
+_POSITIONS, _KV_INDICES, _TOKEN_CELLS, _SLOTS, _SEQ_LENS, _SAMPLE_CELLS = range(6)
+_NUM_INPUTS = 6
+_SMALL_BUCKETS = (1, 2, 4, 8, 16, 24, 32)
+
+
+def bucket_sizes(max_num_seqs: int) -> list[int]:
+    """Batch sizes that have a graph, ascending; the last is `max_num_seqs`.
+
+    Steps of 16 up to 128 and of 32 above: a padding row costs a linear layer as much as a real one.
+    """
+    sizes = {size for size in _SMALL_BUCKETS if size < max_num_seqs}
+    sizes |= set(range(48, min(max_num_seqs, 128), 16)) | set(range(128, max_num_seqs, 32))
+    return sorted(sizes | {max_num_seqs})
+
+
+@dataclass(frozen=True, slots=True)
+class _Graph:
+    """One bucket: its forward pass with logits, and the plain sampling that may follow."""
+
+    size: int
+    forward: torch.cuda.CUDAGraph
+    sample: torch.cuda.CUDAGraph
+    logits: torch.Tensor  # [size, local_vocab_size] float32
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeOutput:
+    """What a forward graph leaves for the sampler. The next step overwrites it."""
+
+    logits: torch.Tensor  # [num_rows, local_vocab_size] float32
+    samples: SampleRows
+
+
+class DecodeGraphs:
+    """Owner of the graphs, their memory and their inputs. Belongs to the device thread, and to one stream."""
+
+    def __init__(self, model: Model, kv_cache: KVCache, slots: SlotTable, vocab: VocabSlice) -> None:
+        """Captures nothing yet: see `capture`."""
+        self._model, self._kv_cache, self._slots, self._vocab = model, kv_cache, slots, vocab
+        self._sizes = bucket_sizes(slots.shape.num_slots)
+        device = slots.device
+        self._inputs = torch.zeros(_NUM_INPUTS * self._sizes[-1], dtype=torch.int64, device=device)
+        self._temperature = torch.zeros(self._sizes[-1], dtype=torch.float32, device=device)
+        self._seeds = torch.zeros((self._sizes[-1], 2), dtype=torch.int64, device=device)
+        self._token_ids = torch.zeros(self._sizes[-1], dtype=torch.int32, device=device)
+        self._graphs: dict[int, _Graph] = {}
+        self._sampling: SamplingBatch | None = None  # what temperature and seeds were last written for
+
+    def capture(self) -> None:
+        """Captures every bucket, the largest first: the others then share its memory."""
+        pool = torch.cuda.graph_pool_handle()
+        for size in reversed(self._sizes):
+            self._write_inputs(size, _padding(size, self._spare_cell))
+            self._graphs[size] = self._capture(size, pool)
+
+    def fits(self, num_rows: int) -> bool:
+        """Whether a graph takes so many rows."""
+        return bool(self._graphs) and num_rows <= self._sizes[-1]
+
+    def forward(self, rows: StepRows) -> DecodeOutput:
+        """Runs a step of decodes up to the logits."""
+        num_rows = len(rows.slots)
+        size = self._bucket(num_rows)
+        inputs = _padding(size, self._spare_cell)
+        for index, values in (
+            (_POSITIONS, rows.positions),
+            (_KV_INDICES, rows.kv_indices),
+            (_TOKEN_CELLS, rows.token_cells),
+            (_SLOTS, rows.slots),
+            (_SEQ_LENS, rows.seq_lens),
+            (_SAMPLE_CELLS, self._slots.cells(rows.slots, rows.seq_lens)),
+        ):
+            inputs[index, :num_rows] = values
+        self._write_inputs(size, inputs)
+        self._graphs[size].forward.replay()
+        *_, seq_lens, cells = self._views(size)
+        return DecodeOutput(
+            self._graphs[size].logits[:num_rows], SampleRows(None, seq_lens[:num_rows], cells[:num_rows])
+        )
+
+    def sample(self, num_rows: int, batch: SamplingBatch) -> torch.Tensor:
+        """Samples from the logits of the last `forward` into the token table; `batch` asks for nothing but temperature.
+
+        Returns token ids [num_rows] int32, which the next step overwrites.
+        """
+        size = self._bucket(num_rows)
+        if batch is not self._sampling:
+            self._write_sampling(batch)
+        self._graphs[size].sample.replay()
+        return self._token_ids[:num_rows]
+
+    def _bucket(self, num_rows: int) -> int:
+        return next(size for size in self._sizes if size >= num_rows)
+
+    @property
+    def _spare_cell(self) -> int:
+        return self._slots.token_ids.shape[1] * self._slots.shape.num_slots
+
+    def _write_inputs(self, size: int, inputs: np.ndarray[tuple[int, int], np.dtype[np.int64]]) -> None:
+        sent = torch.from_numpy(inputs.reshape(-1)).pin_memory()
+        self._inputs[: len(sent)].copy_(sent, non_blocking=True)
+
+    def _write_sampling(self, batch: SamplingBatch) -> None:
+        self._temperature.zero_()
+        if batch.random is not None:
+            rows = batch.random.rows
+            self._temperature.index_copy_(0, rows, batch.random.temperature.squeeze(1))
+            self._seeds.index_copy_(0, rows, batch.random.seeds)
+        self._sampling = batch
+
+    def _capture(self, size: int, pool: "torch.cuda._POOL_HANDLE") -> _Graph:
+        # Kernels compile, and libraries make their workspaces, before the capture.
+        for _ in range(2):
+            self._sample(size, self._forward(size))
+        forward, sampling = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(forward, pool=pool, capture_error_mode="thread_local"):
+            logits = self._forward(size)
+        with torch.cuda.graph(sampling, pool=pool, capture_error_mode="thread_local"):
+            self._sample(size, logits)
+        return _Graph(size, forward, sampling, logits)
+
+    def _views(self, size: int) -> Iterator[torch.Tensor]:
+        return iter(self._inputs[: _NUM_INPUTS * size].view(_NUM_INPUTS, size))
+
+    def _forward(self, size: int) -> torch.Tensor:
+        positions, kv_indices, token_cells, slots, seq_lens, _ = self._views(size)
+        batch = AttentionBatch(
+            num_decode_rows=size,
+            positions=positions,
+            kv_indices=kv_indices,
+            block_tables=self._slots.block_tables,
+            slots=slots,
+            seq_lens=seq_lens.int(),
+            query_starts=tuple(range(size + 1)),
+            host_seq_lens=(1,) * size,
+        )
+        token_ids = self._slots.token_ids.view(-1).index_select(0, token_cells).long()
+        return self._model.logits(self._model.forward(token_ids, batch, self._kv_cache))
+
+    def _sample(self, size: int, logits: torch.Tensor) -> None:
+        *_, seq_lens, cells = self._views(size)
+        # A decode samples at the position behind its newest token, which is what it has computed by then.
+        scores, token_ids = sample_tokens(
+            logits, self._temperature[:size], self._seeds[:size], seq_lens, self._vocab.start
+        )
+        chosen = self._vocab.best(scores, token_ids).int()
+        self._token_ids[:size].copy_(chosen)
+        self._slots.token_ids.view(-1).index_copy_(0, cells, chosen)
+
+
+def _padding(size: int, spare_cell: int) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
+    """Inputs of a step in which every row is padding."""
+    inputs = np.zeros((_NUM_INPUTS, size), dtype=np.int64)
+    inputs[_KV_INDICES] = -1
+    inputs[_SAMPLE_CELLS] = spare_cell
+    return inputs
