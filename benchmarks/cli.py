@@ -131,7 +131,7 @@ def _startup(
 def describe(config: ServeConfig, **settings: Value) -> dict[str, Value]:
     """What a report says about how it was made; the command has the rest."""
     names = ("model", "tensor_parallel_size", "num_groups", "num_gateways", "device", "dtype", "block_size")
-    limits = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_inflight_steps", "seed")
+    limits = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_inflight_steps", "enforce_eager", "seed")
     return {**{name: getattr(config, name) for name in (*names, *limits)}, **settings}
 
 

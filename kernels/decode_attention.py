@@ -109,33 +109,39 @@ def _merge_splits(
     group: tl.constexpr,
     head_dim: tl.constexpr,
     head_dim_padded: tl.constexpr,
+    heads_per_tile: tl.constexpr,
     splits_per_tile: tl.constexpr,
 ) -> None:
-    """out = sum_s 2^(L_s) partial_s / sum_s 2^(L_s) for each query head of the group."""
+    """out = sum_s 2^(L_s) partial_s / sum_s 2^(L_s) for the heads of the group, all at once: one wait for a whole tile."""
+    heads = tl.arange(0, heads_per_tile)
     dims = tl.arange(0, head_dim_padded)
-    for head in range(group):
-        top = -float("inf")
-        total = 0.0
-        acc = tl.zeros([head_dim_padded], dtype=tl.float32)
-        for first in range(0, num_active, splits_per_tile):
-            splits = first + tl.arange(0, splits_per_tile)
-            index = first_partial + splits * group + head
-            active = splits < num_active
-            # .cg: other multiprocessors wrote these; this one's L1 may hold what was there before.
-            log_sums = tl.load(log_sums_ptr + index, mask=active, other=-float("inf"), cache_modifier=".cg")
-            partials = tl.load(
-                partials_ptr + index[:, None] * head_dim + dims[None, :],
-                mask=active[:, None] & (dims < head_dim)[None, :],
-                other=0.0,
-                cache_modifier=".cg",
-            )
-            new_top = tl.maximum(top, tl.max(log_sums, 0))
-            weights = tl.exp2(log_sums - new_top)
-            rescale = tl.exp2(top - new_top)
-            acc = acc * rescale + tl.sum(partials * weights[:, None], 0)
-            total = total * rescale + tl.sum(weights, 0)
-            top = new_top
-        tl.store(out_ptr + head * head_dim + dims, (acc / total).to(out_ptr.dtype.element_ty), mask=dims < head_dim)
+    is_head = heads < group
+    top = tl.full([heads_per_tile], -float("inf"), dtype=tl.float32)
+    total = tl.zeros([heads_per_tile], dtype=tl.float32)
+    acc = tl.zeros([heads_per_tile, head_dim_padded], dtype=tl.float32)
+    for first in range(0, num_active, splits_per_tile):
+        splits = first + tl.arange(0, splits_per_tile)
+        index = first_partial + splits[:, None] * group + heads[None, :]
+        is_active = (splits < num_active)[:, None] & is_head[None, :]
+        # .cg: other multiprocessors wrote these; this one's L1 may hold what was there before.
+        log_sums = tl.load(log_sums_ptr + index, mask=is_active, other=-float("inf"), cache_modifier=".cg")
+        partials = tl.load(
+            partials_ptr + index[:, :, None] * head_dim + dims[None, None, :],
+            mask=is_active[:, :, None] & (dims < head_dim)[None, None, :],
+            other=0.0,
+            cache_modifier=".cg",
+        )
+        # Padding heads have no maximum: 0 instead, so that they stay 0 rather than become NaN.
+        new_top = tl.where(is_head, tl.maximum(top, tl.max(log_sums, 0)), 0.0)
+        weights = tl.exp2(log_sums - new_top[None, :])
+        rescale = tl.exp2(top - new_top)
+        acc = acc * rescale[:, None] + tl.sum(partials * weights[:, :, None], 0)
+        total = total * rescale + tl.sum(weights, 0)
+        top = new_top
+    merged = acc / tl.where(is_head, total, 1.0)[:, None]
+    is_real = is_head[:, None] & (dims < head_dim)[None, :]
+    pointers = out_ptr + heads[:, None] * head_dim + dims[None, :]
+    tl.store(pointers, merged.to(out_ptr.dtype.element_ty), mask=is_real)
 
 
 @triton.jit(do_not_specialize=["num_splits", "min_keys_per_split"])
@@ -164,6 +170,7 @@ def _decode_kernel(
     head_dim_padded: tl.constexpr,
     block_size: tl.constexpr,
     keys_per_tile: tl.constexpr,
+    heads_per_tile: tl.constexpr,  # of a merge
     splits_per_tile: tl.constexpr,
 ) -> None:
     row_head = tl.program_id(0)
@@ -242,6 +249,7 @@ def _decode_kernel(
                     group,
                     head_dim,
                     head_dim_padded,
+                    heads_per_tile,
                     splits_per_tile,
                 )
 
@@ -276,6 +284,7 @@ def paged_decode_attention(
     max_keys = block_tables.shape[1] * block_size
     config = decode_config(num_rows, num_heads, num_kv_heads, head_dim, q.dtype, max_keys, _num_sms(q.device))
     _check_workspace(workspace, num_rows, num_heads, num_kv_heads, head_dim, config)
+    heads_per_tile = triton.next_power_of_2(num_heads // num_kv_heads)
     with torch.cuda.device_of(q):
         _decode_kernel[(num_rows * num_kv_heads, config.num_splits)](
             out,
@@ -302,8 +311,9 @@ def paged_decode_attention(
             head_dim_padded=padded(head_dim),
             block_size=block_size,
             keys_per_tile=config.keys_per_tile,
-            # 64 float32 registers of each thread.
-            splits_per_tile=max(1, config.num_warps * 32 * 64 // padded(head_dim)),
+            heads_per_tile=heads_per_tile,
+            # 128 float32 registers of each thread.
+            splits_per_tile=max(1, config.num_warps * 32 * 128 // (heads_per_tile * padded(head_dim))),
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )

@@ -1,7 +1,7 @@
 """CUDA graphs of decode steps: from the token table back to it, replayed with no host in between.
 
-A graph serves a bucket of batch sizes. It reads what changes between steps from fixed tensors; rows beyond the batch are
-padding: they have no keys, cache nothing, and sample into the token table's spare row.
+A graph serves a bucket of batch sizes. It reads what changes between steps from fixed tensors; rows beyond the batch
+are padding: they have no keys, cache nothing, and sample into the token table's spare row.
 """
 
 from collections.abc import Iterator
@@ -96,9 +96,8 @@ class DecodeGraphs:
         self._write_inputs(size, inputs)
         self._graphs[size].forward.replay()
         *_, seq_lens, cells = self._views(size)
-        return DecodeOutput(
-            self._graphs[size].logits[:num_rows], SampleRows(None, seq_lens[:num_rows], cells[:num_rows])
-        )
+        samples = SampleRows(None, seq_lens[:num_rows], cells[:num_rows])
+        return DecodeOutput(self._graphs[size].logits[:num_rows], samples)
 
     def sample(self, num_rows: int, batch: SamplingBatch) -> torch.Tensor:
         """Samples from the logits of the last `forward` into the token table; `batch` asks for nothing but temperature.

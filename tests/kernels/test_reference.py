@@ -162,7 +162,8 @@ def test_paged_attention_on_a_gpu_equals_that_on_the_cpu(name):
     case = CASES[name]
     q, caches, batch, _ = make_step(case)
     expected = reference.paged_attention(q, *caches, batch, 0.3)
-    tensors = {name: getattr(batch, name).cuda() for name in ("positions", "kv_indices", "block_tables", "slots", "seq_lens")}
+    names = ("positions", "kv_indices", "block_tables", "slots", "seq_lens")
+    tensors = {name: getattr(batch, name).cuda() for name in names}
     out = reference.paged_attention(q.cuda(), *(cache.cuda() for cache in caches), replace(batch, **tensors), 0.3)
     # Scores go through another kernel, with another order of sums.
     torch.testing.assert_close(out.cpu(), expected, rtol=1e-4, atol=1e-5)
