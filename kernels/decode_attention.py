@@ -27,6 +27,10 @@ _MIN_KEYS_PER_SPLIT = 64
 # A program alone reads slowly: no row's tail may be longer than this, however many rows there are.
 _MAX_KEYS_PER_SPLIT = 16384
 
+# Float32 registers of each thread that a tile of partial results fills in a merge: all are loads in flight. At 128 the
+# compiler spills 4 words (heads of 128 in bfloat16), at 64 none, for twice the waits. To be tuned by measurement.
+_MERGE_REGISTERS = 128
+
 
 @dataclass(frozen=True, slots=True)
 class DecodeConfig:
@@ -35,6 +39,7 @@ class DecodeConfig:
     num_splits: int
     min_keys_per_split: int
     keys_per_tile: int
+    splits_per_tile: int  # of a merge
     num_warps: int
     num_stages: int
 
@@ -53,12 +58,21 @@ def decode_config(
     wanted = max(_PROGRAMS_PER_SM * num_sms // max(num_rows * num_kv_heads, 1), -(-max_keys // _MAX_KEYS_PER_SPLIT))
     num_splits = min(wanted, -(-max_keys // _MIN_KEYS_PER_SPLIT), _MAX_SPLITS)
     # Measured (H200, bfloat16, 4 heads of 128): one warp and 32 keys a tile. More rows of accumulators need more warps.
-    accumulators = padded(num_heads // num_kv_heads) * padded(head_dim)
-    num_warps = min(8, max(1, accumulators // (16 * 128)))
+    group = num_heads // num_kv_heads
+    num_warps = min(8, max(1, padded(group) * padded(head_dim) // (16 * 128)))
+    num_stages = 3
     if dtype == torch.float32:
         # Computed without tensor cores, from registers.
-        return DecodeConfig(max(num_splits, 1), _MIN_KEYS_PER_SPLIT, 32, max(4, num_warps), 2)
-    return DecodeConfig(max(num_splits, 1), _MIN_KEYS_PER_SPLIT, 32, num_warps, 3)
+        num_warps, num_stages = max(4, num_warps), 2
+    merged = triton.next_power_of_2(group) * padded(head_dim)
+    return DecodeConfig(
+        num_splits=max(num_splits, 1),
+        min_keys_per_split=_MIN_KEYS_PER_SPLIT,
+        keys_per_tile=32,
+        splits_per_tile=max(1, num_warps * 32 * _MERGE_REGISTERS // merged),
+        num_warps=num_warps,
+        num_stages=num_stages,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +126,7 @@ def _merge_splits(
     heads_per_tile: tl.constexpr,
     splits_per_tile: tl.constexpr,
 ) -> None:
-    """out = sum_s 2^(L_s) partial_s / sum_s 2^(L_s) for the heads of the group, all at once: one wait for a whole tile."""
+    """out = sum_s 2^(L_s) partial_s / sum_s 2^(L_s), the heads of the group at once: one wait for a whole tile."""
     heads = tl.arange(0, heads_per_tile)
     dims = tl.arange(0, head_dim_padded)
     is_head = heads < group
@@ -284,7 +298,6 @@ def paged_decode_attention(
     max_keys = block_tables.shape[1] * block_size
     config = decode_config(num_rows, num_heads, num_kv_heads, head_dim, q.dtype, max_keys, _num_sms(q.device))
     _check_workspace(workspace, num_rows, num_heads, num_kv_heads, head_dim, config)
-    heads_per_tile = triton.next_power_of_2(num_heads // num_kv_heads)
     with torch.cuda.device_of(q):
         _decode_kernel[(num_rows * num_kv_heads, config.num_splits)](
             out,
@@ -311,9 +324,8 @@ def paged_decode_attention(
             head_dim_padded=padded(head_dim),
             block_size=block_size,
             keys_per_tile=config.keys_per_tile,
-            heads_per_tile=heads_per_tile,
-            # 128 float32 registers of each thread.
-            splits_per_tile=max(1, config.num_warps * 32 * 128 // (heads_per_tile * padded(head_dim))),
+            heads_per_tile=triton.next_power_of_2(num_heads // num_kv_heads),
+            splits_per_tile=config.splits_per_tile,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )

@@ -159,7 +159,7 @@ def test_config_fills_the_gpu_once_and_no_row_takes_one_program_forever(dtype, n
         assert config.num_splits >= needed
         assert config.num_splits == needed or num_rows * num_kv_heads * config.num_splits <= 4 * 132
         assert config.min_keys_per_split % config.keys_per_tile == 0
-        for size in (config.keys_per_tile, config.num_warps):
+        for size in (config.keys_per_tile, config.splits_per_tile, config.num_warps):
             assert size & (size - 1) == 0
     assert decode_config(1, 32, 8, 128, dtype, 16384).num_splits == 64
     assert decode_config(256, 32, 8, 128, dtype, 16384).num_splits == 1
