@@ -30,6 +30,40 @@ class ConfigureProgress(_message.Message):
     num_blocks: int
     def __init__(self, stage: _Optional[str] = ..., duration_s: _Optional[float] = ..., num_blocks: _Optional[int] = ...) -> None: ...
 
+class ProfileRequest(_message.Message):
+    __slots__ = ("num_steps", "trace_path")
+    NUM_STEPS_FIELD_NUMBER: _ClassVar[int]
+    TRACE_PATH_FIELD_NUMBER: _ClassVar[int]
+    num_steps: int
+    trace_path: str
+    def __init__(self, num_steps: _Optional[int] = ..., trace_path: _Optional[str] = ...) -> None: ...
+
+class ProfileResponse(_message.Message):
+    __slots__ = ("num_steps", "span_us", "idle_us", "step_gaps_us", "kernels")
+    NUM_STEPS_FIELD_NUMBER: _ClassVar[int]
+    SPAN_US_FIELD_NUMBER: _ClassVar[int]
+    IDLE_US_FIELD_NUMBER: _ClassVar[int]
+    STEP_GAPS_US_FIELD_NUMBER: _ClassVar[int]
+    KERNELS_FIELD_NUMBER: _ClassVar[int]
+    num_steps: int
+    span_us: float
+    idle_us: float
+    step_gaps_us: _containers.RepeatedScalarFieldContainer[float]
+    kernels: _containers.RepeatedCompositeFieldContainer[KernelTime]
+    def __init__(self, num_steps: _Optional[int] = ..., span_us: _Optional[float] = ..., idle_us: _Optional[float] = ..., step_gaps_us: _Optional[_Iterable[float]] = ..., kernels: _Optional[_Iterable[_Union[KernelTime, _Mapping]]] = ...) -> None: ...
+
+class KernelTime(_message.Message):
+    __slots__ = ("name", "calls", "time_us", "mean_us")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    CALLS_FIELD_NUMBER: _ClassVar[int]
+    TIME_US_FIELD_NUMBER: _ClassVar[int]
+    MEAN_US_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    calls: float
+    time_us: float
+    mean_us: float
+    def __init__(self, name: _Optional[str] = ..., calls: _Optional[float] = ..., time_us: _Optional[float] = ..., mean_us: _Optional[float] = ...) -> None: ...
+
 class BatchPlan(_message.Message):
     __slots__ = ("epoch", "step_id", "leave_slots", "joins", "append_slots", "append_block_ids", "decode_slots_changed", "decode_slots", "chunk_slots", "chunk_num_tokens")
     EPOCH_FIELD_NUMBER: _ClassVar[int]

@@ -44,6 +44,11 @@ class WorkerStub:
                 request_serializer=octavo_dot_proto_dot_worker__pb2.BatchPlan.SerializeToString,
                 response_deserializer=octavo_dot_proto_dot_worker__pb2.StepResult.FromString,
                 _registered_method=True)
+        self.Profile = channel.unary_unary(
+                '/octavo.internal.v1.Worker/Profile',
+                request_serializer=octavo_dot_proto_dot_worker__pb2.ProfileRequest.SerializeToString,
+                response_deserializer=octavo_dot_proto_dot_worker__pb2.ProfileResponse.FromString,
+                _registered_method=True)
 
 
 class WorkerServicer:
@@ -64,6 +69,13 @@ class WorkerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Profile(self, request, context):
+        """Profiles the rank's next steps. Answers when they are done.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -76,6 +88,11 @@ def add_WorkerServicer_to_server(servicer, server):
                     servicer.Steps,
                     request_deserializer=octavo_dot_proto_dot_worker__pb2.BatchPlan.FromString,
                     response_serializer=octavo_dot_proto_dot_worker__pb2.StepResult.SerializeToString,
+            ),
+            'Profile': grpc.unary_unary_rpc_method_handler(
+                    servicer.Profile,
+                    request_deserializer=octavo_dot_proto_dot_worker__pb2.ProfileRequest.FromString,
+                    response_serializer=octavo_dot_proto_dot_worker__pb2.ProfileResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -132,6 +149,33 @@ class Worker:
             '/octavo.internal.v1.Worker/Steps',
             octavo_dot_proto_dot_worker__pb2.BatchPlan.SerializeToString,
             octavo_dot_proto_dot_worker__pb2.StepResult.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Profile(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/octavo.internal.v1.Worker/Profile',
+            octavo_dot_proto_dot_worker__pb2.ProfileRequest.SerializeToString,
+            octavo_dot_proto_dot_worker__pb2.ProfileResponse.FromString,
             options,
             channel_credentials,
             insecure,

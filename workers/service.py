@@ -5,13 +5,14 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import NoReturn
 
 import grpc
 import torch
 import torch.distributed as dist
 
-from ..errors import FailedPreconditionError, OctavoError
+from ..errors import FailedPreconditionError, InvalidArgumentError, OctavoError
 from ..proto import worker_pb2, worker_pb2_grpc
 from .model_runner import ModelRunner
 from .rank import Stage, build_rank, check_request
@@ -19,6 +20,7 @@ from .step_pipeline import StepPipeline
 
 _log = logging.getLogger(__name__)
 
+_MAX_PROFILED_STEPS = 1000  # a trace of more is larger than its viewers read
 _STATUS_CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 
@@ -62,6 +64,17 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             self._has_stream = True
             stream = _StepStream(self._request, self._runner, self._pipeline, context)
             await stream.run(plans)
+
+    async def Profile(  # noqa: N802
+        self, request: worker_pb2.ProfileRequest, context: grpc.aio.ServicerContext
+    ) -> worker_pb2.ProfileResponse:
+        async with _status_for_errors(context):
+            if not 1 <= request.num_steps <= _MAX_PROFILED_STEPS:
+                raise InvalidArgumentError(f"num_steps must be in [1, {_MAX_PROFILED_STEPS}]", "num_steps")
+            if not request.trace_path:
+                raise InvalidArgumentError("trace_path must name a file", "trace_path")
+            return await asyncio.wrap_future(self._pipeline.profile(request.num_steps, Path(request.trace_path)))
+        raise AssertionError("errors end the call")
 
 
 class _StepStream:

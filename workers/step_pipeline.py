@@ -5,13 +5,16 @@ Two, so that the next step is launched while the step before still runs.
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 
+from ..errors import FailedPreconditionError
 from ..proto import worker_pb2
 from .model_runner import ModelRunner
 from .plan import decode_plan
+from .profiler import StepProfiler
 
 T = TypeVar("T")
 
@@ -23,6 +26,9 @@ class StepPipeline:
         """`num_threads`: CPU threads of torch's own operations."""
         self._launcher = ThreadPoolExecutor(1, "device", initializer=_prepare_thread, initargs=(device, num_threads))
         self._waiter = ThreadPoolExecutor(1, "results")
+        self._device = device
+        # On the device thread: who profiles, and who wants to know.
+        self._profiling: tuple[StepProfiler, Future[worker_pb2.ProfileResponse]] | None = None
 
     def call(self, function: Callable[[], T]) -> "Future[T]":
         """Runs `function` on the device thread."""
@@ -34,6 +40,34 @@ class StepPipeline:
         self._launcher.submit(self._launch, runner, message, result)
         return result
 
+    def profile(self, num_steps: int, trace_path: Path) -> "Future[worker_pb2.ProfileResponse]":
+        """Profiles the next steps. The future fails with FailedPreconditionError while another profile runs."""
+        answer: Future[worker_pb2.ProfileResponse] = Future()
+        self._launcher.submit(self._start_profile, num_steps, trace_path, answer)
+        return answer
+
+    def _start_profile(self, num_steps: int, trace_path: Path, answer: "Future[worker_pb2.ProfileResponse]") -> None:
+        try:
+            if self._profiling is not None:
+                raise FailedPreconditionError("a profile runs already")
+            self._profiling = StepProfiler(self._device, num_steps, trace_path), answer
+        except Exception as error:  # it belongs to who asked
+            answer.set_exception(error)
+
+    def _note_profiled_step(self) -> None:
+        if self._profiling is None:
+            return
+        profiler, answer = self._profiling
+        try:
+            response = profiler.note_step()
+        except Exception as error:  # as above; the steps themselves are well
+            self._profiling = None
+            answer.set_exception(error)
+            return
+        if response is not None:
+            self._profiling = None
+            answer.set_result(response)
+
     def _launch(
         self, runner: ModelRunner, message: worker_pb2.BatchPlan, result: "Future[worker_pb2.StepResult]"
     ) -> None:
@@ -43,6 +77,7 @@ class StepPipeline:
             result.set_exception(error)
         else:
             self._waiter.submit(_settle, pending.wait, message, result)
+            self._note_profiled_step()
 
     def close(self) -> None:
         """Drops what is queued and waits for what runs."""
