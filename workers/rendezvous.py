@@ -13,6 +13,7 @@ from .parallel import TensorParallel
 
 # Ranks meet within this time, also when one loads its weights more slowly than another.
 _TIMEOUT = timedelta(minutes=10)
+_GLOO_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
 
 def create_store(host: str) -> dist.TCPStore:
@@ -45,6 +46,13 @@ def connect_store(address: str) -> dist.TCPStore:
         return dist.TCPStore(host, int(port), is_master=False, timeout=_TIMEOUT)
     except (RuntimeError, dist.DistError) as error:
         raise UnavailableError(f"rank 0's store at {address} does not answer") from error
+
+
+def is_lost_peer(error: Exception) -> bool:
+    """Whether a collective failed because another rank is gone. Gloo says so only in the text of a RuntimeError."""
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in _GLOO_LOST_PEER)
+    )
 
 
 def leave_group() -> None:

@@ -16,6 +16,7 @@ from ..errors import FailedPreconditionError, InvalidArgumentError, OctavoError
 from ..proto import worker_pb2, worker_pb2_grpc
 from .model_runner import ModelRunner
 from .rank import Stage, build_rank, check_request
+from .rendezvous import is_lost_peer
 from .step_pipeline import StepPipeline
 
 _log = logging.getLogger(__name__)
@@ -139,6 +140,8 @@ async def _status_for_errors(context: grpc.aio.ServicerContext) -> AsyncIterator
     except Exception as error:
         if isinstance(error, grpc.aio.AbortError):
             raise
+        if is_lost_peer(error):
+            await _abort(context, grpc.StatusCode.UNAVAILABLE, "the connection to another rank of the group is lost")
         _log.exception("a call failed by a fault of ours")
         await _abort(context, grpc.StatusCode.INTERNAL, f"{type(error).__name__}; the worker's log has more")
 

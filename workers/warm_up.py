@@ -5,6 +5,7 @@ import numpy as np
 from ..proto import sampling_pb2
 from .model_runner import ModelRunner
 from .plan import Ints, Join, Plan
+from .sampler.table import MAX_LOGPROBS
 from .slot_table import SlotTableShape
 
 _EMPTY: Ints = np.zeros(0, dtype=np.int64)
@@ -32,9 +33,17 @@ def _join(slot: int, num_tokens: int, shape: SlotTableShape) -> Join:
     # One more token than the prompt is decoded, and it must fit too.
     num_tokens = max(1, min(num_tokens, shape.max_model_len - 1, shape.num_blocks * shape.block_size - 1))
     num_blocks = num_tokens // shape.block_size + 1
-    # Every option that costs memory, so that the measured step is the largest.
+    # Every option that costs memory by the row, so that the measured step is the largest.
     params = sampling_pb2.SamplingParams(
-        temperature=1.0, top_k=50, top_p=0.9, repetition_penalty=1.1, max_tokens=1, seed=slot
+        temperature=1.0,
+        min_p=0.01,
+        top_k=50,
+        top_p=0.9,
+        repetition_penalty=1.1,
+        num_logprobs=MAX_LOGPROBS,
+        num_prompt_logprobs=MAX_LOGPROBS,
+        max_tokens=1,
+        seed=slot,
     )
     return Join(
         slot=slot,
