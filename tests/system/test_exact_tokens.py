@@ -3,12 +3,15 @@
 32 requests at once, of 1 to 600 prompt tokens; the token budget forces chunks, the block count forces preemption.
 """
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 MAX_TOKENS = 12
+NUM_BLOCK_TOKENS = 704  # of the KV cache: just over the longest sequence, so that others are preempted
 LONGEST = 600
 
 LLAMA3_ROPE = {
@@ -23,15 +26,23 @@ MODELS = {
     "odd head_dim": {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 20, "hidden_size": 48},
     "llama3 rope": {"rope_scaling": LLAMA3_ROPE},
     "linear rope": {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
-    "dynamic rope": {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+    # Stretches beyond 56 tokens, which the longest prompts' outputs reach.
+    "dynamic rope": {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}, "max_position_embeddings": 56},
     "yarn rope": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}},
 }
 
 
-def prompts(vocab_size: int) -> list[list[int]]:
+def prompts(vocab_size: int, longest: int = LONGEST) -> list[list[int]]:
     generator = np.random.default_rng(7)
     lengths = [1, 2, LONGEST, *generator.integers(3, 120, 24).tolist(), *generator.integers(120, LONGEST, 5).tolist()]
-    return [generator.integers(0, vocab_size, length).tolist() for length in lengths]
+    return [generator.integers(0, vocab_size, min(length, longest)).tolist() for length in lengths]
+
+
+def model_and_prompts(name, make_llama):
+    """Prompts of a "dynamic" model are shorter than its context: a longer one transformers rotates as a whole, which no
+    cache can, and only after a shorter one it forgets how far the request before had stretched."""
+    path = make_llama(**({"max_position_embeddings": 1024, "eos_token_id": None} | MODELS[name]))
+    return path, prompts(vocab_size=128, longest=MODELS[name].get("max_position_embeddings", LONGEST + 1) - 1)
 
 
 def transformers_tokens(path, all_prompts) -> list[list[int]]:
@@ -54,27 +65,24 @@ def transformers_tokens(path, all_prompts) -> list[list[int]]:
 def test_greedy_tokens_on_gpus_equal_transformers_on_the_cpu(
     name, make_llama, run_engine, engine_options, sampling_params
 ):
-    path = make_llama(max_position_embeddings=1024, eos_token_id=None, **MODELS[name])
-    all_prompts = prompts(vocab_size=128)
+    path, all_prompts = model_and_prompts(name, make_llama)
     expected = transformers_tokens(path, all_prompts)
     for tensor_parallel_size in (size for size in (1, 2, 4) if size <= torch.cuda.device_count()):
         for enforce_eager in (False, True):
-            options = engine_options(tensor_parallel_size, num_blocks=45, device="cuda", enforce_eager=enforce_eager)
+            options = engine_options(
+                tensor_parallel_size, num_blocks=NUM_BLOCK_TOKENS // 16, device="cuda", enforce_eager=enforce_eager
+            )
             result = run_engine(path, options, all_prompts, lambda i: sampling_params(MAX_TOKENS))
             assert result.tokens == expected, f"TP {tensor_parallel_size}, eager {enforce_eager}"
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_greedy_tokens_equal_transformers(name, make_llama, run_engine, engine_options, sampling_params):
-    path = make_llama(max_position_embeddings=1024, eos_token_id=None, **MODELS[name])
-    all_prompts = prompts(vocab_size=128)
+    path, all_prompts = model_and_prompts(name, make_llama)
     expected = transformers_tokens(path, all_prompts)
-    # Every rank count meets every block size over the models; each model meets each rank count and each block size.
-    shift = list(MODELS).index(name)
     num_preemptions = 0
-    for index, tensor_parallel_size in enumerate((1, 2, 4)):
-        block_size = (8, 16, 32)[(index + shift) % 3]
-        options = engine_options(tensor_parallel_size, block_size, num_blocks=720 // block_size)
+    for tensor_parallel_size, block_size in itertools.product((1, 2, 4), (8, 16, 32)):
+        options = engine_options(tensor_parallel_size, block_size, num_blocks=NUM_BLOCK_TOKENS // block_size)
         result = run_engine(path, options, all_prompts, lambda i: sampling_params(MAX_TOKENS))
         wrong = [i for i, tokens in enumerate(result.tokens) if tokens != expected[i]]
         assert not wrong, f"TP {tensor_parallel_size}, block size {block_size}: requests {wrong} differ"
