@@ -16,6 +16,9 @@ Tensor = torch.Tensor
 class Operations:
     """One implementation of every operation. Formulas and shapes are those of kernels/reference.py."""
 
+    # Of one loaded weight, once: only the same implementation's `linear` knows what is in the result.
+    pack_weight: Callable[[Tensor], Tensor]
+    linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
     rope_and_cache: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int], Tensor]
@@ -26,6 +29,8 @@ class Operations:
 
 
 REFERENCE = Operations(
+    pack_weight=reference.pack_weight,
+    linear=reference.linear,
     rms_norm=reference.rms_norm,
     add_rms_norm=reference.add_rms_norm,
     rope_and_cache=reference.rope_and_cache,
@@ -36,9 +41,11 @@ REFERENCE = Operations(
 
 
 def operations_for(device: torch.device) -> Operations:
-    """The implementation for `device`: Triton kernels on a GPU, the torch reference on a CPU."""
+    """The implementation for `device`: Triton kernels on a GPU, the torch reference and oneDNN on a CPU."""
     if device.type != "cuda":
-        return REFERENCE
+        from .cpu import CPU  # as below, made from REFERENCE
+
+        return CPU
     from .triton_ops import TRITON  # Triton comes with a CUDA build of torch, and is needed with no other
 
     return TRITON

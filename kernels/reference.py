@@ -20,6 +20,16 @@ _CPU_GROUP_KEYS = 1536
 _GPU_GROUP_KEYS = 131072
 
 
+def pack_weight(weight: torch.Tensor) -> torch.Tensor:
+    """A loaded weight [out_size, in_size] as `linear` of the same implementation takes it. Here: as it is."""
+    return weight
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x @ weight.T + bias. x: [num_tokens, in_size]; bias: [out_size] or None."""
+    return F.linear(x, weight, bias)
+
+
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension. Half precisions are computed in float32."""
     return F.rms_norm(x, weight.shape, weight, eps)

@@ -1,9 +1,10 @@
 """The parts of a decoder, each holding this rank's shard of its weights (Megatron-LM, 3).
 
 Column-parallel layers split their outputs over the ranks, row-parallel ones their inputs, and these sum over the ranks.
-Weights are plain tensors: Octavo only infers. A layer allocates them when it is made and fills them in `load`.
+Weights are plain tensors: Octavo only infers. A layer allocates and fills them in `load`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +43,26 @@ def kv_head_shard(num_kv_heads: int, tp: TensorParallel) -> Shard:
     return Shard(0, head, head + 1)
 
 
+class LinearWeight:
+    """The weight of a linear layer, held once: packed as the device's matrix product reads it fastest."""
+
+    def __init__(self, ctx: LayerContext, out_size: int, in_size: int) -> None:
+        self._ctx, self._shape = ctx, (out_size, in_size)
+        self._packed: torch.Tensor | None = None
+
+    def load(self, fill: Callable[[torch.Tensor], object]) -> None:
+        """Has `fill` write a new tensor [out_size, in_size], and packs it. One loaded before is gone by then."""
+        self._packed = None
+        weight = self._ctx.empty(*self._shape)
+        fill(weight)
+        self._packed = self._ctx.ops.pack_weight(weight)
+
+    def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """x @ weight.T + bias."""
+        assert self._packed is not None, "the weights are loaded first"
+        return self._ctx.ops.linear(x, self._packed, bias)
+
+
 class RMSNorm:
     """Root mean square norm, the same on all ranks."""
 
@@ -69,18 +90,20 @@ class ColumnParallelLinear:
     def __init__(self, ctx: LayerContext, in_size: int, shards: tuple[Shard, ...], bias: bool) -> None:
         self._shards = shards
         self._sizes = [shard.stop - shard.start for shard in shards]
-        self.weight = ctx.empty(sum(self._sizes), in_size)
-        self.bias = ctx.empty(sum(self._sizes)) if bias else None
+        self._weight = LinearWeight(ctx, sum(self._sizes), in_size)
+        self._bias = ctx.empty(sum(self._sizes)) if bias else None
 
     def load(self, weights: Weights, *names: str) -> None:
-        for name, shard, part in zip(names, self._shards, self.weight.split(self._sizes), strict=True):
-            part.copy_(weights.read(f"{name}.weight", shard))
-        if self.bias is not None:
-            for name, shard, part in zip(names, self._shards, self.bias.split(self._sizes), strict=True):
-                part.copy_(weights.read(f"{name}.bias", shard))
+        self._weight.load(lambda weight: self._fill(weight, weights, [f"{name}.weight" for name in names]))
+        if self._bias is not None:
+            self._fill(self._bias, weights, [f"{name}.bias" for name in names])
+
+    def _fill(self, whole: torch.Tensor, weights: Weights, names: list[str]) -> None:
+        for name, shard, part in zip(names, self._shards, whole.split(self._sizes), strict=True):
+            part.copy_(weights.read(name, shard))
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return self._weight.product(x, self._bias)
 
 
 class MergedColumnParallelLinear(ColumnParallelLinear):
@@ -108,35 +131,53 @@ class RowParallelLinear:
     def __init__(self, ctx: LayerContext, in_size: int, out_size: int, bias: bool) -> None:
         self._tp = ctx.tp
         self._shard = even_shard(in_size, ctx.tp, dim=1)
-        self.weight = ctx.empty(out_size, self._shard.stop - self._shard.start)
-        self.bias = ctx.empty(out_size) if bias else None
+        self._weight = LinearWeight(ctx, out_size, self._shard.stop - self._shard.start)
+        self._bias = ctx.empty(out_size) if bias else None
 
     def load(self, weights: Weights, name: str) -> None:
-        self.weight.copy_(weights.read(f"{name}.weight", self._shard))
-        if self.bias is not None:
-            self.bias.copy_(weights.read(f"{name}.bias"))
+        self._weight.load(lambda weight: weight.copy_(weights.read(f"{name}.weight", self._shard)))
+        if self._bias is not None:
+            self._bias.copy_(weights.read(f"{name}.bias"))
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         # The sum must hold the bias once.
-        bias = self.bias if self._tp.rank == 0 else None
-        return self._tp.all_reduce(F.linear(x, self.weight, bias))
+        bias = self._bias if self._tp.rank == 0 else None
+        return self._tp.all_reduce(self._weight.product(x, bias))
 
 
 class VocabParallelTable:
     """This rank's rows of a [vocab_size, hidden_size] table, with zero rows behind the vocabulary's end."""
 
-    def __init__(self, ctx: LayerContext, vocab_size: int, hidden_size: int) -> None:
+    def __init__(self, ctx: LayerContext, vocab_size: int, hidden_size: int, has_lookups: bool) -> None:
+        """`has_lookups`: whether tokens are looked up in it. One of products alone is packed for them."""
         self.num_rows = -(-vocab_size // ctx.tp.size)
         self.start = ctx.tp.rank * self.num_rows
         # Tokens that exist: fewer than rows on the last ranks.
         self.num_tokens = max(0, min(self.num_rows, vocab_size - self.start))
-        self.weight = ctx.empty(self.num_rows, hidden_size)
+        self._ctx, self._hidden_size, self._has_lookups = ctx, hidden_size, has_lookups
+        self._rows: torch.Tensor | None = None
 
     def load(self, weights: Weights, name: str) -> None:
-        self.weight[self.num_tokens :].zero_()
+        self._rows = None  # never two
+        rows = self._ctx.empty(self.num_rows, self._hidden_size)
+        rows[self.num_tokens :].zero_()
         if self.num_tokens:
             shard = Shard(0, self.start, self.start + self.num_tokens)
-            self.weight[: self.num_tokens].copy_(weights.read(f"{name}.weight", shard))
+            rows[: self.num_tokens].copy_(weights.read(f"{name}.weight", shard))
+        self._rows = rows if self._has_lookups else self._ctx.ops.pack_weight(rows)
+
+    def lookup(self, rows: torch.Tensor) -> torch.Tensor:
+        assert self._has_lookups, "a packed table has no rows to look up"
+        return F.embedding(rows, self._loaded)
+
+    def product(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[n, hidden_size] to [n, num_rows]: hidden @ table.T."""
+        return self._ctx.ops.linear(hidden, self._loaded, None)
+
+    @property
+    def _loaded(self) -> torch.Tensor:
+        assert self._rows is not None, "the weights are loaded first"
+        return self._rows
 
 
 class VocabParallelEmbedding:
@@ -147,10 +188,10 @@ class VocabParallelEmbedding:
 
     def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
         if self._tp.size == 1:
-            return F.embedding(token_ids, self._table.weight)
+            return self._table.lookup(token_ids)
         rows = token_ids - self._table.start
         elsewhere = (rows < 0) | (rows >= self._table.num_rows)
-        hidden = F.embedding(rows.masked_fill(elsewhere, 0), self._table.weight)
+        hidden = self._table.lookup(rows.masked_fill(elsewhere, 0))
         return self._tp.all_reduce(hidden.masked_fill_(elsewhere.unsqueeze(-1), 0))
 
 
@@ -162,7 +203,7 @@ class ParallelLMHead:
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """[n, hidden_size] to float32 [n, num_rows]; rows behind the vocabulary's end are -inf."""
-        logits = F.linear(hidden, self._table.weight).float()
+        logits = self._table.product(hidden).float()
         if self._table.num_tokens < self._table.num_rows:
             logits[:, self._table.num_tokens :] = -torch.inf
         return logits

@@ -114,10 +114,11 @@ class LlamaForCausalLM:
         self.config, self.dtype = config, dtype
         self.ops = operations_for(tp.device)
         ctx = LayerContext(tp, dtype, self.ops)
-        self._embedding_table = VocabParallelTable(ctx, config.vocab_size, config.hidden_size)
+        table_size = config.vocab_size, config.hidden_size
+        self._embedding_table = VocabParallelTable(ctx, *table_size, has_lookups=True)
         self._head_table = self._embedding_table
         if not config.tie_word_embeddings:
-            self._head_table = VocabParallelTable(ctx, config.vocab_size, config.hidden_size)
+            self._head_table = VocabParallelTable(ctx, *table_size, has_lookups=False)
         self.embed_tokens = VocabParallelEmbedding(ctx, self._embedding_table)
         self.layers = [DecoderLayer(ctx, config) for _ in range(config.num_layers)]
         self.norm = RMSNorm(ctx, config.hidden_size, config.rms_norm_eps)
