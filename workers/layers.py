@@ -142,7 +142,8 @@ class RowParallelLinear:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         # The sum must hold the bias once.
         bias = self._bias if self._tp.rank == 0 else None
-        return self._tp.all_reduce(self._weight.product(x, bias))
+        # A norm takes it in at once.
+        return self._tp.all_reduce_transient(self._weight.product(x, bias))
 
 
 class VocabParallelTable:

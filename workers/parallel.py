@@ -1,9 +1,13 @@
 """The tensor-parallel group of one worker: its rank and its collectives."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
+
+if TYPE_CHECKING:
+    from .symmetric_memory import SymmetricMemory
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,11 +18,20 @@ class TensorParallel:
     size: int
     device: torch.device
     process_group: "dist.ProcessGroup | None" = None
+    symmetric_memory: "SymmetricMemory | None" = None  # of GPUs that reach each other's memory
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sums `tensor` over the ranks, in place."""
-        if self.size > 1:
-            dist.all_reduce(tensor, group=self.process_group)
+        """The sum of `tensor` over the ranks. Its own memory may be what holds the sum."""
+        total = self.all_reduce_transient(tensor)
+        return total.clone() if total is not tensor else total
+
+    def all_reduce_transient(self, tensor: torch.Tensor) -> torch.Tensor:
+        """As all_reduce, for a sum that is used up before the next one: faster, because that may overwrite it."""
+        if self.size == 1:
+            return tensor
+        if self.symmetric_memory is not None and self.symmetric_memory.takes(tensor):
+            return self.symmetric_memory.all_reduce(tensor)
+        dist.all_reduce(tensor, group=self.process_group)
         return tensor
 
     def all_reduce_max(self, tensor: torch.Tensor) -> torch.Tensor:

@@ -41,6 +41,10 @@ class StepProfiler:
         torch.cuda.synchronize(device)
         self._profile.start()
 
+    def abandon(self) -> None:
+        """Nobody waits for the profile any more."""
+        self._profile.stop()
+
     def note_step(self) -> worker_pb2.ProfileResponse | None:
         """A step was queued; after the last, waits for the device and says what was seen."""
         self._num_left -= 1

@@ -36,7 +36,13 @@ def join_group(store: dist.Store, epoch: int, rank: int, size: int, device: torc
         )
     except (RuntimeError, dist.DistError) as error:
         raise UnavailableError(f"the {size} ranks did not meet; is one unreachable, or its GPU taken?") from error
-    return TensorParallel(rank, size, device, dist.group.WORLD)
+    group = dist.group.WORLD
+    assert group is not None, "it was initialised above"
+    if device.type != "cuda":
+        return TensorParallel(rank, size, device, group)
+    from .symmetric_memory import open_symmetric_memory  # slow to import, and for GPUs alone
+
+    return TensorParallel(rank, size, device, group, open_symmetric_memory(group, device))
 
 
 def connect_store(address: str) -> dist.TCPStore:

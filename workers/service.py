@@ -74,7 +74,12 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
                 raise InvalidArgumentError(f"num_steps must be in [1, {_MAX_PROFILED_STEPS}]", "num_steps")
             if not request.trace_path:
                 raise InvalidArgumentError("trace_path must name a file", "trace_path")
-            return await asyncio.wrap_future(self._pipeline.profile(request.num_steps, Path(request.trace_path)))
+            profile = self._pipeline.profile(request.num_steps, Path(request.trace_path))
+            try:
+                return await asyncio.shield(asyncio.wrap_future(profile))
+            except asyncio.CancelledError:
+                self._pipeline.cancel_profile()
+                raise
         raise AssertionError("errors end the call")
 
 

@@ -46,6 +46,16 @@ class StepPipeline:
         self._launcher.submit(self._start_profile, num_steps, trace_path, answer)
         return answer
 
+    def cancel_profile(self) -> None:
+        """Ends a profile whose steps have not all come."""
+        self._launcher.submit(self._abandon_profile)
+
+    def _abandon_profile(self) -> None:
+        if self._profiling is not None:
+            profiler, _ = self._profiling
+            self._profiling = None
+            profiler.abandon()
+
     def _start_profile(self, num_steps: int, trace_path: Path, answer: "Future[worker_pb2.ProfileResponse]") -> None:
         try:
             if self._profiling is not None:
