@@ -38,7 +38,7 @@ class ThreadParallel(TensorParallel):
 
     meeting: Meeting = None
 
-    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+    def all_reduce_transient(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.copy_(sum(self.meeting.exchange(self.rank, tensor)))
 
     def all_reduce_max(self, tensor: torch.Tensor) -> torch.Tensor:
