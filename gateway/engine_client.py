@@ -1,7 +1,7 @@
 """The gateway's one connection to the coordinator: a multiplexed Engine.Session, with reconnection.
 
-Submits and cancels that come up in one turn of the event loop leave in one message. A session that breaks ends every
-open request with UNAVAILABLE: the coordinator cancels what a session leaves behind, so none could go on.
+Submits, cancels and stops that come up in one turn of the event loop leave in one message. A session that breaks ends
+every open request with UNAVAILABLE: the coordinator cancels what a session leaves behind, so none could go on.
 """
 
 import asyncio
@@ -52,14 +52,8 @@ class EngineClient:
     def ready(self) -> bool:
         return self._ready
 
-    @property
-    def num_open(self) -> int:
-        """Requests that have not ended and whose reader has not gone."""
-        return len(self._streams)
-
     def submit(
         self,
-        request_id: str,
         prompt_token_ids: bytes,
         sampling_params: sampling_pb2.SamplingParams,
         priority: int = 0,
@@ -73,7 +67,6 @@ class EngineClient:
         self._outbox.submit(
             engine_pb2.Submit(
                 handle=stream.handle,
-                request_id=request_id,
                 prompt_token_ids=prompt_token_ids,
                 sampling_params=sampling_params,
                 priority=priority,
@@ -85,6 +78,11 @@ class EngineClient:
         """The reader has gone: an unfinished request is cancelled in the engine. May be called again."""
         if self._streams.pop(stream.handle, None) is not None:
             self._outbox.cancel(stream.handle)
+
+    def stop(self, stream: EngineStream) -> None:
+        """Its text has reached a stop string: the engine ends the request, unless it has already."""
+        if self._streams.pop(stream.handle, None) is not None:
+            self._outbox.stop(stream.handle)
 
     async def get_status(self) -> admin_pb2.GetStatusResponse:
         """Raises UnavailableError if the coordinator does not answer."""
@@ -183,4 +181,4 @@ class EngineClient:
 
 
 def _failure_error(failure: engine_pb2.Failure) -> OctavoError:
-    return from_engine_failure(failure.code, failure.message, failure.retry_after_s)
+    return from_engine_failure(failure.code, failure.message, failure.retry_after_s, failure.field)

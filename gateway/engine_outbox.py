@@ -1,4 +1,4 @@
-"""What waits to be sent on one session: submits and cancels, merged into a message for each turn of the loop."""
+"""What waits to be sent on one session: submits, cancels and stops, merged into a message for each turn of the loop."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -14,6 +14,7 @@ class EngineOutbox:
     def __init__(self) -> None:
         self._submits: dict[int, engine_pb2.Submit] = {}  # by handle
         self._cancels: list[int] = []
+        self._stops: list[int] = []
         self._changed = asyncio.Event()
         self._closed = False
 
@@ -26,6 +27,11 @@ class EngineOutbox:
         if self._submits.pop(handle, None) is None:
             self._cancels.append(handle)
             self._changed.set()
+
+    def stop(self, handle: int) -> None:
+        """The request's text has reached a stop string."""
+        self._stops.append(handle)
+        self._changed.set()
 
     def close(self) -> None:
         """Ends `messages`; what has not been sent is dropped."""
@@ -41,6 +47,10 @@ class EngineOutbox:
                 return
             submits, self._submits = self._submits, {}
             cancels, self._cancels = self._cancels, []
-            if submits or cancels:
-                packed = np.array(cancels, "<u4").tobytes()
-                yield engine_pb2.SessionRequest(submits=submits.values(), cancel_handles=packed)
+            stops, self._stops = self._stops, []
+            if submits or cancels or stops:
+                yield engine_pb2.SessionRequest(
+                    submits=submits.values(),
+                    cancel_handles=np.array(cancels, "<u4").tobytes(),
+                    stop_handles=np.array(stops, "<u4").tobytes(),
+                )

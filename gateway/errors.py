@@ -119,10 +119,10 @@ def _param(error: BaseException) -> str | None:
     return error.field if isinstance(error, InvalidArgumentError) else None
 
 
-def from_engine_failure(code: int, message: str, retry_after_s: float) -> OctavoError:
+def from_engine_failure(code: int, message: str, retry_after_s: float, field: str) -> OctavoError:
     """The error of a google.rpc.Code that the coordinator sent with its message for the client."""
     if code == code_pb2.INVALID_ARGUMENT:
-        return InvalidArgumentError(message)
+        return InvalidArgumentError(message, field or None)
     if code == code_pb2.NOT_FOUND:
         return NotFoundError(message)
     if code == code_pb2.RESOURCE_EXHAUSTED:

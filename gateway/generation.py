@@ -111,12 +111,12 @@ class GenerationService:
         assembler = OutputAssembler(request.options, detokenizer)
         packed = np.asarray(request.prompt_token_ids, "<i4").tobytes()
         quiet = only_end and not request.options.stop  # a stop string must be seen when it comes
-        stream = self.engine.submit(request.request_id, packed, request.sampling_params, request.priority, quiet)
+        stream = self.engine.submit(packed, request.sampling_params, request.priority, quiet)
         try:
             while True:
                 output = assembler.push(await stream.read())
                 if output.finish_reason:
-                    self.engine.release(stream)  # a stop string ends it here, and the engine does not know
+                    self.engine.stop(stream)  # a stop string ends it here, and the engine does not know
                 yield output
                 if output.finish_reason:
                     return

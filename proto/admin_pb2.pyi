@@ -41,7 +41,7 @@ class GetStatusResponse(_message.Message):
     def __init__(self, version: _Optional[str] = ..., model: _Optional[str] = ..., uptime_s: _Optional[float] = ..., num_waiting: _Optional[int] = ..., groups: _Optional[_Iterable[_Union[GroupStatus, _Mapping]]] = ..., num_gateways: _Optional[int] = ..., counters: _Optional[_Union[EngineCounters, _Mapping]] = ...) -> None: ...
 
 class GroupStatus(_message.Message):
-    __slots__ = ("group_id", "state", "epoch", "ranks", "block_size", "num_blocks", "num_free_blocks", "num_running", "num_inflight_steps", "steps")
+    __slots__ = ("group_id", "state", "epoch", "ranks", "block_size", "num_blocks", "num_free_blocks", "num_running", "num_inflight_steps", "steps", "failure")
     GROUP_ID_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -52,6 +52,7 @@ class GroupStatus(_message.Message):
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_INFLIGHT_STEPS_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
+    FAILURE_FIELD_NUMBER: _ClassVar[int]
     group_id: int
     state: GroupState
     epoch: int
@@ -62,7 +63,8 @@ class GroupStatus(_message.Message):
     num_running: int
     num_inflight_steps: int
     steps: StepCounters
-    def __init__(self, group_id: _Optional[int] = ..., state: _Optional[_Union[GroupState, str]] = ..., epoch: _Optional[int] = ..., ranks: _Optional[_Iterable[_Union[RankStatus, _Mapping]]] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_running: _Optional[int] = ..., num_inflight_steps: _Optional[int] = ..., steps: _Optional[_Union[StepCounters, _Mapping]] = ...) -> None: ...
+    failure: str
+    def __init__(self, group_id: _Optional[int] = ..., state: _Optional[_Union[GroupState, str]] = ..., epoch: _Optional[int] = ..., ranks: _Optional[_Iterable[_Union[RankStatus, _Mapping]]] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_running: _Optional[int] = ..., num_inflight_steps: _Optional[int] = ..., steps: _Optional[_Union[StepCounters, _Mapping]] = ..., failure: _Optional[str] = ...) -> None: ...
 
 class RankStatus(_message.Message):
     __slots__ = ("rank", "address", "device")

@@ -9,26 +9,26 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class SessionRequest(_message.Message):
-    __slots__ = ("submits", "cancel_handles")
+    __slots__ = ("submits", "cancel_handles", "stop_handles")
     SUBMITS_FIELD_NUMBER: _ClassVar[int]
     CANCEL_HANDLES_FIELD_NUMBER: _ClassVar[int]
+    STOP_HANDLES_FIELD_NUMBER: _ClassVar[int]
     submits: _containers.RepeatedCompositeFieldContainer[Submit]
     cancel_handles: bytes
-    def __init__(self, submits: _Optional[_Iterable[_Union[Submit, _Mapping]]] = ..., cancel_handles: _Optional[bytes] = ...) -> None: ...
+    stop_handles: bytes
+    def __init__(self, submits: _Optional[_Iterable[_Union[Submit, _Mapping]]] = ..., cancel_handles: _Optional[bytes] = ..., stop_handles: _Optional[bytes] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("handle", "request_id", "prompt_token_ids", "sampling_params", "priority")
+    __slots__ = ("handle", "prompt_token_ids", "sampling_params", "priority")
     HANDLE_FIELD_NUMBER: _ClassVar[int]
-    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_PARAMS_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     handle: int
-    request_id: str
     prompt_token_ids: bytes
     sampling_params: _sampling_pb2.SamplingParams
     priority: int
-    def __init__(self, handle: _Optional[int] = ..., request_id: _Optional[str] = ..., prompt_token_ids: _Optional[bytes] = ..., sampling_params: _Optional[_Union[_sampling_pb2.SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ...) -> None: ...
+    def __init__(self, handle: _Optional[int] = ..., prompt_token_ids: _Optional[bytes] = ..., sampling_params: _Optional[_Union[_sampling_pb2.SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ...) -> None: ...
 
 class SessionResponse(_message.Message):
     __slots__ = ("handles", "num_tokens", "finish_reasons", "token_ids", "logprobs", "prompt_logprobs", "failures")
@@ -67,16 +67,18 @@ class PromptLogprobs(_message.Message):
     def __init__(self, handle: _Optional[int] = ..., start: _Optional[int] = ..., table: _Optional[_Union[_sampling_pb2.LogprobTable, _Mapping]] = ...) -> None: ...
 
 class Failure(_message.Message):
-    __slots__ = ("handle", "code", "message", "retry_after_s")
+    __slots__ = ("handle", "code", "message", "retry_after_s", "field")
     HANDLE_FIELD_NUMBER: _ClassVar[int]
     CODE_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
     RETRY_AFTER_S_FIELD_NUMBER: _ClassVar[int]
+    FIELD_FIELD_NUMBER: _ClassVar[int]
     handle: int
     code: int
     message: str
     retry_after_s: float
-    def __init__(self, handle: _Optional[int] = ..., code: _Optional[int] = ..., message: _Optional[str] = ..., retry_after_s: _Optional[float] = ...) -> None: ...
+    field: str
+    def __init__(self, handle: _Optional[int] = ..., code: _Optional[int] = ..., message: _Optional[str] = ..., retry_after_s: _Optional[float] = ..., field: _Optional[str] = ...) -> None: ...
 
 class EngineConfig(_message.Message):
     __slots__ = ("address", "model", "vocab_size", "max_model_len", "block_size", "max_num_seqs", "max_num_batched_tokens", "max_num_waiting", "num_inflight_steps")

@@ -51,5 +51,11 @@ class BatchPlan:
     rows: list[ScheduledRow] = field(default_factory=list)
 
     @property
+    def num_samples(self) -> int:
+        """Tokens that the result will have: one for each decode row, and for each chunk that is its sequence's last."""
+        num_decodes = len(self.decode_slots)
+        return num_decodes + sum(row.samples for row in self.rows[num_decodes:])
+
+    @property
     def num_tokens(self) -> int:
         return len(self.decode_slots) + sum(self.chunk_num_tokens)

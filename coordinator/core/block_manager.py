@@ -35,9 +35,6 @@ class BlockManager:
         self._tables.setdefault(sequence, []).extend(added)
         return added
 
-    def block_table(self, sequence: Sequence) -> list[int]:
-        return self._tables[sequence]
-
     def free(self, sequence: Sequence) -> None:
         """Gives back all blocks of `sequence`, the last first: a later prefix wants the first ones longest."""
         self.pool.release(self._tables.pop(sequence)[::-1])

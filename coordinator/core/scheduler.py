@@ -122,9 +122,22 @@ class Scheduler:
 
     def cancel(self, key: RequestKey) -> None:
         """Ends a request that nobody reads any more. One that has ended already is none of our business."""
-        if sequence := self._sequences.get(key):
-            self._finish(sequence, FinishReason.CANCELLED)
-            self.counters.num_cancelled += 1
+        self.counters.num_cancelled += self._end(key, FinishReason.CANCELLED)
+
+    def stop(self, key: RequestKey) -> None:
+        """Ends a request whose text has reached a stop string, unless it has ended already."""
+        self.counters.num_finished += self._end(key, FinishReason.STOP)
+
+    def drop(self, key: RequestKey) -> None:
+        """Forgets a request that nobody can serve; who calls tells its reader, and counts it."""
+        self._end(key, FinishReason.CANCELLED)
+
+    def _end(self, key: RequestKey, reason: FinishReason) -> bool:
+        """Whether it was still there to end."""
+        sequence = self._sequences.get(key)
+        if sequence is not None:
+            self._finish(sequence, reason)
+        return sequence is not None
 
     def unfinished_requests(self) -> list[RequestKey]:
         return list(self._sequences)
@@ -266,7 +279,8 @@ class Scheduler:
                 f"one more within the context length of {limit}",
                 field="prompt",
             )
-        needed = num_blocks_for(sequence.max_num_tokens, self.config.block_size)
+        # The last token's KV is never written.
+        needed = num_blocks_for(sequence.max_num_tokens - 1, self.config.block_size)
         available = max((group.blocks.num_blocks for group in self.groups.values()), default=0)
         if self.groups and needed > available:
             raise InvalidArgumentError(

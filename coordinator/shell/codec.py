@@ -69,6 +69,18 @@ def num_rows(table: sampling_pb2.LogprobTable) -> int:
     return len(table.ranks) // 4
 
 
+def join_tables(tables: list[sampling_pb2.LogprobTable]) -> sampling_pb2.LogprobTable:
+    """The rows of all, which have the same columns."""
+    if len(tables) == 1:
+        return tables[0]
+    return sampling_pb2.LogprobTable(
+        num_columns=tables[0].num_columns,
+        token_ids=b"".join([table.token_ids for table in tables]),
+        logprobs=b"".join([table.logprobs for table in tables]),
+        ranks=b"".join([table.ranks for table in tables]),
+    )
+
+
 def skip_rows(table: sampling_pb2.LogprobTable, num_skipped: int) -> sampling_pb2.LogprobTable:
     """`table` without its first rows."""
     offset = num_skipped * table.num_columns * 4

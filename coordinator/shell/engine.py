@@ -10,6 +10,7 @@ from typing import Any
 
 from ...errors import FailedPreconditionError, OctavoError, UnavailableError
 from ...proto import admin_pb2, engine_pb2, worker_pb2
+from ..core.block_manager import num_blocks_for
 from ..core.scheduler import PromptScores, Scheduler, SchedulerConfig
 from ..core.sequence import RequestKey
 from .codec import decode_submit, num_rows, skip_rows, unpack
@@ -53,15 +54,27 @@ class Engine:
         self._runners[request.group_id] = runner
         try:
             num_blocks = await runner.link.configure(report)
+            self._check_holds_a_sequence(request.group_id, num_blocks)
+            self.scheduler.add_group(request.group_id, num_blocks)
         except BaseException:
             del self._runners[request.group_id]
             await runner.close()
             raise
-        self.scheduler.add_group(request.group_id, num_blocks)
         runner.start()
         self._serving.set()
         self._wake_groups()
         return num_blocks
+
+    def _check_holds_a_sequence(self, group_id: int, num_blocks: int) -> None:
+        """Raises FailedPreconditionError if the longest request could never run: most name no bound."""
+        block_size, max_model_len = self.config.block_size, self.config.max_model_len
+        needed = num_blocks_for(max_model_len - 1, block_size)  # the last token's KV is never written
+        if num_blocks < needed:
+            raise FailedPreconditionError(
+                f"one sequence of max_model_len {max_model_len} needs {needed} KV blocks of {block_size} tokens, and "
+                f"group {group_id} has {num_blocks}: set --max-model-len to at most {num_blocks * block_size}, or give "
+                "the KV cache more memory"
+            )
 
     def _lose_group(self, group_id: int, error: OctavoError) -> None:
         """A rank failed, and with it its group. Its sequences wait for another; without one, every request ends."""
@@ -75,7 +88,7 @@ class Engine:
 
     def _fail_all(self, error: OctavoError) -> None:
         for key in self.scheduler.unfinished_requests():
-            self.scheduler.cancel(key)
+            self.scheduler.drop(key)
             self._fail_request(key, error)
         self._flush()
 
@@ -113,6 +126,8 @@ class Engine:
                 self._fail_request(RequestKey(session.session_id, submit.handle), error)
         for handle in unpack(request.cancel_handles, "<u4", "cancel_handles"):
             self.scheduler.cancel(RequestKey(session.session_id, handle))
+        for handle in unpack(request.stop_handles, "<u4", "stop_handles"):
+            self.scheduler.stop(RequestKey(session.session_id, handle))
         session.flush()
         self._wake_groups()
 
@@ -175,6 +190,7 @@ class Engine:
             ],
             block_size=self.config.block_size,
             steps=runner.steps,
+            failure=runner.failure,
         )
         if group := self.scheduler.groups.get(runner.group_id):
             status.num_blocks = group.blocks.num_blocks

@@ -24,10 +24,12 @@ class EngineService(engine_pb2_grpc.EngineServicer):
     ) -> AsyncIterator[engine_pb2.SessionResponse]:
         session = await self._engine.open_session()
         reader = asyncio.create_task(self._read(session, requests))
+        reader.add_done_callback(lambda _: session.end())
         try:
             yield engine_pb2.SessionResponse()
-            while (response := await self._next_response(session, reader)) is not None:
+            while (response := await session.next_response()) is not None:
                 yield response
+            reader.result()  # raises what the reader raised
         finally:
             reader.cancel()
             self._engine.close_session(session)
@@ -35,18 +37,6 @@ class EngineService(engine_pb2_grpc.EngineServicer):
     async def _read(self, session: GatewaySession, requests: AsyncIterator[engine_pb2.SessionRequest]) -> None:
         async for request in requests:
             self._engine.take_request(session, request)
-
-    async def _next_response(
-        self, session: GatewaySession, reader: "asyncio.Task[None]"
-    ) -> engine_pb2.SessionResponse | None:
-        """The session's next message; None when the gateway has closed its side."""
-        response = asyncio.create_task(session.next_response())
-        done, _ = await asyncio.wait({response, reader}, return_when=asyncio.FIRST_COMPLETED)
-        if response in done:
-            return response.result()
-        response.cancel()
-        reader.result()  # raises what the reader raised
-        return None
 
     async def AddGroup(  # noqa: N802
         self, request: engine_pb2.AddGroupRequest, context: grpc.aio.ServicerContext

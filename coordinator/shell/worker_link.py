@@ -1,13 +1,16 @@
 """The wires to one worker group: configuring its ranks, sending plans, reading rank 0's results."""
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import grpc
 
-from ...errors import OctavoError, UnavailableError
+from ...errors import InternalError, OctavoError, UnavailableError
 from ...proto import engine_pb2, worker_pb2, worker_pb2_grpc
+
+_log = logging.getLogger(__name__)
 
 # A join carries a whole prompt, a result its logprobs.
 _CHANNEL_OPTIONS = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
@@ -84,6 +87,9 @@ class WorkerLink:
             on_error(UnavailableError(f"rank {rank} closed its stream"))
         except grpc.aio.AioRpcError as error:
             on_error(worker_error(rank, error))
+        except Exception as error:  # nobody awaits this task: unheard, the group would wait forever
+            _log.exception("rank %d: its result could not be taken", rank)
+            on_error(InternalError(f"rank {rank}: its result could not be taken: {error}"))
 
     async def send(self, plan: bytes) -> None:
         """Writes an encoded plan to every rank. Raises WorkerError if one is gone."""

@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 import grpc
 import numpy as np
 import pytest
+from octavo.coordinator.shell import group_runner
 from octavo.coordinator.shell.engine import Engine
 from octavo.coordinator.shell.service import EngineService
 from octavo.proto import admin_pb2, engine_pb2, engine_pb2_grpc, sampling_pb2, worker_pb2, worker_pb2_grpc
@@ -21,7 +22,10 @@ class CountingWorker(worker_pb2_grpc.WorkerServicer):
         self.rank = rank
         self.plans: list[worker_pb2.BatchPlan] = []
         self.fail_at_step = 0
+        self.spoil_at_step = 0
+        self.spoil = lambda result: None  # what is wrong with that step's result
         self.num_blocks = NUM_BLOCKS
+        self.gone = asyncio.Event()  # the stream has ended
         self.hold = asyncio.Event()
         self.hold.set()
         self.computed: dict[int, int] = {}
@@ -36,6 +40,7 @@ class CountingWorker(worker_pb2_grpc.WorkerServicer):
         yield worker_pb2.ConfigureProgress(stage="kv cache", duration_s=0.5, num_blocks=self.num_blocks)
 
     async def Steps(self, requests, context):
+        context.add_done_callback(lambda _: self.gone.set())
         async for plan in requests:
             assert plan.step_id == len(self.plans) + 1
             self.plans.append(plan)
@@ -45,7 +50,11 @@ class CountingWorker(worker_pb2_grpc.WorkerServicer):
             tokens = self.apply(plan)
             if self.rank == 0:
                 packed = np.asarray(tokens, "<i4").tobytes()
-                yield worker_pb2.StepResult(epoch=plan.epoch, step_id=plan.step_id, token_ids=packed, model_time_us=5)
+                step = {"epoch": plan.epoch, "step_id": plan.step_id}
+                result = worker_pb2.StepResult(**step, token_ids=packed, model_time_us=5)
+                if plan.step_id == self.spoil_at_step:
+                    self.spoil(result)
+                yield result
 
     def apply(self, plan):
         for slot in np.frombuffer(plan.leave_slots, "<u2").tolist():
@@ -82,6 +91,9 @@ class GatewaySession:
 
     async def submit(self, *submits) -> None:
         await self.call.write(engine_pb2.SessionRequest(submits=submits))
+
+    async def stop(self, handle) -> None:
+        await self.call.write(engine_pb2.SessionRequest(stop_handles=np.asarray([handle], "<u4").tobytes()))
 
     async def cancel(self, handle) -> None:
         await self.call.write(engine_pb2.SessionRequest(cancel_handles=np.asarray([handle], "<u4").tobytes()))
@@ -259,16 +271,52 @@ def test_cancel_and_a_vanished_gateway_free_everything(tmp_path):
     run(scenario())
 
 
+def test_a_stop_string_ends_a_request_as_finished(tmp_path):
+    async def scenario():
+        async with cluster(tmp_path) as it:
+            await it.add_group()
+            for worker in it.workers:
+                worker.hold.clear()
+            session = await it.session()
+            await session.submit(submit(1, max_tokens=50))
+            await session.stop(1)
+            await session.stop(1)  # has ended already
+            while not (counters := (await it.status()).counters).num_finished:
+                await asyncio.sleep(0.01)
+            assert (counters.num_finished, counters.num_cancelled, counters.num_failed) == (1, 0, 0)
+            assert (await it.status()).groups[0].num_free_blocks == NUM_BLOCKS
+            for worker in it.workers:
+                worker.hold.set()
+
+    run(scenario())
+
+
+def test_an_ended_session_leaves_no_task(tmp_path):
+    def waiting():
+        return [task for task in asyncio.all_tasks() if "next_response" in repr(task.get_coro())]
+
+    async def scenario():
+        async with cluster(tmp_path) as it:
+            await it.add_group()
+            session = await it.session()
+            session.call.cancel()
+            while (await it.status()).num_gateways:
+                await asyncio.sleep(0.01)
+            assert not waiting()
+
+    run(scenario())
+
+
 @pytest.mark.parametrize(
-    ("bad", "words"),
+    ("bad", "words", "field"),
     [
-        (engine_pb2.Submit(handle=7, prompt_token_ids=b"abc"), "prompt_token_ids"),
-        (submit(7, num_prompt=0), "0 tokens"),
-        (submit(7, num_prompt=64), "64 tokens"),
-        (submit(7, max_tokens=0), "max_tokens"),
+        (engine_pb2.Submit(handle=7, prompt_token_ids=b"abc"), "prompt_token_ids", "prompt_token_ids"),
+        (submit(7, num_prompt=0), "0 tokens", "prompt"),
+        (submit(7, num_prompt=64), "64 tokens", "prompt"),
+        (submit(7, max_tokens=0), "max_tokens", "max_tokens"),
     ],
 )
-def test_a_bad_request_fails_alone(tmp_path, bad, words):
+def test_a_bad_request_fails_alone(tmp_path, bad, words, field):
     async def scenario():
         async with cluster(tmp_path) as it:
             await it.add_group()
@@ -277,6 +325,7 @@ def test_a_bad_request_fails_alone(tmp_path, bad, words):
             await session.submit(bad, submit(8))
             await session.read_until_done(2)
             assert session.failures[7].code == grpc.StatusCode.INVALID_ARGUMENT.value[0]
+            assert session.failures[7].field == field
             assert words in session.failures[7].message
             assert len(session.tokens[8]) == 8
 
@@ -299,7 +348,7 @@ def test_a_full_queue_refuses_with_a_time_to_retry(tmp_path):
 
 def test_what_a_group_preempts_goes_on_in_an_idle_one(tmp_path):
     async def scenario():
-        async with cluster(tmp_path, max_num_seqs=2) as it:
+        async with cluster(tmp_path, max_num_seqs=2, max_model_len=32) as it:
             for group_id, worker in enumerate(it.workers):
                 worker.rank, worker.num_blocks = 0, 8
                 await it.add_group(group_id=group_id, ranks=slice(group_id, group_id + 1))
@@ -307,8 +356,8 @@ def test_what_a_group_preempts_goes_on_in_an_idle_one(tmp_path):
             # Two short ones fill group 0, two that outgrow the blocks fill group 1; no later request wakes anybody.
             await session.submit(
                 submit(0, num_prompt=4, max_tokens=2),
-                submit(1, num_prompt=8, max_tokens=20),
                 submit(2, num_prompt=4, max_tokens=2),
+                submit(1, num_prompt=8, max_tokens=20),
                 submit(3, num_prompt=8, max_tokens=20),
             )
             await session.read_until_done(4)
@@ -333,6 +382,100 @@ def test_a_failing_rank_ends_every_request_with_one_clear_error(tmp_path):
             await session.submit(submit(3))
             await session.read_until_done(3)
             assert session.failures[3].code == grpc.StatusCode.UNAVAILABLE.value[0]
+
+    run(scenario())
+
+
+def lose_a_token(result):
+    result.token_ids = result.token_ids[:-4]
+
+
+def skip_a_step(result):
+    result.step_id += 1
+
+
+def come_from_another_life(result):
+    result.epoch += 1
+
+
+def score_an_unknown_chunk(result):
+    result.prompt_logprobs.add(chunk=9)
+
+
+@pytest.mark.parametrize("spoil", [lose_a_token, skip_a_step, come_from_another_life, score_an_unknown_chunk])
+def test_a_result_that_cannot_be_right_fails_the_group_and_hangs_nobody(tmp_path, spoil):
+    async def scenario():
+        async with cluster(tmp_path) as it:
+            await it.add_group()
+            it.workers[0].spoil_at_step, it.workers[0].spoil = 3, spoil
+            session = await it.session()
+            await session.submit(submit(1, max_tokens=50), submit(2, max_tokens=50))
+            await session.read_until_done(2)
+            assert {failure.code for failure in session.failures.values()} == {grpc.StatusCode.UNAVAILABLE.value[0]}
+            status = await it.status()
+            assert status.groups[0].state == admin_pb2.GROUP_STATE_FAILED
+            assert "rank 0: its result could not be taken" in status.groups[0].failure
+            assert (status.counters.num_failed, status.counters.num_cancelled) == (2, 0)
+
+    run(scenario())
+
+
+def test_a_step_that_cannot_be_made_fails_the_group(tmp_path, monkeypatch):
+    def encode(plan, epoch):
+        raise OverflowError("slot 65536 does not fit")
+
+    monkeypatch.setattr(group_runner, "encode_plan", encode)
+
+    async def scenario():
+        async with cluster(tmp_path) as it:
+            await it.add_group()
+            session = await it.session()
+            await session.submit(submit(1))
+            await session.read_until_done(1)
+            assert session.failures[1].code == grpc.StatusCode.UNAVAILABLE.value[0]
+            failure = (await it.status()).groups[0].failure
+            assert failure == "its next step could not be made: slot 65536 does not fit"
+
+    run(scenario())
+
+
+def test_a_failed_group_is_left_alone_and_the_other_goes_on(tmp_path, caplog):
+    async def scenario():
+        async with cluster(tmp_path) as it:
+            for group_id, worker in enumerate(it.workers):
+                worker.rank = 0
+                await it.add_group(group_id=group_id, ranks=slice(group_id, group_id + 1))
+            it.workers[1].fail_at_step = 2
+            session = await it.session()
+            await session.submit(*(submit(handle, max_tokens=20) for handle in range(4)))
+            await session.read_until_done(4)
+            assert all(session.tokens[handle] == list(range(4, 24)) for handle in range(4))
+            await session.submit(*(submit(handle, max_tokens=20) for handle in range(4, 8)))
+            await session.read_until_done(8)
+            assert not session.failures
+            groups = (await it.status()).groups
+            assert [group.state for group in groups] == [admin_pb2.GROUP_STATE_READY, admin_pb2.GROUP_STATE_FAILED]
+            assert groups[1].failure == "rank 0: the forward pass failed"
+            assert it.workers[1].gone.is_set()  # nothing holds its stream open
+
+    run(scenario())
+    assert [record.message for record in caplog.records] == ["group 1 failed: rank 0: the forward pass failed"]
+
+
+def test_a_group_without_room_for_the_longest_request_is_refused(tmp_path):
+    async def scenario():
+        async with cluster(tmp_path) as it:
+            for worker in it.workers:
+                worker.num_blocks = 15
+            words = (
+                "max_model_len 64 needs 16 KV blocks of 4 tokens, and group 0 has 15: set --max-model-len to at most 60"
+            )
+            with pytest.raises(grpc.aio.AioRpcError, match=words) as caught:
+                await it.add_group()
+            assert caught.value.code() == grpc.StatusCode.FAILED_PRECONDITION
+            for worker in it.workers:
+                worker.num_blocks = 16
+            await it.add_group()
 
     run(scenario())
 

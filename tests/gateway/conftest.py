@@ -102,6 +102,7 @@ class FakeEngine(engine_pb2_grpc.EngineServicer):
         self.hold = asyncio.Event()
         self.submits: list[engine_pb2.Submit] = []
         self.cancels: list[int] = []
+        self.stops: list[int] = []
         self.answer = Answer([EOS])
 
     def say(self, text: str, **options) -> list[int]:
@@ -112,8 +113,8 @@ class FakeEngine(engine_pb2_grpc.EngineServicer):
         self.answer = Answer(token_ids, **options)
         return token_ids
 
-    def fail(self, code: int, message: str, retry_after_s: float = 0.0) -> None:
-        failure = engine_pb2.Failure(code=code, message=message, retry_after_s=retry_after_s)
+    def fail(self, code: int, message: str, **fields) -> None:
+        failure = engine_pb2.Failure(code=code, message=message, **fields)
         self.answer = Answer([], failure=failure)
 
     def break_sessions(self) -> None:
@@ -145,6 +146,9 @@ class FakeEngine(engine_pb2_grpc.EngineServicer):
                 answers[submit.handle] = asyncio.create_task(self._answer(submit, news, self.answer, self.hold))
             for handle in np.frombuffer(request.cancel_handles, "<u4").tolist():
                 self.cancels.append(handle)
+                answers[handle].cancel()
+            for handle in np.frombuffer(request.stop_handles, "<u4").tolist():
+                self.stops.append(handle)
                 answers[handle].cancel()
 
     async def _answer(self, submit, news, answer, hold):

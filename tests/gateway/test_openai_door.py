@@ -217,7 +217,8 @@ def test_stop_strings(gateway, eventually):
     [choice] = answer.choices
     assert (choice.text, choice.finish_reason) == ("the lazy do", "stop")
     assert choice.model_dump()["stop_reason"] == "g sl"
-    eventually(lambda: gateway.engine.cancels == [gateway.engine.submits[0].handle])
+    eventually(lambda: gateway.engine.stops == [gateway.engine.submits[0].handle])
+    assert not gateway.engine.cancels  # it has ended as it should
 
 
 def test_text_held_back_comes_when_no_stop_string_follows(gateway):
@@ -270,6 +271,13 @@ def test_a_full_queue_is_429_with_retry_after(gateway, stream):
         gateway.openai.completions.create(model="tiny", prompt="a", stream=stream)
     assert caught.value.response.headers["retry-after"] == "2"
     assert caught.value.body["message"] == "the queue is full"
+
+
+def test_the_engines_refusal_names_the_field(gateway):
+    gateway.engine.fail(3, "max_tokens is more than a group holds", field="max_tokens")
+    with pytest.raises(openai.BadRequestError) as caught:
+        gateway.openai.completions.create(model="tiny", prompt="a")
+    assert caught.value.body["param"] == "max_tokens"
 
 
 @pytest.mark.parametrize("prompt", ["a", ["a", "b"]])
