@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import grpc
@@ -42,6 +43,7 @@ class WorkerServer:
         self._loop = uvloop.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="grpc", daemon=True)
         self._server: grpc.aio.Server | None = None
+        self._release: Callable[[], None] = lambda: None  # of what the service holds
 
     def start(self) -> WorkerEndpoints:
         """Serves until `stop`. Raises FailedPreconditionError if no port can be had."""
@@ -49,6 +51,7 @@ class WorkerServer:
         store = create_store(self._host) if self._create_store else None
         self._thread.start()
         service = WorkerService(self._device, store, self._pipeline)
+        self._release = service.release
         port = asyncio.run_coroutine_threadsafe(self._serve(service), self._loop).result()
         return WorkerEndpoints(f"{self._host}:{port}", f"{self._host}:{store.port}" if store else "")
 
@@ -65,8 +68,12 @@ class WorkerServer:
         """Ends all calls and threads. Peers are not waited for: they may be gone."""
         if self._server is not None:
             asyncio.run_coroutine_threadsafe(self._server.stop(None), self._loop).result()
+        if self._device.type == "cpu":
+            leave_group()  # a thread may be waiting for a peer that is gone
+        self._pipeline.close_launcher()
+        self._release()
         leave_group()
-        self._pipeline.close()
+        self._pipeline.close_waiter()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import logging
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -52,6 +53,11 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
                     progress.num_blocks = stage.runner.shape.num_blocks
                 yield progress
                 started_at = now
+
+    def release(self) -> None:
+        """Drops the runner, and with it CUDA graphs: the group's communicator does not end before them."""
+        self._runner = None
+        gc.collect()
 
     async def _next(self, stages: Iterator[Stage]) -> Stage | None:
         return await asyncio.wrap_future(self._pipeline.call(lambda: next(stages, None)))

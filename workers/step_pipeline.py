@@ -89,9 +89,12 @@ class StepPipeline:
             self._waiter.submit(_settle, pending.wait, message, result)
             self._note_profiled_step()
 
-    def close(self) -> None:
-        """Drops what is queued and waits for what runs."""
+    def close_launcher(self) -> None:
+        """Drops what is queued and waits for what runs. On a GPU that is only the launching."""
         self._launcher.shutdown(cancel_futures=True)
+
+    def close_waiter(self) -> None:
+        """Waits for what has been launched."""
         self._waiter.shutdown(cancel_futures=True)
 
 
