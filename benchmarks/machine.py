@@ -45,9 +45,9 @@ def gpu_names() -> list[str]:
 
 
 def git_commit() -> str | None:
-    """Of the source tree, "-dirty" if it was edited since; None outside a checkout."""
+    """Of the source tree, "-dirty" if it was edited since. Outside a checkout what OCTAVO_COMMIT says, if anything."""
     if shutil.which("git") is None or not (_ROOT / ".git").exists():
-        return None
+        return os.environ.get("OCTAVO_COMMIT")
     command = ["git", "-C", str(_ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     asked = subprocess.run(command, capture_output=True, text=True, check=False)
     return asked.stdout.strip() or None
