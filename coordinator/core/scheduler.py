@@ -219,7 +219,7 @@ class Scheduler:
     def _admit_waiting(self, group: WorkerGroup, plan: BatchPlan) -> None:
         """Slots and blocks to waiting sequences, strictly in order: one that does not fit holds the others back."""
         budget = self.config.max_num_batched_tokens - plan.num_tokens
-        while budget > 0 and self.waiting and self._place(self.waiting.first()) is group:
+        while budget > 0 and self.waiting and self._belongs(self.waiting.first(), group):
             sequence = self.waiting.first()
             self.waiting.remove(sequence)
             group.join(sequence, plan)
@@ -233,17 +233,23 @@ class Scheduler:
         plan.rows.append(ScheduledRow(sequence, sequence.num_preemptions, num_tokens, samples))
         return num_tokens
 
-    def _place(self, sequence: Sequence) -> WorkerGroup | None:
-        """The least loaded group with room for all known tokens of `sequence`, and a block more if others run there.
+    def _belongs(self, sequence: Sequence, group: WorkerGroup) -> bool:
+        """Whether `group` is to take `sequence`: of the groups with room for it, one with less than its share of all.
+
+        A share, so that a group fills itself in one step while others are busy, and leaves as much to them.
+        """
+        candidates = [each for each in self.groups.values() if self._has_room(each, sequence)]
+        num_sequences = len(self.waiting) + sum(len(each.running) for each in candidates)
+        return group in candidates and len(group.running) * len(candidates) < num_sequences
+
+    @staticmethod
+    def _has_room(group: WorkerGroup, sequence: Sequence) -> bool:
+        """For all its known tokens, and for a block more if others run there.
 
         Without that block the newcomer would be preempted at the next block border.
         """
-        candidates = []
-        for group in self.groups.values():
-            needed = group.blocks.num_missing_blocks(sequence, sequence.num_tokens) + bool(group.running)
-            if group.num_free_slots and needed <= group.blocks.num_free_blocks:
-                candidates.append(group)
-        return min(candidates, key=lambda group: (len(group.running), group.group_id), default=None)
+        needed = group.blocks.num_missing_blocks(sequence, sequence.num_tokens) + bool(group.running)
+        return group.num_free_slots > 0 and needed <= group.blocks.num_free_blocks
 
     # Transitions
 
