@@ -11,7 +11,7 @@ import signal
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ from ..errors import FailedPreconditionError, OctavoError, UnavailableError
 
 # A rank on the CPU claims little, so that a small machine may hold several; its threads share the cores fairly.
 _CPUS_PER_CPU_RANK = 0.25
+# Read by a Ray that starts here. Its workers would run at nice 15, and wait for every other process of the machine.
+_RAY_SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
 _OBJECT_STORE_BYTES = 80 * 1024 * 1024  # about Ray's minimum; nothing of ours goes through it
 _PLACEMENT_TIMEOUT_S = 30.0
 _STRICT_PLACEMENT_TIMEOUT_S = 5.0
@@ -103,7 +105,7 @@ class RayCluster:
         if not self._owns_connection:
             self.is_local = False
             return
-        with _own_sigterm_handler(), _environment("RAY_USAGE_STATS_ENABLED", "0"), _cleaned_up_on_failure():
+        with _own_sigterm_handler(), _environment(_RAY_SETTINGS), _cleaned_up_on_failure():
             if address is None:
                 self._start_local(num_ranks, device, temp_dir)
             else:
@@ -286,16 +288,15 @@ def _cleaned_up_on_failure() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _environment(name: str, value: str) -> Iterator[None]:
-    """Sets a variable that Ray reads when it starts, unless the user has set it."""
-    if name in os.environ:
-        yield
-        return
-    os.environ[name] = value
+def _environment(settings: Mapping[str, str]) -> Iterator[None]:
+    """Sets variables that Ray reads when it starts, but for those that the user has set."""
+    ours = {name: value for name, value in settings.items() if name not in os.environ}
+    os.environ.update(ours)
     try:
         yield
     finally:
-        del os.environ[name]
+        for name in ours:
+            del os.environ[name]
 
 
 def _cause(error: BaseException) -> str:
