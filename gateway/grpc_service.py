@@ -14,6 +14,7 @@ from .logprobs import Logprob, PositionLogprobs
 from .output import OutputDelta, merge
 from .sampling import SamplingRequest
 from .text import TextModel
+from .unknown_fields import refuse_unknown_fields
 
 T = TypeVar("T")
 
@@ -73,6 +74,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
         return await _unary(context, self._detokenize(request))
 
     async def _check(self, request: generation_pb2.GenerateRequest) -> CheckedRequest:
+        refuse_unknown_fields(request)
         self._service.check_model(request.model)
         if request.output_mode not in _OUTPUT_MODES:
             raise InvalidArgumentError(f"output_mode: {request.output_mode} is not one of its values", "output_mode")
@@ -123,6 +125,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
             await write(builder.build(delta))
 
     async def _tokenize(self, request: generation_pb2.TokenizeRequest) -> generation_pb2.TokenizeResponse:
+        refuse_unknown_fields(request)
         self._service.check_model(request.model)
         kind = request.WhichOneof("prompt")
         if kind == "chat":
@@ -136,6 +139,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
         return generation_pb2.TokenizeResponse(token_ids=token_ids, max_model_len=max_model_len)
 
     async def _detokenize(self, request: generation_pb2.DetokenizeRequest) -> generation_pb2.DetokenizeResponse:
+        refuse_unknown_fields(request)
         self._service.check_model(request.model)
         return generation_pb2.DetokenizeResponse(text=self._service.decode(request.token_ids, "token_ids"))
 

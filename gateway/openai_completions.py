@@ -12,12 +12,12 @@ from starlette.responses import Response
 
 from ..errors import InvalidArgumentError
 from .generation import CheckedRequest, GenerationService
-from .http_check import check_stream_options
+from .http_check import check_stream_options, renamed
 from .interleave import interleave
 from .logprobs import PositionLogprobs
 from .openai_format import CompletionLogprobs, finish_name, prompt_logprobs, usage
 from .openai_models import MAX_PROMPTS, CompletionBody, sampling_request
-from .output import OutputDelta
+from .output import LENGTH, OutputDelta
 from .sampling import SamplingRequest
 from .sse import EventStream, JsonAnswer
 
@@ -32,7 +32,8 @@ async def answer_completion(service: GenerationService, body: CompletionBody) ->
     sampling = _sampling(body)
     request_id = body.request_id or secrets.token_hex(12)
     names = [request_id] if len(prompts) == 1 else [f"{request_id}-{index}" for index in range(len(prompts))]
-    checked = [service.check(p, sampling, name, body.priority) for p, name in zip(prompts, names, strict=True)]
+    with renamed({"prompt_logprobs": "logprobs"} if body.prompt_logprobs is None else {}):  # see _sampling
+        checked = [service.check(p, sampling, name, body.priority) for p, name in zip(prompts, names, strict=True)]
     completion = _Completion(service, body, model, request_id, checked)
     return EventStream(completion.events()) if body.stream else JsonAnswer(completion.complete)
 
@@ -155,14 +156,17 @@ class _Choice:
         echo = bool(self._body.echo) and is_first
         prefix = self._prompt_text() if echo else ""
         self.num_output_tokens = 0 if self._drops_output else delta.num_output_tokens
+        ended_by = delta.finish_reason
+        if self._drops_output and ended_by:
+            ended_by = LENGTH  # of nothing, whatever the token that is left out
         choice = {
             "index": self._index,
             "text": prefix + ("" if self._drops_output else delta.text),
             "logprobs": self._logprobs_of(delta, echo),
-            "finish_reason": finish_name(delta.finish_reason),
+            "finish_reason": finish_name(ended_by),
         }
         if delta.finish_reason:
-            choice["stop_reason"] = delta.stop_reason
+            choice["stop_reason"] = None if self._drops_output else delta.stop_reason
         if self._body.return_token_ids:
             choice["token_ids"] = [] if self._drops_output else list(delta.token_ids)
         return choice | (self._about_prompt(delta) if is_first else {})

@@ -20,6 +20,7 @@ MAX_BAD_WORDS = 128
 MAX_BAD_WORD_BYTES = 256
 MAX_LOGIT_BIAS = 1024
 MAX_LOGPROBS = 20
+MAX_PROMPT_LOGPROBS = 2**18  # entries of one answer, each an object that the event loop makes
 _MAX_INT32 = 2**31 - 1
 _GREEDY_BELOW = 1e-5  # logits divided by less leave float32's range; the limit is greedy
 
@@ -77,6 +78,7 @@ def resolve_sampling(
 ) -> sampling_pb2.SamplingParams:
     """The checked parameters with every default filled in and every string tokenized. `draw_seed` gives uint64."""
     _check_numbers(request)
+    _check_prompt_logprobs(request, num_prompt_tokens)
     _check_strings(request, limits)
     _check_ids(request, limits)
     max_tokens = _max_tokens(request, num_prompt_tokens, limits.max_model_len)
@@ -122,6 +124,17 @@ def _check_numbers(request: SamplingRequest) -> None:
         _in_range("logprobs", request.logprobs, 0, MAX_LOGPROBS)
     if request.prompt_logprobs is not None:
         _in_range("prompt_logprobs", request.prompt_logprobs, 0, MAX_LOGPROBS)
+
+
+def _check_prompt_logprobs(request: SamplingRequest, num_prompt_tokens: int) -> None:
+    """Many likeliest tokens of a long prompt would hold the event loop, and with it every other stream, for seconds."""
+    if request.prompt_logprobs is None:
+        return
+    num_entries = num_prompt_tokens * (1 + request.prompt_logprobs)
+    if num_entries > MAX_PROMPT_LOGPROBS:
+        message = f"prompt_logprobs: {num_prompt_tokens} prompt tokens with {request.prompt_logprobs} others each make"
+        message = f"{message} {num_entries} entries; an answer takes at most {MAX_PROMPT_LOGPROBS}"
+        raise InvalidArgumentError(message, "prompt_logprobs")
 
 
 def _in_range(name: str, value: float, low: float, high: float, above_low: bool = False) -> None:

@@ -81,6 +81,16 @@ def test_a_bad_word_that_only_the_tokenizer_knows_is_refused_here_and_not_by_a_w
     assert caught.value.field == "bad_words"
 
 
+@pytest.mark.parametrize(("num_prompt_tokens", "prompt_logprobs"), [(2**18, 0), (2**17, 1), (12483, 20)])
+def test_prompt_logprobs_of_a_long_prompt_are_bounded(num_prompt_tokens, prompt_logprobs):
+    limits = ModelLimits(2**20, 384, frozenset(), None)
+    request = SamplingRequest(prompt_logprobs=prompt_logprobs)
+    resolve_sampling(request, num_prompt_tokens, limits, lambda: 0)
+    with pytest.raises(InvalidArgumentError, match="at most 262144") as caught:
+        resolve_sampling(request, num_prompt_tokens + 1, limits, lambda: 0)
+    assert caught.value.field == "prompt_logprobs"
+
+
 @pytest.mark.parametrize(("name", "value"), CASES)
 def test_sampling_parameters_over_grpc(gateway, name, value):
     request = GenerateRequest(text="a", sampling_params=SamplingParams(**{name: value}))
@@ -131,6 +141,27 @@ def test_logprobs(gateway, value):
     ],
 )
 def test_requests_over_grpc(gateway, field, request_):
+    assert refused(gateway, request_) == field
+
+
+UNKNOWN = bytes([0xF8, 0x3F, 1])  # field 1023, varint
+
+
+@pytest.mark.parametrize(
+    ("field", "request_"),
+    [
+        ("1023", GenerateRequest.FromString(GenerateRequest(text="a").SerializeToString() + UNKNOWN)),
+        (
+            "sampling_params.1023",
+            GenerateRequest(text="a", sampling_params=SamplingParams.FromString(UNKNOWN)),
+        ),
+        (
+            "chat.messages[0].1023",
+            GenerateRequest(chat=ChatPrompt(messages=[ChatMessage.FromString(UNKNOWN)])),
+        ),
+    ],
+)
+def test_a_field_that_only_a_newer_server_knows(gateway, field, request_):
     assert refused(gateway, request_) == field
 
 

@@ -79,6 +79,16 @@ def test_echo(gateway, stream):
     assert text_of(prompt="the", max_tokens=0) == "the"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_echo_alone_ends_by_length_whatever_the_token_left_out(gateway, stream):
+    body = {"model": "tiny", "prompt": "the", "echo": True, "max_tokens": 0, "stream": stream}
+    named = {"stop_token_ids": [EOS], "ignore_eos": True}
+    for extra in ({}, named):
+        answer = gateway.openai.completions.create(**body, extra_body=extra)
+        choice = (list(answer)[-1] if stream else answer).choices[0].model_dump()
+        assert (choice["finish_reason"], choice["stop_reason"]) == ("length", None)
+
+
 def test_completion_logprobs(gateway, tokenizer):
     gateway.engine.say("the 漢 fox")
     logprobs = gateway.openai.completions.create(model="tiny", prompt="a", logprobs=2).choices[0].logprobs
@@ -262,41 +272,6 @@ def test_the_last_event_is_done(gateway):
         lines = [line for line in response.iter_lines() if line]
     assert all(line.startswith("data: ") for line in lines)
     assert lines[-1] == "data: [DONE]"
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_full_queue_is_429_with_retry_after(gateway, stream):
-    gateway.engine.fail(8, "the queue is full", retry_after_s=1.2)
-    with pytest.raises(openai.RateLimitError) as caught:
-        gateway.openai.completions.create(model="tiny", prompt="a", stream=stream)
-    assert caught.value.response.headers["retry-after"] == "2"
-    assert caught.value.body["message"] == "the queue is full"
-
-
-def test_the_engines_refusal_names_the_field(gateway):
-    gateway.engine.fail(3, "max_tokens is more than a group holds", field="max_tokens")
-    with pytest.raises(openai.BadRequestError) as caught:
-        gateway.openai.completions.create(model="tiny", prompt="a")
-    assert caught.value.body["param"] == "max_tokens"
-
-
-@pytest.mark.parametrize("prompt", ["a", ["a", "b"]])
-def test_a_fault_of_ours_is_500_and_not_shown(gateway, prompt):
-    gateway.engine.fail(13, "secret state at 0x1234")
-    with pytest.raises(openai.InternalServerError) as caught:
-        gateway.openai.completions.create(model="tiny", prompt=prompt)
-    assert "secret" not in caught.value.response.text
-
-
-def test_an_error_amid_a_stream_is_an_event(gateway, loop):
-    gateway.engine.say("the quick fox", hold_after=1)
-    with gateway.http.stream("POST", "/v1/completions", json={"prompt": "a", "stream": True}) as response:
-        lines = (line for line in response.iter_lines() if line)
-        assert json.loads(next(lines)[6:])["choices"][0]["text"]
-        loop.call(gateway.engine.break_sessions)
-        rest = list(lines)
-    assert json.loads(rest[0][6:])["error"]["type"] == "service_unavailable_error"
-    assert rest[1:] == ["data: [DONE]"]
 
 
 def test_sampling_parameters_reach_the_engine_resolved(gateway):
