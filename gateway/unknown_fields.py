@@ -10,8 +10,9 @@ from ..errors import InvalidArgumentError
 
 def refuse_unknown_fields(message: Message, path: str = "") -> None:
     """Raises InvalidArgumentError naming the first unknown field by number, in `message` or one inside it."""
-    for unknown in UnknownFieldSet(message):
-        field = f"{path}{unknown.field_number}"
+    unknown = UnknownFieldSet(message)
+    if len(unknown):
+        field = f"{path}{unknown[0].field_number}"
         raise InvalidArgumentError(f"{field}: {message.DESCRIPTOR.full_name} has no field of this number here", field)
     for inner_path, inner in _inner_messages(message, path):
         refuse_unknown_fields(inner, inner_path)
