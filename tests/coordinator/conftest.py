@@ -1,12 +1,26 @@
-"""A scheduler driven by text: each line is an event, and what it decides is printed below it."""
+"""A scheduler driven by text: each line is an event, and what it decides is printed below it.
 
+And the shell over real gRPC: a real Engine, workers that count instead of computing, sessions as gateways open them.
+"""
+
+import asyncio
 from array import array
+from collections import defaultdict
+from contextlib import asynccontextmanager
+from functools import partial
 
+import grpc
+import numpy as np
 import pytest
 from octavo.coordinator.core.batch_plan import BatchPlan
 from octavo.coordinator.core.scheduler import Scheduler, SchedulerConfig
 from octavo.coordinator.core.sequence import Request, RequestKey, Sequence, StopConditions
+from octavo.coordinator.shell.engine import Engine
+from octavo.coordinator.shell.service import EngineService
 from octavo.errors import OctavoError
+from octavo.proto import admin_pb2, engine_pb2, engine_pb2_grpc, sampling_pb2, worker_pb2, worker_pb2_grpc
+
+NUM_BLOCKS = 1024
 
 
 class ScriptedScheduler:
@@ -112,3 +126,184 @@ def describe(plan: BatchPlan) -> str:
 @pytest.fixture
 def scripted() -> ScriptedScheduler:
     return ScriptedScheduler()
+
+
+class CountingWorker(worker_pb2_grpc.WorkerServicer):
+    """Keeps a slot table as a worker must. The token sampled at a position is that position."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self.plans: list[worker_pb2.BatchPlan] = []
+        self.fail_at_step = 0
+        self.spoil_at_step = 0
+        self.spoil = lambda result: None  # what is wrong with that step's result
+        self.num_blocks = NUM_BLOCKS
+        self.gone = asyncio.Event()  # the stream has ended
+        self.hold = asyncio.Event()
+        self.hold.set()
+        self.computed: dict[int, int] = {}
+        self.known: dict[int, int] = {}
+        self.decode_slots: list[int] = []
+
+    async def Configure(self, request, context):
+        assert request.rank == self.rank
+        if request.config.model_path == "broken":
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "tensor w is missing")
+        yield worker_pb2.ConfigureProgress(stage="weights", duration_s=1.0 + self.rank)
+        yield worker_pb2.ConfigureProgress(stage="kv cache", duration_s=0.5, num_blocks=self.num_blocks)
+
+    async def Steps(self, requests, context):
+        context.add_done_callback(lambda _: self.gone.set())
+        async for plan in requests:
+            assert plan.step_id == len(self.plans) + 1
+            self.plans.append(plan)
+            await self.hold.wait()
+            if plan.step_id == self.fail_at_step:
+                await context.abort(grpc.StatusCode.INTERNAL, "the forward pass failed")
+            tokens = self.apply(plan)
+            if self.rank == 0:
+                packed = np.asarray(tokens, "<i4").tobytes()
+                step = {"epoch": plan.epoch, "step_id": plan.step_id}
+                result = worker_pb2.StepResult(**step, token_ids=packed, model_time_us=5)
+                if plan.step_id == self.spoil_at_step:
+                    self.spoil(result)
+                yield result
+
+    def apply(self, plan):
+        for slot in np.frombuffer(plan.leave_slots, "<u2").tolist():
+            del self.computed[slot], self.known[slot]
+        for join in plan.joins:
+            assert join.slot not in self.known
+            self.computed[join.slot] = join.num_computed_tokens
+            self.known[join.slot] = len(join.token_ids) // 4
+        if plan.decode_slots_changed:
+            self.decode_slots = np.frombuffer(plan.decode_slots, "<u2").tolist()
+        chunks = zip(
+            np.frombuffer(plan.chunk_slots, "<u2").tolist(),
+            np.frombuffer(plan.chunk_num_tokens, "<i4").tolist(),
+            strict=True,
+        )
+        tokens = []
+        for slot, num_tokens in [*((slot, 1) for slot in self.decode_slots), *chunks]:
+            self.computed[slot] += num_tokens
+            if self.computed[slot] == self.known[slot]:
+                tokens.append(self.known[slot])
+                self.known[slot] += 1
+        return tokens
+
+
+class GatewaySession:
+    """A gateway's side of a session."""
+
+    def __init__(self, call) -> None:
+        self.call = call
+        self.tokens = defaultdict(list)
+        self.finished: dict[int, int] = {}
+        self.failures: dict[int, engine_pb2.Failure] = {}
+        self.num_messages = 0
+
+    async def submit(self, *submits) -> None:
+        await self.call.write(engine_pb2.SessionRequest(submits=submits))
+
+    async def stop(self, handle) -> None:
+        await self.call.write(engine_pb2.SessionRequest(stop_handles=np.asarray([handle], "<u4").tobytes()))
+
+    async def cancel(self, handle) -> None:
+        await self.call.write(engine_pb2.SessionRequest(cancel_handles=np.asarray([handle], "<u4").tobytes()))
+
+    async def read(self) -> None:
+        response = await self.call.read()
+        assert isinstance(response, engine_pb2.SessionResponse)
+        self.num_messages += 1
+        self.failures |= {failure.handle: failure for failure in response.failures}
+        counts = np.frombuffer(response.num_tokens, "<u4").tolist()
+        tokens = iter(np.frombuffer(response.token_ids, "<i4").tolist())
+        for handle, count, reason in zip(
+            np.frombuffer(response.handles, "<u4").tolist(), counts, response.finish_reasons, strict=True
+        ):
+            self.tokens[handle] += [next(tokens) for _ in range(count)]
+            if reason:
+                self.finished[handle] = reason
+
+    async def read_until_done(self, num_requests) -> None:
+        while len(self.finished) + len(self.failures) < num_requests:
+            await self.read()
+
+
+def new_submit(handle, num_prompt=4, max_tokens=8, prompt_token_ids=None, **fields):
+    return engine_pb2.Submit(
+        handle=handle,
+        prompt_token_ids=prompt_token_ids or np.arange(num_prompt, dtype="<i4").tobytes(),
+        sampling_params=sampling_pb2.SamplingParams(max_tokens=max_tokens, **fields),
+    )
+
+
+class Cluster:
+    num_blocks = NUM_BLOCKS
+
+    def __init__(self, tmp_path, workers, endpoints) -> None:
+        self.address = f"unix:{tmp_path}/engine.sock"
+        self.workers = workers
+        self.endpoints = endpoints
+        self.stub: engine_pb2_grpc.EngineStub
+
+    async def add_group(self, model_path="model", group_id=0, ranks=slice(None)):
+        config = engine_pb2.WorkerConfig(model_path=model_path)
+        request = engine_pb2.AddGroupRequest(group_id=group_id, workers=self.endpoints[ranks], config=config)
+        return [progress async for progress in self.stub.AddGroup(request)]
+
+    async def session(self) -> GatewaySession:
+        call = self.stub.Session()
+        session = GatewaySession(call)
+        await session.read()  # the first, empty one
+        return session
+
+    async def status(self) -> admin_pb2.GetStatusResponse:
+        return await self.stub.GetStatus(admin_pb2.GetStatusRequest())
+
+
+@asynccontextmanager
+async def running_cluster(tmp_path, num_ranks=2, **config):
+    servers, workers, endpoints = [], [CountingWorker(rank) for rank in range(num_ranks)], []
+    for worker in workers:
+        server = grpc.aio.server()
+        worker_pb2_grpc.add_WorkerServicer_to_server(worker, server)
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        servers.append(server)
+        endpoints.append(engine_pb2.WorkerEndpoint(address=f"127.0.0.1:{port}", device="cpu"))
+    it = Cluster(tmp_path, workers, endpoints)
+    defaults = {
+        "address": it.address, "model": "counting", "vocab_size": 1000, "max_model_len": 64, "block_size": 4,
+        "max_num_seqs": 8, "max_num_batched_tokens": 32, "max_num_waiting": 300, "num_inflight_steps": 3,
+    }  # fmt: skip
+    engine = Engine(engine_pb2.EngineConfig(**(defaults | config)))
+    server = grpc.aio.server()
+    engine_pb2_grpc.add_EngineServicer_to_server(EngineService(engine), server)
+    server.add_insecure_port(it.address)
+    await server.start()
+    async with grpc.aio.insecure_channel(it.address) as channel:
+        it.stub = engine_pb2_grpc.EngineStub(channel)
+        try:
+            yield it
+        finally:
+            await engine.close()
+            await server.stop(0)
+            for worker_server in servers:
+                await worker_server.stop(0)
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    """cluster(num_ranks=2, **overrides of EngineConfig): a context manager with a coordinator and its workers."""
+    return partial(running_cluster, tmp_path)
+
+
+@pytest.fixture
+def submit():
+    return new_submit
+
+
+@pytest.fixture
+def run():
+    return lambda coroutine: asyncio.run(asyncio.wait_for(coroutine, 30))
