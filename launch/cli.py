@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import sys
 from importlib.metadata import version
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -42,6 +43,7 @@ def build_app() -> typer.Typer:
     app.command("generate")(_generate)
     app.command("chat")(_chat)
     app.command("status")(_status)
+    app.command("profile")(_profile)
     app.command("version")(_version)
     if importlib.util.find_spec("octavo.benchmarks.cli") is not None:
         app.add_typer(importlib.import_module("octavo.benchmarks.cli").app, name="bench")
@@ -103,6 +105,21 @@ def _status(address: Address = DEFAULT_ADDRESS) -> None:
 
     with Client(address) as client:
         print_status(client.status(), Console())
+
+
+def _profile(
+    address: Address = DEFAULT_ADDRESS,
+    num_steps: Annotated[int, typer.Option(help="Steps to profile.")] = 64,
+    out: Annotated[Path, typer.Option(help="Directory, on the worker's machine, for the traces.")] = Path("profile"),
+    group: Annotated[int | None, typer.Option(help="Only this group.", show_default="all groups")] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait for that many steps.")] = 60.0,
+) -> None:
+    """Show which kernels the GPUs of a busy server run, and how long they are idle."""
+    from .profiling import ProfileOptions, print_profiles, profile_groups
+
+    options = ProfileOptions(num_steps, out, timeout, group)
+    with Client(address) as client:
+        print_profiles(profile_groups(client.status(), options), Console())
 
 
 def _version() -> None:

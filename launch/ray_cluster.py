@@ -4,19 +4,20 @@ Ray places and starts the ranks; what they say to each other and to the coordina
 Actors take and return plain strings and numbers only.
 """
 
+import atexit
 import contextlib
 import logging
 import os
 import signal
 import threading
+import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from ray.util.placement_group import (
@@ -28,6 +29,7 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ..errors import FailedPreconditionError, OctavoError, UnavailableError
+from .ray_processes import RayProcesses
 
 # A rank on the CPU claims little, so that a small machine may hold several; its threads share the cores fairly.
 _CPUS_PER_CPU_RANK = 0.25
@@ -39,7 +41,10 @@ _STRICT_PLACEMENT_TIMEOUT_S = 5.0
 _ACTOR_START_TIMEOUT_S = 300.0  # a first import of torch from a cold network disk takes minutes
 _ACTOR_STOP_TIMEOUT_S = 3.0
 _PING_TIMEOUT_S = 2.0
-_ORPHAN_TIMEOUT_S = 3.0
+# An orderly end takes one to three seconds; a Ray that is broken would wait for a minute.
+_SHUTDOWN_TIMEOUT_S = 10.0
+_POLL_S = 0.1
+_WATCH_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,16 +105,20 @@ class RayCluster:
         self.is_local = address is None
         self._placements: list[PlacementGroup] = []
         self._groups: list[list[Any]] = []  # actors by group and rank
+        self._processes = RayProcesses()
+        self._is_ending = False  # Ray ends its processes
+        self._is_ended = False
         # A Ray that the program around us uses already is not ours to shut down.
         self._owns_connection = not ray.is_initialized()
         if not self._owns_connection:
             self.is_local = False
             return
-        with _own_sigterm_handler(), _environment(_RAY_SETTINGS), _cleaned_up_on_failure():
+        with _own_sigterm_handler(), _environment(_RAY_SETTINGS), _cleaned_up_on_failure(self._processes):
             if address is None:
                 self._start_local(num_ranks, device, temp_dir)
             else:
                 self._join(address)
+            self._processes.note_started()
 
     def _start_local(self, num_ranks: int, device: str, temp_dir: Path) -> None:
         try:
@@ -154,11 +163,17 @@ class RayCluster:
             self._groups.append(
                 [self._start_actor(placement, rank, device, num_on_node[group[rank]]) for rank in range(num_ranks)]
             )
-        return _await_endpoints(self._groups)
+        endpoints = _await_endpoints(self._groups, self.require_alive)
+        self._processes.note_descendants()
+        return endpoints
 
     def _start_actor(self, placement: PlacementGroup, rank: int, device: str, num_ranks_on_node: int) -> Any:  # noqa: ANN401 (an actor handle)
         actor_class = ray.remote(RankActor).options(**_actor_options(placement, rank, device))
         return actor_class.remote(rank, device, self.is_local, num_ranks_on_node)
+
+    def require_alive(self) -> None:
+        """Raises UnavailableError if a process of the Ray that we started has ended: its calls would only wait."""
+        self._processes.require_alive()
 
     def find_dead_rank(self) -> str | None:
         """Which rank's process has ended, and why, in one line; None if all answer."""
@@ -173,7 +188,26 @@ class RayCluster:
         return None
 
     def shut_down(self, hurry: threading.Event) -> None:
-        """Stops the actors, then what of Ray is ours. `hurry` skips the ranks' own goodbye."""
+        """Stops the actors, then what of Ray is ours. `hurry` skips the ranks' own goodbye.
+
+        What a broken Ray leaves is killed: never waits longer than a few seconds.
+        """
+        orderly = threading.Thread(target=self._shut_down_orderly, args=(hurry,), name="ray shutdown", daemon=True)
+        deadline = time.monotonic() + _SHUTDOWN_TIMEOUT_S
+        try:
+            self.require_alive()
+            orderly.start()
+            while orderly.is_alive() and time.monotonic() < deadline:
+                orderly.join(_POLL_S)
+                if orderly.is_alive() and not self._is_ending:
+                    self.require_alive()
+        except UnavailableError:  # known already, or of no interest now
+            pass
+        if orderly.is_alive() or not self._is_ended:
+            atexit.unregister(ray.shutdown)  # would wait for the dead
+        self._processes.kill()
+
+    def _shut_down_orderly(self, hurry: threading.Event) -> None:
         actors = [actor for group in self._groups for actor in group]
         if actors and not hurry.is_set():
             stops = [actor.stop.remote() for actor in actors]
@@ -184,22 +218,26 @@ class RayCluster:
             remove_placement_group(placement)
         self._groups.clear()
         self._placements.clear()
+        self._is_ending = True
         if self._owns_connection:
-            with _own_sigterm_handler():
-                ray.shutdown()
+            ray.shutdown()
+        self._is_ended = True
 
 
-def _await_endpoints(groups: Sequence[Sequence[Any]]) -> list[list[RankEndpoint]]:
+def _await_endpoints(groups: Sequence[Sequence[Any]], require_alive: Callable[[], None]) -> list[list[RankEndpoint]]:
+    starts = [[actor.start.remote() for actor in actors] for actors in groups]
+    pending = [start for group in starts for start in group]
+    deadline = time.monotonic() + _ACTOR_START_TIMEOUT_S
     try:
-        answers = ray.get(
-            [actor.start.remote() for actors in groups for actor in actors], timeout=_ACTOR_START_TIMEOUT_S
-        )
-    except GetTimeoutError as error:
-        raise UnavailableError(f"the ranks did not start within {_ACTOR_START_TIMEOUT_S:.0f} s") from error
+        while pending:
+            done, pending = ray.wait(pending, timeout=_WATCH_S)
+            ray.get(done)
+            require_alive()
+            if time.monotonic() > deadline:
+                raise UnavailableError(f"the ranks did not start within {_ACTOR_START_TIMEOUT_S:.0f} s")
+        return [[RankEndpoint(*ray.get(start)) for start in group] for group in starts]
     except RayError as error:
         raise UnavailableError(f"a rank did not start: {_cause(error)}") from error
-    remaining = iter(answers)
-    return [[RankEndpoint(*next(remaining)) for _ in actors] for actors in groups]
 
 
 def _place(bundle: dict[str, float], num_ranks: int) -> PlacementGroup:
@@ -272,18 +310,14 @@ def _own_sigterm_handler() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _cleaned_up_on_failure() -> Iterator[None]:
+def _cleaned_up_on_failure(processes: RayProcesses) -> Iterator[None]:
     """A start that fails or is interrupted leaves processes that Ray itself forgets; they are ended here."""
-    before = set(psutil.Process().children(recursive=True))
     try:
         yield
     except BaseException:
-        started = set(psutil.Process().children(recursive=True)) - before
+        processes.note_started()
         ray.shutdown()
-        _, alive = psutil.wait_procs(started, timeout=_ORPHAN_TIMEOUT_S)
-        for process in alive:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
+        processes.kill()
         raise
 
 

@@ -144,6 +144,7 @@ class Supervisor:
 
     def _named(self, error: UnavailableError) -> UnavailableError:
         assert self._cluster is not None
+        self._cluster.require_alive()
         cause = self._cluster.find_dead_rank()
         return UnavailableError(cause) if cause else error
 
@@ -172,13 +173,11 @@ class Supervisor:
         self._require_children()
         for group in self._control.status().groups:
             if group.state == admin_pb2.GROUP_STATE_FAILED:
-                raise self._named(UnavailableError(f"worker group {group.group_id} failed: {self._last_log_line()}"))
-
-    def _last_log_line(self) -> str:
-        lines = self._coordinator.log if self._coordinator is not None else []
-        return lines[-1] if lines else "the coordinator said nothing"
+                raise self._named(UnavailableError(f"worker group {group.group_id} failed: {group.failure}"))
 
     def _require_children(self) -> None:
+        if self._cluster is not None:
+            self._cluster.require_alive()
         for child in self._children():
             try:
                 child.require_alive()

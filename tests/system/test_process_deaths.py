@@ -1,0 +1,116 @@
+"""One process of a running server is killed: the server says so in one line and ends, and leaves nothing behind."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+START_TIMEOUT_S = 120
+END_TIMEOUT_S = 25
+PREFIX = "octavo: "
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Server:
+    """`octavo serve` with two ranks, in a process group of its own, its run directory under `parent`."""
+
+    def __init__(self, parent) -> None:
+        self.parent = parent
+        options = ["--tensor-parallel-size", "2", "--device", "cpu", "--port", "0", "--grpc-port", str(free_port())]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "octavo", "serve", *options],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=os.environ | {"TMPDIR": str(parent), "OMP_NUM_THREADS": "1"},
+            start_new_session=True,
+        )
+        self.lines: list[str] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        self._wait_until_ready()
+        assert list(parent.glob("octavo-*"))
+        self.family = psutil.Process(self.process.pid).children(recursive=True)
+
+    def _read(self) -> None:
+        with self.process.stdout as lines:
+            self.lines.extend(lines)
+
+    def _wait_until_ready(self) -> None:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while not any("Ctrl-C stops it" in line for line in self.lines):
+            assert self.process.poll() is None, self.lines
+            assert time.monotonic() < deadline, self.lines
+            time.sleep(0.1)
+
+    def kill_one(self, pattern: str) -> None:
+        """The first whose name or command line has the pattern."""
+        names = {process: f"{process.name()} {' '.join(process.cmdline())}" for process in self.family}
+        victims = [process for process, name in names.items() if re.search(pattern, name)]
+        assert victims, names
+        victims[0].kill()
+
+    def wait(self) -> int:
+        """Until it has ended with all its processes; its exit status."""
+        status = self.process.wait(END_TIMEOUT_S)
+        _, alive = psutil.wait_procs(self.family, timeout=3)
+        assert not alive, alive
+        self._reader.join(5)
+        assert list(self.parent.glob("octavo-*")) == []
+        return status
+
+    def close(self) -> None:
+        for process in [self.process, *self.family]:
+            if isinstance(process, psutil.Process) and not process.is_running():
+                continue
+            process.kill()
+        self.process.wait()
+
+
+@pytest.fixture
+def server():
+    with tempfile.TemporaryDirectory(prefix="o", dir="/tmp") as parent:  # short: a socket's path is bounded
+        started = Server(Path(parent))
+        try:
+            yield started
+        finally:
+            started.close()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "said"),
+    [
+        ("RankActor", "rank . of group 0 died|worker group 0 failed: ."),
+        ("octavo.gateway", "gateway 0 was killed by signal 9"),
+        ("octavo.coordinator", "coordinator was killed by signal 9"),
+        ("gcs_server", "Ray's gcs_server .* died"),
+        ("^raylet", "Ray's raylet .* died"),
+    ],
+    ids=["rank", "gateway", "coordinator", "gcs", "raylet"],
+)
+def test_a_process_that_dies_ends_the_server_with_one_line(server, pattern, said):
+    server.kill_one(pattern)
+    assert server.wait() != 0
+    errors = [line for line in server.lines if line.startswith(PREFIX)]
+    assert len(errors) == 1, server.lines
+    assert re.search(said, errors[0]), errors
+
+
+def test_sigterm_to_the_process_group_ends_the_server(server):
+    os.killpg(server.process.pid, signal.SIGTERM)
+    assert server.wait() == 0
+    assert [line for line in server.lines if line.startswith(PREFIX)] == []
