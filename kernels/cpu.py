@@ -31,11 +31,11 @@ def _packs(dtype: torch.dtype) -> bool:
 
 
 def padded_size(num_tokens: int) -> int:
-    """The least of eight sizes in each octave that holds the tokens.
+    """The least of sixteen sizes in each octave that holds the tokens.
 
     OneDNN generates code for every new size of a product (some 2 ms for each), so it is to see few of them.
     """
-    granule = 1 << max(0, num_tokens.bit_length() - 4)
+    granule = 1 << max(0, num_tokens.bit_length() - 5)
     return -(-num_tokens // granule) * granule
 
 
