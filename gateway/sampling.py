@@ -95,6 +95,7 @@ def resolve_sampling(
         logit_bias_values=np.array(list(request.logit_bias.values()), "<f4").tobytes(),
         bad_words=[np.array(ids, "<i4").tobytes() for ids in _tokenize_bad_words(request.bad_words, limits)],
         stop_token_ids=np.array(sorted(_stop_token_ids(request, limits)), "<i4").tobytes(),
+        masked_token_ids=np.array(sorted(_masked_token_ids(request, limits)), "<i4").tobytes(),
         max_tokens=max_tokens,
         min_tokens=request.min_tokens,
     )
@@ -201,6 +202,11 @@ def _max_tokens(request: SamplingRequest, num_prompt_tokens: int, max_model_len:
 def _stop_token_ids(request: SamplingRequest, limits: ModelLimits) -> set[int]:
     eos_token_ids = frozenset[int]() if request.ignore_eos else limits.eos_token_ids
     return {*request.stop_token_ids, *eos_token_ids}
+
+
+def _masked_token_ids(request: SamplingRequest, limits: ModelLimits) -> set[int]:
+    """As in vLLM, min_tokens keeps an end-of-sequence token out even where ignore_eos lets it end nothing."""
+    return set(limits.eos_token_ids.difference(request.stop_token_ids)) if request.ignore_eos else set()
 
 
 def _tokenize_bad_words(words: Sequence[str], limits: ModelLimits) -> list[list[int]]:

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1boctavo/proto/sampling.proto\x12\x12octavo.internal.v1\"\xa3\x03\n\x0eSamplingParams\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_k\x18\x02 \x01(\x05\x12\r\n\x05top_p\x18\x03 \x01(\x02\x12\r\n\x05min_p\x18\x04 \x01(\x02\x12\x18\n\x10presence_penalty\x18\x05 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x06 \x01(\x02\x12\x1a\n\x12repetition_penalty\x18\x07 \x01(\x02\x12\x0c\n\x04seed\x18\x08 \x01(\x04\x12\x1c\n\x14logit_bias_token_ids\x18\t \x01(\x0c\x12\x19\n\x11logit_bias_values\x18\n \x01(\x0c\x12\x11\n\tbad_words\x18\x0b \x03(\x0c\x12\x16\n\x0estop_token_ids\x18\x0c \x01(\x0c\x12\x12\n\nmax_tokens\x18\r \x01(\r\x12\x12\n\nmin_tokens\x18\x0e \x01(\r\x12\x19\n\x0cnum_logprobs\x18\x0f \x01(\rH\x00\x88\x01\x01\x12 \n\x13num_prompt_logprobs\x18\x10 \x01(\rH\x01\x88\x01\x01\x42\x0f\n\r_num_logprobsB\x16\n\x14_num_prompt_logprobs\"W\n\x0cLogprobTable\x12\x13\n\x0bnum_columns\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x01(\x0c\x12\x10\n\x08logprobs\x18\x03 \x01(\x0c\x12\r\n\x05ranks\x18\x04 \x01(\x0c\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1boctavo/proto/sampling.proto\x12\x12octavo.internal.v1\"\xbd\x03\n\x0eSamplingParams\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_k\x18\x02 \x01(\x05\x12\r\n\x05top_p\x18\x03 \x01(\x02\x12\r\n\x05min_p\x18\x04 \x01(\x02\x12\x18\n\x10presence_penalty\x18\x05 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x06 \x01(\x02\x12\x1a\n\x12repetition_penalty\x18\x07 \x01(\x02\x12\x0c\n\x04seed\x18\x08 \x01(\x04\x12\x1c\n\x14logit_bias_token_ids\x18\t \x01(\x0c\x12\x19\n\x11logit_bias_values\x18\n \x01(\x0c\x12\x11\n\tbad_words\x18\x0b \x03(\x0c\x12\x16\n\x0estop_token_ids\x18\x0c \x01(\x0c\x12\x12\n\nmax_tokens\x18\r \x01(\r\x12\x12\n\nmin_tokens\x18\x0e \x01(\r\x12\x19\n\x0cnum_logprobs\x18\x0f \x01(\rH\x00\x88\x01\x01\x12 \n\x13num_prompt_logprobs\x18\x10 \x01(\rH\x01\x88\x01\x01\x12\x18\n\x10masked_token_ids\x18\x11 \x01(\x0c\x42\x0f\n\r_num_logprobsB\x16\n\x14_num_prompt_logprobs\"W\n\x0cLogprobTable\x12\x13\n\x0bnum_columns\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x01(\x0c\x12\x10\n\x08logprobs\x18\x03 \x01(\x0c\x12\r\n\x05ranks\x18\x04 \x01(\x0c\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,7 +32,7 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'octavo.proto.sampling_pb2',
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLINGPARAMS']._serialized_start=52
-  _globals['_SAMPLINGPARAMS']._serialized_end=471
-  _globals['_LOGPROBTABLE']._serialized_start=473
-  _globals['_LOGPROBTABLE']._serialized_end=560
+  _globals['_SAMPLINGPARAMS']._serialized_end=497
+  _globals['_LOGPROBTABLE']._serialized_start=499
+  _globals['_LOGPROBTABLE']._serialized_end=586
 # @@protoc_insertion_point(module_scope)

@@ -114,7 +114,9 @@ def test_defaults(gateway):
 def test_ignore_eos_leaves_only_the_named_stops(gateway):
     params = SamplingParams(ignore_eos=True, stop_token_ids=[5])
     list(gateway.generation.Generate(GenerateRequest(text="a", sampling_params=params)))
-    assert np.frombuffer(gateway.engine.submits[0].sampling_params.stop_token_ids, "<i4").tolist() == [5]
+    resolved = gateway.engine.submits[0].sampling_params
+    assert np.frombuffer(resolved.stop_token_ids, "<i4").tolist() == [5]
+    assert np.frombuffer(resolved.masked_token_ids, "<i4").tolist() == [EOS]  # before min_tokens
 
 
 def test_a_seeded_server_draws_the_same_seeds_again(start_gateway):

@@ -87,7 +87,7 @@ def oracle_scores(row: Row) -> np.ndarray:
         if known[len(known) - len(word) + 1 :] == word[:-1] and len(known) >= len(word) - 1:
             scores[word[-1]] = -np.inf
     if len(row.output) < params.min_tokens:
-        scores[np.frombuffer(params.stop_token_ids, "<i4")] = -np.inf
+        scores[np.frombuffer(params.stop_token_ids + params.masked_token_ids, "<i4")] = -np.inf
     for token_id in range(VOCAB_SIZE):
         if token_id in known:
             repetition = params.repetition_penalty
@@ -117,16 +117,18 @@ def truncated(scores: np.ndarray, params: sampling_pb2.SamplingParams) -> np.nda
 
 TOKENS = st.integers(0, VOCAB_SIZE - 1)
 PARAMS = st.builds(
-    lambda bias, words, stops, **fields: make_params(
+    lambda bias, words, stops, masked, **fields: make_params(
         logit_bias_token_ids=pack(list(bias)),
         logit_bias_values=pack(list(bias.values()), "<f4"),
         bad_words=[pack(word) for word in words],
         stop_token_ids=pack(stops),
+        masked_token_ids=pack(masked),
         **fields,
     ),
     bias=st.dictionaries(TOKENS, st.sampled_from([-100.0, -2.5, 4.0, 100.0]), max_size=3),
     words=st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=3), max_size=3),
     stops=st.lists(TOKENS, max_size=4, unique=True),
+    masked=st.lists(TOKENS, max_size=2, unique=True),
     min_tokens=st.integers(0, 4),
     temperature=st.sampled_from([0.0, 1e-6, 0.3, 1.0, 2.0]),
     top_k=st.sampled_from([0, 1, 5, 22, 23, 1000]),

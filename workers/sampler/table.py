@@ -23,7 +23,7 @@ class SlotExtras:
     bias_token_ids: NDArray[np.int32]
     bias_values: NDArray[np.float32]
     bad_words: tuple[NDArray[np.int32], ...]
-    stop_token_ids: NDArray[np.int32]
+    stop_token_ids: NDArray[np.int32]  # and what else min_tokens masks
 
 
 class SamplingTable:
@@ -88,7 +88,12 @@ def _extras(params: sampling_pb2.SamplingParams, vocab_size: int) -> SlotExtras 
         bias_token_ids=_ids(params.logit_bias_token_ids, "logit_bias_token_ids", vocab_size),
         bias_values=_unpack(params.logit_bias_values, "<f4", "logit_bias_values").astype(np.float32),
         bad_words=tuple(_ids(word, "bad_words", vocab_size) for word in params.bad_words),
-        stop_token_ids=_ids(params.stop_token_ids, "stop_token_ids", vocab_size),
+        stop_token_ids=np.concatenate(
+            [
+                _ids(params.stop_token_ids, "stop_token_ids", vocab_size),
+                _ids(params.masked_token_ids, "masked_token_ids", vocab_size),
+            ]
+        ),
     )
     if len(extras.bias_token_ids) != len(extras.bias_values):
         raise InvalidArgumentError("logit_bias_token_ids and logit_bias_values differ in length", "logit_bias_values")
