@@ -194,16 +194,11 @@ class RayCluster:
         """
         orderly = threading.Thread(target=self._shut_down_orderly, args=(hurry,), name="ray shutdown", daemon=True)
         deadline = time.monotonic() + _SHUTDOWN_TIMEOUT_S
-        try:
-            self.require_alive()
+        if self._processes.is_intact:
             orderly.start()
-            while orderly.is_alive() and time.monotonic() < deadline:
-                orderly.join(_POLL_S)
-                if orderly.is_alive() and not self._is_ending:
-                    self.require_alive()
-        except UnavailableError:  # known already, or of no interest now
-            pass
-        if orderly.is_alive() or not self._is_ended:
+        while orderly.is_alive() and time.monotonic() < deadline and (self._is_ending or self._processes.is_intact):
+            orderly.join(_POLL_S)
+        if not self._is_ended:
             atexit.unregister(ray.shutdown)  # would wait for the dead
         self._processes.kill()
 

@@ -42,6 +42,15 @@ class RayProcesses:
             if not _is_alive(process):
                 raise UnavailableError(f"Ray's {name} (process {process.pid}) died; start the server again")
 
+    @property
+    def is_intact(self) -> bool:
+        """Whether all that Ray started at first still run.
+
+        After a SIGTERM to the whole process group, as `timeout` and systemd send it, the lesser ones are gone at once;
+        the vital ones live on for up to 10 s, but no longer answer.
+        """
+        return all(_is_alive(process) for process in self._roots)
+
     def kill(self) -> None:
         """All that are left, at once."""
         self.note_descendants()
