@@ -10,15 +10,13 @@ if TYPE_CHECKING:
     from .launch.client import Client
     from .launch.llm import LLM
     from .launch.sampling_params import SamplingParams
-    from .workers.models.registry import register_model
 
-__all__ = ["LLM", "Client", "SamplingParams", "__version__", "register_model"]
+__all__ = ["LLM", "Client", "SamplingParams", "__version__"]
 
 _MODULES = {
     "LLM": ".launch.llm",
     "Client": ".launch.client",
     "SamplingParams": ".launch.sampling_params",
-    "register_model": ".workers.models.registry",
 }
 
 

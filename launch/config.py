@@ -5,7 +5,7 @@ What only the machine or the model can answer ("auto", None) is resolved later, 
 """
 
 import math
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -76,7 +76,8 @@ class ServeConfig:
         default=(), metadata=_help("Name that requests may use; repeat for several.", "from the model's path")
     )
     seed: int | None = field(
-        default=None, metadata=_help("Seed of requests that name none, and of dummy weights.", "drawn by the system")
+        default=None,
+        metadata=_help("Seed of requests that name none, and of dummy weights.", "drawn; 0 for dummy weights"),
     )
     ray_address: str | None = field(
         default=None, metadata=_help("Ray cluster to join: HOST:PORT, or auto.", "starts a local one")
@@ -88,10 +89,8 @@ class ServeConfig:
 
     def __post_init__(self) -> None:
         values = asdict(self)
-        for name in _AT_LEAST_ONE:
-            _require_at_least(name, values[name], 1)
-        _require_at_least("num_inflight_steps", self.num_inflight_steps, 2)
-        _require_at_least("max_model_len", self.max_model_len, 2)
+        for name, (low, high) in _RANGES.items():
+            _require_in_range(name, values[name], low, high)
         _require_ports(self.port, self.grpc_port)
         if not (math.isfinite(self.gpu_memory_utilization) and 0 < self.gpu_memory_utilization <= 1):
             raise _refusal("gpu_memory_utilization", f"must be in (0, 1], got {self.gpu_memory_utilization}")
@@ -106,30 +105,30 @@ class ServeConfig:
             raise _refusal("first_request", "is text and needs the tokenizer; drop skip_tokenizer_init or this one")
 
 
-_AT_LEAST_ONE = (
-    "tensor_parallel_size",
-    "num_groups",
-    "num_gateways",
-    "block_size",
-    "max_num_seqs",
-    "max_num_batched_tokens",
-    "num_gpu_blocks_override",
-    "max_num_waiting",
-)
 _MAX_UINT16 = 65_535
-
-
-def option_names() -> tuple[str, ...]:
-    return tuple(spec.name for spec in fields(ServeConfig))
+_MAX_INT32 = 2**31 - 1
+# The upper ends are what the protocol can say, or far beyond what is of use.
+_RANGES: dict[str, tuple[int, int]] = {
+    "tensor_parallel_size": (1, 1024),
+    "num_groups": (1, 1024),
+    "num_gateways": (1, 1024),
+    "block_size": (1, _MAX_UINT16),
+    "max_model_len": (2, _MAX_INT32),
+    "max_num_seqs": (1, _MAX_UINT16 + 1),  # a slot is a uint16
+    "max_num_batched_tokens": (1, _MAX_INT32),
+    "num_gpu_blocks_override": (1, _MAX_INT32),
+    "max_num_waiting": (1, _MAX_INT32),
+    "num_inflight_steps": (2, 1024),
+}
 
 
 def _refusal(name: str, reason: str) -> InvalidArgumentError:
     return InvalidArgumentError(f"{name} {reason}", name)
 
 
-def _require_at_least(name: str, value: int | None, low: int) -> None:
-    if value is not None and value < low:
-        raise _refusal(name, f"must be at least {low}, got {value}")
+def _require_in_range(name: str, value: int | None, low: int, high: int) -> None:
+    if value is not None and not low <= value <= high:
+        raise _refusal(name, f"must be in [{low}, {high}], got {value}")
 
 
 def _require_ports(port: int, grpc_port: int) -> None:

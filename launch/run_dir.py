@@ -19,8 +19,10 @@ class RunDir:
         parent = parent or _default_parent()
         _remove_abandoned(parent)
         self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
-        self._lock = (self.path / _LOCK).open("w")
+        unlocked = self.path / f"{_LOCK}.new"
+        self._lock = unlocked.open("w")
         fcntl.flock(self._lock, fcntl.LOCK_EX)
+        unlocked.rename(self.path / _LOCK)  # seen by others only now that it is held
 
     def remove(self) -> None:
         """With all that is in it, also what Ray's last processes still write."""

@@ -1,7 +1,7 @@
 """How to sample: vLLM's SamplingParams, with its names and defaults."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,11 +65,21 @@ class SamplingParams:
             raise _refusal("best_of", f"must be 1, got {self.best_of}: it is not served yet")
         if self.use_beam_search:
             raise _refusal("use_beam_search", "is not served yet")
+        self._check_lists()
         for name, value in self._scalars().items():
             if name in _RANGES and value is not None:
                 _check_range(name, value)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise _refusal("min_tokens", f"({self.min_tokens}) is over max_tokens ({self.max_tokens})")
+
+    def _check_lists(self) -> None:
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop
+        _check_items("stop", stop, str, "strings")
+        _check_items("stop_token_ids", self.stop_token_ids, int, "integers")
+        _check_items("bad_words", self.bad_words, str, "strings")
+        _check_items("logit_bias", self.logit_bias, int, "integers (its keys)")
+        values = list(self.logit_bias.values()) if isinstance(self.logit_bias, Mapping) else self.logit_bias
+        _check_items("logit_bias", values, (int, float), "numbers (its values)")
 
     def _scalars(self) -> dict[str, Any]:
         return {
@@ -104,6 +114,16 @@ class SamplingParams:
             )
         except (TypeError, ValueError) as error:
             raise InvalidArgumentError(f"sampling parameters: {error}") from error
+
+
+def _check_items(name: str, items: Iterable[object] | None, kind: type | tuple[type, ...], kinds: str) -> None:
+    if items is None:
+        return
+    if isinstance(items, str | bytes) or not isinstance(items, Iterable):
+        raise _refusal(name, f"must hold {kinds}, got {items!r}")
+    wrong = [item for item in items if not isinstance(item, kind) or isinstance(item, bool)]
+    if wrong:
+        raise _refusal(name, f"must hold {kinds}, got {wrong[0]!r}")
 
 
 def _check_range(name: str, value: object) -> None:

@@ -4,12 +4,13 @@ import io
 import json
 import subprocess
 import sys
+from dataclasses import fields
 from importlib.metadata import version
 
 import pytest
 from octavo.errors import NotFoundError
 from octavo.launch.cli import run
-from octavo.launch.config import option_names
+from octavo.launch.config import ServeConfig
 from octavo.proto import admin_pb2
 
 
@@ -34,7 +35,8 @@ def test_help_lists_the_commands(capsys):
 def test_serve_offers_every_option(capsys):
     assert run(["serve", "--help"]) == 0
     out = capsys.readouterr().out
-    assert [name for name in option_names() if name != "model" and f"--{name.replace('_', '-')}" not in out] == []
+    names = [spec.name for spec in fields(ServeConfig)]
+    assert [name for name in names if name != "model" and f"--{name.replace('_', '-')}" not in out] == []
     assert "--config" in out
 
 

@@ -1,10 +1,11 @@
 """The options of a server: bounds, the YAML file, and which wins."""
 
 import math
+from dataclasses import fields
 
 import pytest
 from octavo.errors import InvalidArgumentError, NotFoundError
-from octavo.launch.config import ServeConfig, option_names
+from octavo.launch.config import ServeConfig
 from octavo.launch.config_file import read_config_file
 from octavo.launch.serve_command import merge_options
 
@@ -125,4 +126,4 @@ def test_every_option_has_vllms_name_where_vllm_has_one():
         "seed",
         "skip_tokenizer_init",
     }
-    assert vllm <= set(option_names())
+    assert vllm <= {spec.name for spec in fields(ServeConfig)}

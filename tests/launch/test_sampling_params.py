@@ -106,4 +106,21 @@ def test_every_field_reaches_the_wire():
 
 def test_a_value_that_the_wire_does_not_take_is_refused():
     with pytest.raises(InvalidArgumentError, match="sampling parameters"):
-        SamplingParams(stop_token_ids=["four"]).to_proto()
+        SamplingParams(stop_token_ids=[2**40]).to_proto()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("stop", ["a", 3]),
+        ("stop_token_ids", ["a"]),
+        ("stop_token_ids", 3),
+        ("bad_words", "word"),
+        ("logit_bias", {"a": 1.0}),
+        ("logit_bias", {1: "a"}),
+    ],
+)
+def test_a_wrong_item_is_refused_by_name(name, value):
+    with pytest.raises(InvalidArgumentError) as refusal:
+        SamplingParams(**{name: value})
+    assert refusal.value.field == name
