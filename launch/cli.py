@@ -5,6 +5,7 @@ Imports are light, so that `octavo --help` is quick: ray and torch come in when 
 
 import importlib
 import importlib.util
+import os
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -129,7 +130,11 @@ def _version() -> None:
 
 def main() -> None:
     """The console script."""
-    sys.exit(run(sys.argv[1:]))
+    status = run(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # All is closed by now. The interpreter's own end would wait 5 s for a Ray that is dead, and then crash in it.
+    os._exit(status)
 
 
 def run(arguments: list[str]) -> int:

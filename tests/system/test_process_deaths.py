@@ -104,7 +104,7 @@ def server():
 )
 def test_a_process_that_dies_ends_the_server_with_one_line(server, pattern, said):
     server.kill_one(pattern)
-    assert server.wait() != 0
+    assert server.wait() == 1
     errors = [line for line in server.lines if line.startswith(PREFIX)]
     assert len(errors) == 1, server.lines
     assert re.search(said, errors[0]), errors
