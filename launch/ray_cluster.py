@@ -71,6 +71,7 @@ class RankActor:
             device=self._device,
             create_store=rank == 0,
             num_threads=max(1, len(os.sched_getaffinity(0)) // num_ranks_on_node),
+            num_ranks_on_host=num_ranks_on_node,
         )
 
     def start(self) -> tuple[str, str, str]:

@@ -12,6 +12,7 @@ from ..workers.checkpoint import verify_checkpoint
 from ..workers.model_config import ModelConfig
 from .config import DEFAULT_MODEL, ServeConfig
 
+_CUDA_BLOCK_SIZES = (8, 16, 32, 64, 128)
 _NUM_BATCHED_TOKENS = {"cuda": 8192, "cpu": 2048}
 _CONNECT_TIMEOUT_S = 5.0
 _DOWNLOADED = ["*.json", "*.safetensors", "*.jinja"]
@@ -125,6 +126,11 @@ def resolve_placement(config: ServeConfig, model: ModelConfig, num_free_gpus: in
         raise FailedPreconditionError(
             f"{num_ranks} rank(s) need a GPU each, and Ray has {num_free_gpus} free; lower --tensor-parallel-size or "
             "--num-groups, or pass --device cpu"
+        )
+    if device == "cuda" and config.block_size not in _CUDA_BLOCK_SIZES:
+        sizes = ", ".join(map(str, _CUDA_BLOCK_SIZES))
+        raise InvalidArgumentError(
+            f"block_size {config.block_size} is not served on GPUs; use one of {sizes}", "block_size"
         )
     dtype = config.dtype
     if dtype == "auto":

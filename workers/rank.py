@@ -35,7 +35,9 @@ def check_request(request: worker_pb2.ConfigureRequest) -> None:
         raise InvalidArgumentError(f"rank {request.rank} is not under tensor_parallel_size", "rank")
 
 
-def build_rank(request: worker_pb2.ConfigureRequest, device: torch.device, store: dist.Store | None) -> Iterator[Stage]:
+def build_rank(
+    request: worker_pb2.ConfigureRequest, device: torch.device, store: dist.Store | None, num_ranks_on_host: int = 1
+) -> Iterator[Stage]:
     """Builds one rank, stage by stage, on the calling thread. `store` is this process's own, if it holds one."""
     config = request.config
     tp = _connect(request, device, store)
@@ -45,7 +47,7 @@ def build_rank(request: worker_pb2.ConfigureRequest, device: torch.device, store
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     yield Stage("weights")
-    builder = _RunnerBuilder(config, model, tp)
+    builder = _RunnerBuilder(config, model, tp, num_ranks_on_host)
     activation_bytes = builder.measure_largest_step() if device.type == "cuda" else 0
     num_blocks = tp.min_int(num_blocks_that_fit(device, builder.budget(activation_bytes)))
     runner = builder.build(num_blocks)
@@ -74,6 +76,7 @@ class _RunnerBuilder:
     config: engine_pb2.WorkerConfig
     model: Model
     tp: TensorParallel
+    num_ranks_on_host: int
 
     def build(self, num_blocks: int) -> ModelRunner:
         cache = KVCache(
@@ -121,5 +124,5 @@ class _RunnerBuilder:
             gpu_memory_utilization=self.config.gpu_memory_utilization,
             num_blocks_override=self.config.num_blocks_override,
             activation_bytes=activation_bytes,
-            num_ranks_on_device=1 if self.tp.device.type == "cuda" else self.tp.size,
+            num_ranks_on_device=1 if self.tp.device.type == "cuda" else self.num_ranks_on_host,
         )

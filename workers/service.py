@@ -29,8 +29,11 @@ _STATUS_CODES = {code.value[0]: code for code in grpc.StatusCode}
 class WorkerService(worker_pb2_grpc.WorkerServicer):
     """Owner of the rank's state: which request configured it, its runner, the stream that drives it."""
 
-    def __init__(self, device: torch.device, store: dist.Store | None, pipeline: StepPipeline) -> None:
+    def __init__(
+        self, device: torch.device, store: dist.Store | None, pipeline: StepPipeline, num_ranks_on_host: int
+    ) -> None:
         self._device, self._store, self._pipeline = device, store, pipeline
+        self._num_ranks_on_host = num_ranks_on_host
         self._request: worker_pb2.ConfigureRequest | None = None
         self._runner: ModelRunner | None = None
         self._has_stream = False
@@ -43,7 +46,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
                 raise FailedPreconditionError("this worker is configured already")
             check_request(request)
             self._request = request
-            stages = build_rank(request, self._device, self._store)
+            stages = build_rank(request, self._device, self._store, self._num_ranks_on_host)
             started_at = time.monotonic()
             while (stage := await self._next(stages)) is not None:
                 now = time.monotonic()

@@ -98,6 +98,16 @@ def test_auto_takes_gpus_when_there_are_enough(write_model):
     assert (on_cpu.device, on_cpu.dtype, on_cpu.max_num_batched_tokens) == ("cpu", "float32", 2048)
 
 
+def test_gpus_take_the_block_sizes_that_their_kernels_do(write_model):
+    directory = write_model()
+    assert place(directory, 1, block_size=64).device == "cuda"
+    assert place(directory, 0, block_size=24).device == "cpu"
+    with pytest.raises(
+        InvalidArgumentError, match="block_size 24 is not served on GPUs; use one of 8, 16, 32, 64, 128"
+    ):
+        place(directory, 1, block_size=24)
+
+
 def test_what_is_asked_is_kept(write_model):
     placement = place(write_model(), 8, device="cpu", dtype="float16", max_num_batched_tokens=300)
     assert (placement.device, placement.dtype, placement.max_num_batched_tokens) == ("cpu", "float16", 300)
