@@ -15,6 +15,10 @@ from ..proto import admin_pb2, worker_pb2, worker_pb2_grpc
 
 _MAX_NUM_STEPS = 1000  # as workers hold to
 
+# Columns of a terminal: kernels have long names, and their numbers matter more.
+_NUMBERS_WIDTH = 44
+_MIN_NAME_WIDTH = 16
+
 
 @dataclass(frozen=True, slots=True)
 class ProfileOptions:
@@ -86,15 +90,17 @@ def _to_error(error: grpc.RpcError, group_id: int, address: str, options: Profil
 
 def print_profiles(profiles: list[GroupProfile], console: Console) -> None:
     for profile in profiles:
-        console.print(_kernels(profile))
+        console.print(_kernels(profile, console.width))
         for line in _summary(profile):
             console.print(line, soft_wrap=True, highlight=False)
 
 
-def _kernels(profile: GroupProfile) -> Table:
+def _kernels(profile: GroupProfile, width: int) -> Table:
     title = f"group {profile.group_id}, rank 0: {profile.steps.num_steps} steps"
     table = Table(title=title, title_justify="left")
-    table.add_column("kernel", overflow="ellipsis", no_wrap=True, max_width=70)
+    table.add_column(
+        "kernel", overflow="ellipsis", no_wrap=True, max_width=max(_MIN_NAME_WIDTH, width - _NUMBERS_WIDTH)
+    )
     for name in ("calls a step", "us a step", "mean us"):
         table.add_column(name, justify="right")
     for kernel in profile.steps.kernels:

@@ -102,9 +102,7 @@ def test_gpus_take_the_block_sizes_that_their_kernels_do(write_model):
     directory = write_model()
     assert place(directory, 1, block_size=64).device == "cuda"
     assert place(directory, 0, block_size=24).device == "cpu"
-    with pytest.raises(
-        InvalidArgumentError, match="block_size 24 is not served on GPUs; use one of 8, 16, 32"
-    ):
+    with pytest.raises(InvalidArgumentError, match="block_size 24 is not served on GPUs; use one of 8, 16, 32"):
         place(directory, 1, block_size=24)
 
 

@@ -9,7 +9,7 @@ import torch
 from octavo.workers.parallel import TensorParallel
 
 SCRIPT = """
-import json, sys
+import json, os, sys
 import torch
 import torch.distributed as dist
 from octavo.workers.parallel import TensorParallel
@@ -27,8 +27,10 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch
     }
 # Minus infinity is what masked logits are.
 found["masked"] = tp.all_reduce_max(torch.tensor([-torch.inf, 2.0 - 3 * rank])).tolist()
-print(json.dumps(found))
-dist.destroy_process_group()
+print(json.dumps(found), flush=True)
+dist.barrier()
+# Gloo's threads do not always survive the end of the interpreter, which is not what is tested.
+os._exit(0)
 """
 
 
