@@ -35,7 +35,6 @@ class ModelConfig:
     max_position_embeddings: int  # context length that the model was made for, in tokens
     rope: RopeConfig
     eos_token_ids: tuple[int, ...]
-    bos_token_id: int | None
     dtype: str  # of the checkpoint: one of DTYPES
 
     @classmethod
@@ -77,7 +76,6 @@ class ModelConfig:
             max_position_embeddings=max_position_embeddings,
             rope=RopeConfig.from_dict(config, max_position_embeddings),
             eos_token_ids=_eos_token_ids(config, generation_config),
-            bos_token_id=_optional_id(config, "bos_token_id"),
             dtype=_dtype(config),
         )
 
@@ -189,13 +187,6 @@ def _eos_token_ids(config: dict[str, Any], generation_config: dict[str, Any]) ->
             if token_id is not None and token_id not in ids:
                 ids.append(token_id)
     return tuple(ids)
-
-
-def _optional_id(config: dict[str, Any], name: str) -> int | None:
-    value = config.get(name)
-    if value is not None and not _is_token_id(value):
-        raise CheckpointError(f"config.json: {name} must be a token id, not {value!r}")
-    return value
 
 
 def _is_token_id(value: object) -> bool:

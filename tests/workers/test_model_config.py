@@ -51,7 +51,7 @@ def test_llama_2_has_a_kv_head_for_each_head_and_plain_rope(read):
     config = read(LLAMA_2_7B)
     assert config.num_kv_heads == 32
     assert config.rope == RopeConfig("default", 10000.0, 4096)
-    assert (config.eos_token_ids, config.bos_token_id, config.dtype) == ((2,), 1, "float16")
+    assert (config.eos_token_ids, config.dtype) == ((2,), "float16")
     assert not config.tie_word_embeddings
 
 
@@ -111,7 +111,6 @@ REFUSED = {
     "eps": ({"rms_norm_eps": -1}, "rms_norm_eps must be a positive number"),
     "flag": ({"attention_bias": "yes"}, "attention_bias must be true or false, not 'yes'"),
     "eos": ({"eos_token_id": "</s>"}, "eos_token_id must be a token id or a list of them, not '</s>'"),
-    "bos": ({"bos_token_id": -1}, "bos_token_id must be a token id, not -1"),
     "dtype": ({"torch_dtype": "float8_e4m3fn"}, "dtype 'float8_e4m3fn' is not served"),
     "rope type": ({"rope_scaling": {"rope_type": "longrope"}}, "rope type 'longrope' is not served; served: default,"),
     "rope lacks a field": ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "needs low_freq_factor, high_freq"),
