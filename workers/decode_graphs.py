@@ -39,7 +39,6 @@ def bucket_sizes(max_num_seqs: int) -> list[int]:
 class _Graph:
     """One bucket: its forward pass with logits, and the plain sampling that may follow."""
 
-    size: int
     forward: torch.cuda.CUDAGraph
     sample: torch.cuda.CUDAGraph
     logits: torch.Tensor  # [size, local_vocab_size] float32
@@ -74,10 +73,6 @@ class DecodeGraphs:
         for size in reversed(self._sizes):
             self._write_inputs(size, _padding(size, self._spare_cell))
             self._graphs[size] = self._capture(size, pool)
-
-    def fits(self, num_rows: int) -> bool:
-        """Whether a graph takes so many rows."""
-        return bool(self._graphs) and num_rows <= self._sizes[-1]
 
     def forward(self, rows: StepRows) -> DecodeOutput:
         """Runs a step of decodes up to the logits."""
@@ -138,7 +133,7 @@ class DecodeGraphs:
             logits = self._forward(size)
         with torch.cuda.graph(sampling, pool=pool, capture_error_mode="thread_local"):
             self._sample(size, logits)
-        return _Graph(size, forward, sampling, logits)
+        return _Graph(forward, sampling, logits)
 
     def _views(self, size: int) -> Iterator[torch.Tensor]:
         return iter(self._inputs[: _NUM_INPUTS * size].view(_NUM_INPUTS, size))
