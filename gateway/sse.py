@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from typing import Any
 
@@ -28,7 +29,7 @@ def error_response(error: BaseException) -> Response:
     return json_response(http_error.body, http_error.status, http_error.headers)
 
 
-class _UntilDisconnect(Response):
+class _UntilDisconnect(Response, ABC):
     """Base: runs `_answer` until it is done or the client has gone, whichever is first."""
 
     media_type = "application/json"
@@ -46,8 +47,8 @@ class _UntilDisconnect(Response):
         if not answer.cancelled():
             answer.result()
 
-    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None: ...
 
 
 async def _disconnected(receive: Receive) -> None:

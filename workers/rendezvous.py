@@ -2,6 +2,7 @@
 
 import os
 import socket
+from dataclasses import replace
 from datetime import timedelta
 
 import psutil
@@ -38,11 +39,14 @@ def join_group(store: dist.Store, epoch: int, rank: int, size: int, device: torc
         raise UnavailableError(f"the {size} ranks did not meet; is one unreachable, or its GPU taken?") from error
     group = dist.group.WORLD
     assert group is not None, "it was initialised above"
+    tp = TensorParallel(rank, size, device, group)
     if device.type != "cuda":
-        return TensorParallel(rank, size, device, group)
+        return tp
     from .symmetric_memory import open_symmetric_memory  # slow to import, and for GPUs alone
 
-    return TensorParallel(rank, size, device, group, open_symmetric_memory(group, device))
+    memory = open_symmetric_memory(group, device)
+    # Ranks that sum in different ways would wait for each other for ever.
+    return replace(tp, symmetric_memory=memory) if tp.min_int(int(memory is not None)) else tp
 
 
 def connect_store(address: str) -> dist.TCPStore:

@@ -35,7 +35,7 @@ class StepPipeline:
         return self._launcher.submit(function)
 
     def step(self, runner: ModelRunner, message: worker_pb2.BatchPlan) -> "Future[worker_pb2.StepResult]":
-        """Queues a step; the future has its result. A step after a failed one must not be queued."""
+        """Queues a step; the future has its result. What a step behind a failed one gives means nothing."""
         result: Future[worker_pb2.StepResult] = Future()
         self._launcher.submit(self._launch, runner, message, result)
         return result
