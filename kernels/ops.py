@@ -1,7 +1,9 @@
-"""The device operations that layers call, and the one place that chooses their implementation for a device."""
+"""The device operations that layers call, and the one place that chooses their implementation for a device.
 
-from collections.abc import Callable
-from dataclasses import dataclass
+`Operations` is the reference: each primitive as kernels/reference.py has it, and the fused operations put together from
+primitives. An implementation overrides what it does otherwise.
+"""
+
 from typing import Any
 
 import torch
@@ -12,40 +14,90 @@ from .batch import AttentionBatch
 Tensor = torch.Tensor
 
 
-@dataclass(frozen=True, slots=True)
 class Operations:
-    """One implementation of every operation. Formulas and shapes are those of kernels/reference.py."""
+    """Every operation of a step. Formulas and shapes are those of kernels/reference.py. Holds no state of a step."""
 
-    # Of one loaded weight, once: only the same implementation's `linear` knows what is in the result.
-    pack_weight: Callable[[Tensor], Tensor]
-    linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
-    rms_norm: Callable[[Tensor, Tensor, float], Tensor]
-    add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
-    rope_and_cache: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int], Tensor]
-    silu_and_mul: Callable[[Tensor], Tensor]
-    # What one step's layers share; only the same implementation's `attend` knows what it holds.
-    plan_attention: Callable[[AttentionBatch, int, torch.dtype], Any]
-    attend: Callable[[Tensor, Tensor, Tensor, Any, float], Tensor]
+    def pack_weight(self, weight: Tensor) -> Tensor:
+        """Of a loaded weight [out_size, in_size], once: what this implementation's products take. Here: as it is."""
+        return weight
 
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """x @ weight.T + bias: [num_tokens, in_size] to [num_tokens, out_size]."""
+        return reference.linear(x, weight, bias)
 
-REFERENCE = Operations(
-    pack_weight=reference.pack_weight,
-    linear=reference.linear,
-    rms_norm=reference.rms_norm,
-    add_rms_norm=reference.add_rms_norm,
-    rope_and_cache=reference.rope_and_cache,
-    silu_and_mul=reference.silu_and_mul,
-    plan_attention=reference.plan_attention,
-    attend=reference.attend,
-)
+    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
+        """silu(gate) * up: [num_tokens, 2 * n] to [num_tokens, n]."""
+        return reference.silu_and_mul(gate_up)
+
+    def gated_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """silu(gate) * up of the product x @ weight.T + bias; the weight's rows are all gates, then all ups."""
+        return self.silu_and_mul(self.linear(x, weight, bias))
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """[num_tokens, hidden_size] to the same."""
+        return reference.rms_norm(x, weight, eps)
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """The norm of x + residual, and that sum."""
+        return reference.add_rms_norm(x, residual, weight, eps)
+
+    def add_rms_norm_linear(
+        self,
+        x: Tensor,
+        residual: Tensor,
+        norm: tuple[Tensor, float],  # the norm's weight and epsilon
+        weight: Tensor,
+        bias: Tensor | None,
+        gated: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """The product of the norm of x + residual, gated or not, and that sum."""
+        normed, total = self.add_rms_norm(x, residual, *norm)
+        product = self.gated_linear if gated else self.linear
+        return product(normed, weight, bias), total
+
+    def rope_and_cache(
+        self,
+        qkv: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        kv_indices: Tensor,
+        num_heads: int,
+    ) -> Tensor:
+        """Rotates queries and keys, caches keys and values, returns the queries [num_tokens, num_heads, head_dim]."""
+        return reference.rope_and_cache(qkv, cos, sin, k_cache, v_cache, kv_indices, num_heads)
+
+    def plan_attention(self, batch: AttentionBatch, block_size: int, dtype: torch.dtype) -> Any:  # noqa: ANN401
+        """What one step's layers share. Only the same implementation's `attend` and `attention` know what is in it."""
+        return reference.plan_attention(batch, block_size, dtype)
+
+    def attend(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: Any, scale: float) -> Tensor:  # noqa: ANN401
+        """Causal attention [num_tokens, num_heads, head_dim] over the cache, which has this step's tokens already."""
+        return reference.attend(q, k_cache, v_cache, plan, scale)
+
+    def attention(
+        self,
+        qkv: Tensor,
+        rope: tuple[Tensor, Tensor],  # cos and sin, [num_tokens, 1, head_dim] each
+        cache: tuple[Tensor, Tensor],  # of keys and of values, [num_blocks, block_size, num_kv_heads, head_dim] each
+        kv_indices: Tensor,
+        plan: Any,  # noqa: ANN401
+        num_heads: int,
+        scale: float,
+    ) -> Tensor:
+        """All between the QKV product [num_tokens, all heads, head_dim] and the output projection: rotates, caches and
+        attends. Returns [num_tokens, num_heads, head_dim]."""
+        q = self.rope_and_cache(qkv, *rope, *cache, kv_indices, num_heads)
+        return self.attend(q, *cache, plan, scale)
 
 
 def operations_for(device: torch.device) -> Operations:
     """The implementation for `device`: Triton kernels on a GPU, the torch reference and oneDNN on a CPU."""
     if device.type != "cuda":
-        from .cpu import CPU  # as below, made from REFERENCE
+        from .cpu import CpuOperations  # as below, a subclass
 
-        return CPU
-    from .triton_ops import TRITON  # Triton comes with a CUDA build of torch, and is needed with no other
+        return CpuOperations()
+    from .triton_ops import TritonOperations  # Triton comes with a CUDA build of torch, and is needed with no other
 
-    return TRITON
+    return TritonOperations()

@@ -1,7 +1,5 @@
 """The operations of a GPU: Triton kernels, put together as layers call them."""
 
-from dataclasses import replace
-
 import torch
 
 from .activation import silu_and_mul
@@ -9,8 +7,10 @@ from .batch import AttentionBatch
 from .chunk_attention import paged_chunk_attention
 from .decode_attention import DecodeWorkspace, decode_workspace, paged_decode_attention
 from .norm import add_rms_norm, rms_norm
-from .ops import REFERENCE
+from .ops import Operations
 from .rope_cache import rope_and_cache
+
+Tensor = torch.Tensor
 
 
 class TritonAttentionPlan:
@@ -39,52 +39,61 @@ class TritonAttentionPlan:
         return self._workspace
 
 
-def plan_attention(batch: AttentionBatch, block_size: int, dtype: torch.dtype) -> TritonAttentionPlan:
-    """Nothing is computed here: the kernels read the step's tensors."""
-    del block_size, dtype
-    return TritonAttentionPlan(batch)
+class TritonOperations(Operations):
+    """Triton kernels, and cuBLAS for matrix products."""
 
+    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
+        return silu_and_mul(gate_up)
 
-def attend(
-    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, plan: TritonAttentionPlan, scale: float
-) -> torch.Tensor:
-    """As kernels.reference.attend."""
-    batch, num_decodes = plan.batch, plan.num_decodes
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    if num_decodes:
-        paged_decode_attention(
-            q[:num_decodes],
-            k_cache,
-            v_cache,
-            batch.block_tables,
-            batch.slots[:num_decodes],
-            batch.seq_lens[:num_decodes],
-            scale,
-            plan.workspace(q[:num_decodes], k_cache),
-            out[:num_decodes],
-        )
-    if plan.query_starts is not None:
-        paged_chunk_attention(
-            q[num_decodes:],
-            k_cache,
-            v_cache,
-            batch.block_tables,
-            batch.slots[num_decodes:],
-            batch.seq_lens[num_decodes:],
-            plan.query_starts,
-            plan.max_query_len,
-            scale,
-            out[num_decodes:],
-        )
-    return out
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return rms_norm(x, weight, eps)
 
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        return add_rms_norm(x, residual, weight, eps)
 
-TRITON = replace(
-    REFERENCE,
-    rms_norm=rms_norm,
-    add_rms_norm=add_rms_norm,
-    rope_and_cache=rope_and_cache,
-    silu_and_mul=silu_and_mul,
-    plan_attention=plan_attention,
-    attend=attend,
-)
+    def rope_and_cache(
+        self,
+        qkv: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        kv_indices: Tensor,
+        num_heads: int,
+    ) -> Tensor:
+        return rope_and_cache(qkv, cos, sin, k_cache, v_cache, kv_indices, num_heads)
+
+    def plan_attention(self, batch: AttentionBatch, block_size: int, dtype: torch.dtype) -> TritonAttentionPlan:
+        """Computes nothing: the kernels read the step's tensors."""
+        del block_size, dtype
+        return TritonAttentionPlan(batch)
+
+    def attend(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: TritonAttentionPlan, scale: float) -> Tensor:
+        batch, num_decodes = plan.batch, plan.num_decodes
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        if num_decodes:
+            paged_decode_attention(
+                q[:num_decodes],
+                k_cache,
+                v_cache,
+                batch.block_tables,
+                batch.slots[:num_decodes],
+                batch.seq_lens[:num_decodes],
+                scale,
+                plan.workspace(q[:num_decodes], k_cache),
+                out[:num_decodes],
+            )
+        if plan.query_starts is not None:
+            paged_chunk_attention(
+                q[num_decodes:],
+                k_cache,
+                v_cache,
+                batch.block_tables,
+                batch.slots[num_decodes:],
+                batch.seq_lens[num_decodes:],
+                plan.query_starts,
+                plan.max_query_len,
+                scale,
+                out[num_decodes:],
+            )
+        return out

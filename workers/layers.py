@@ -1,6 +1,7 @@
 """The parts of a decoder, each holding this rank's shard of its weights (Megatron-LM, 3).
 
-Column-parallel layers split their outputs over the ranks, row-parallel ones their inputs, and these sum over the ranks.
+Column-parallel layers split their outputs over the ranks, row-parallel ones their inputs: what these give is a rank's
+share of a sum, which the norm behind them takes over the ranks.
 Weights are plain tensors: Octavo only infers. A layer allocates and fills them in `load`.
 """
 
@@ -57,10 +58,11 @@ class LinearWeight:
         fill(weight)
         self._packed = self._ctx.ops.pack_weight(weight)
 
-    def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """x @ weight.T + bias."""
+    @property
+    def packed(self) -> torch.Tensor:
+        """What the operations' products take."""
         assert self._packed is not None, "the weights are loaded first"
-        return self._ctx.ops.linear(x, self._packed, bias)
+        return self._packed
 
 
 class RMSNorm:
@@ -68,17 +70,19 @@ class RMSNorm:
 
     def __init__(self, ctx: LayerContext, size: int, eps: float) -> None:
         self.weight = ctx.empty(size)
-        self._eps, self._ops = eps, ctx.ops
+        self.eps = eps
+        self._ops, self._tp = ctx.ops, ctx.tp
 
     def load(self, weights: Weights, name: str) -> None:
         self.weight.copy_(weights.read(f"{name}.weight"))
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self._ops.rms_norm(x, self.weight, self._eps)
+        return self._ops.rms_norm(x, self.weight, self.eps)
 
-    def add(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The norm of x + residual, and that sum."""
-        return self._ops.add_rms_norm(x, residual, self.weight, self._eps)
+    def add(self, share: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The norm of x + residual, and that sum, x being the sum of `share` over the ranks."""
+        x = self._tp.all_reduce_transient(share)
+        return self._ops.add_rms_norm(x, residual, self.weight, self.eps)
 
 
 class ColumnParallelLinear:
@@ -87,8 +91,10 @@ class ColumnParallelLinear:
     `shards` are their output rows on this rank, in the order in which `load` gets their names.
     """
 
+    _gated = False  # whether the output is silu of the first half times the second
+
     def __init__(self, ctx: LayerContext, in_size: int, shards: tuple[Shard, ...], bias: bool) -> None:
-        self._shards = shards
+        self._ctx, self._shards = ctx, shards
         self._sizes = [shard.stop - shard.start for shard in shards]
         self._weight = LinearWeight(ctx, sum(self._sizes), in_size)
         self._bias = ctx.empty(sum(self._sizes)) if bias else None
@@ -103,14 +109,27 @@ class ColumnParallelLinear:
             part.copy_(weights.read(name, shard))
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self._weight.product(x, self._bias)
+        product = self._ctx.ops.gated_linear if self._gated else self._ctx.ops.linear
+        return product(x, self._weight.packed, self._bias)
+
+    def after(self, norm: RMSNorm, share: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """This layer of what `norm.add` gives, and the new residual stream."""
+        if self._ctx.tp.size > 1:
+            x, residual = norm.add(share, residual)
+            return self(x), residual
+        return self._ctx.ops.add_rms_norm_linear(
+            share, residual, (norm.weight, norm.eps), self._weight.packed, self._bias, self._gated
+        )
 
 
-class MergedColumnParallelLinear(ColumnParallelLinear):
-    """Layers of one input whose outputs are split evenly: an MLP's gate and up projections."""
+class GateUpParallelLinear(ColumnParallelLinear):
+    """An MLP's gate and up projections with the activation between: silu(gate(x)) * up(x), split evenly."""
 
-    def __init__(self, ctx: LayerContext, in_size: int, out_sizes: tuple[int, ...], bias: bool) -> None:
-        super().__init__(ctx, in_size, tuple(even_shard(size, ctx.tp) for size in out_sizes), bias)
+    _gated = True
+
+    def __init__(self, ctx: LayerContext, in_size: int, out_size: int, bias: bool) -> None:
+        shard = even_shard(out_size, ctx.tp)
+        super().__init__(ctx, in_size, (shard, shard), bias)
 
 
 class QKVParallelLinear(ColumnParallelLinear):
@@ -126,10 +145,10 @@ class QKVParallelLinear(ColumnParallelLinear):
 
 
 class RowParallelLinear:
-    """A linear layer whose input is split over the ranks; its output is summed over them."""
+    """A linear layer whose input is split over the ranks: each gives its share of the sum that is the output."""
 
     def __init__(self, ctx: LayerContext, in_size: int, out_size: int, bias: bool) -> None:
-        self._tp = ctx.tp
+        self._ctx = ctx
         self._shard = even_shard(in_size, ctx.tp, dim=1)
         self._weight = LinearWeight(ctx, out_size, self._shard.stop - self._shard.start)
         self._bias = ctx.empty(out_size) if bias else None
@@ -141,9 +160,8 @@ class RowParallelLinear:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         # The sum must hold the bias once.
-        bias = self._bias if self._tp.rank == 0 else None
-        # A norm takes it in at once.
-        return self._tp.all_reduce_transient(self._weight.product(x, bias))
+        bias = self._bias if self._ctx.tp.rank == 0 else None
+        return self._ctx.ops.linear(x, self._weight.packed, bias)
 
 
 class VocabParallelTable:

@@ -1,6 +1,7 @@
 """Llama (arXiv 2302.13971, 2307.09288, 2407.21783): one rank's share of the decoder, over a paged KV cache."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,8 +11,8 @@ from ...kernels.ops import operations_for
 from ..checkpoint import tensor_shapes
 from ..kv_cache import KVCache
 from ..layers import (
+    GateUpParallelLinear,
     LayerContext,
-    MergedColumnParallelLinear,
     ParallelLMHead,
     QKVParallelLinear,
     RMSNorm,
@@ -22,6 +23,7 @@ from ..layers import (
 from ..model_config import ModelConfig
 from ..parallel import TensorParallel
 from ..rope import RotaryEmbedding
+from ..segments import SegmentRunner, run_now
 from ..weights import Weights
 
 Tensor = torch.Tensor
@@ -44,10 +46,12 @@ class Attention:
         self.qkv_proj.load(weights, f"{name}.q_proj", f"{name}.k_proj", f"{name}.v_proj")
         self.o_proj.load(weights, f"{name}.o_proj")
 
-    def __call__(self, x: Tensor, step: "Step", cache: tuple[Tensor, Tensor]) -> Tensor:
-        qkv = self.qkv_proj(x).view(len(x), -1, self.head_dim)
-        q = self.ops.rope_and_cache(qkv, step.cos, step.sin, *cache, step.kv_indices, self.num_heads)
-        return self.o_proj(self.ops.attend(q, *cache, step.attention, self.scale).flatten(1))
+    def attend(self, qkv: Tensor, step: "Step", cache: tuple[Tensor, Tensor]) -> Tensor:
+        """What lies between the two projections: [num_tokens, heads of q, k and v] to [num_tokens, heads of q]."""
+        heads = qkv.view(len(qkv), -1, self.head_dim)
+        return self.ops.attention(
+            heads, step.rope, cache, step.kv_indices, step.plan, self.num_heads, self.scale
+        ).flatten(1)
 
 
 class MLP:
@@ -55,16 +59,12 @@ class MLP:
 
     def __init__(self, ctx: LayerContext, config: ModelConfig) -> None:
         size = config.intermediate_size
-        self.gate_up_proj = MergedColumnParallelLinear(ctx, config.hidden_size, (size, size), config.mlp_bias)
+        self.gate_up_proj = GateUpParallelLinear(ctx, config.hidden_size, size, config.mlp_bias)
         self.down_proj = RowParallelLinear(ctx, size, config.hidden_size, config.mlp_bias)
-        self.ops = ctx.ops
 
     def load(self, weights: Weights, name: str) -> None:
         self.gate_up_proj.load(weights, f"{name}.gate_proj", f"{name}.up_proj")
         self.down_proj.load(weights, f"{name}.down_proj")
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.ops.silu_and_mul(self.gate_up_proj(x)))
 
 
 class DecoderLayer:
@@ -82,27 +82,25 @@ class DecoderLayer:
         self.post_attention_norm.load(weights, f"{name}.post_attention_layernorm")
         self.mlp.load(weights, f"{name}.mlp")
 
-    def __call__(
-        self, x: Tensor | None, residual: Tensor, step: "Step", cache: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """x: the sublayer output that the stream still lacks; None before the first layer."""
-        if x is None:
-            x = self.input_norm(residual)
-        else:
-            x, residual = self.input_norm.add(x, residual)
-        x, residual = self.post_attention_norm.add(self.attention(x, step, cache), residual)
-        return self.mlp(x), residual
+    def project_qkv(self, share: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """The QKV product, once the sum of the last layer's shares is in the stream; and the stream."""
+        return self.attention.qkv_proj.after(self.input_norm, share, residual)
+
+    def after_attention(self, attended: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """From attention's output to the end of the layer: this rank's share of what the stream still lacks; and it."""
+        share = self.attention.o_proj(attended)
+        x, residual = self.mlp.gate_up_proj.after(self.post_attention_norm, share, residual)
+        return self.mlp.down_proj(x), residual
 
 
 class Step:
     """What all layers of one step share, computed once."""
 
-    __slots__ = ("attention", "cos", "kv_indices", "sin")
+    __slots__ = ("kv_indices", "plan", "rope")
 
-    def __init__(self, attention: Any, rope: tuple[Tensor, Tensor], kv_indices: Tensor) -> None:  # noqa: ANN401
-        """`attention`: what the operations' plan_attention made."""
-        self.attention, self.kv_indices = attention, kv_indices
-        self.cos, self.sin = rope
+    def __init__(self, plan: Any, rope: tuple[Tensor, Tensor], kv_indices: Tensor) -> None:  # noqa: ANN401
+        """`plan`: what the operations' plan_attention made."""
+        self.plan, self.rope, self.kv_indices = plan, rope, kv_indices
 
 
 class LlamaForCausalLM:
@@ -124,6 +122,7 @@ class LlamaForCausalLM:
         self.norm = RMSNorm(ctx, config.hidden_size, config.rms_norm_eps)
         self.lm_head = ParallelLMHead(self._head_table)
         self.rope = RotaryEmbedding(config, max_model_len, dtype, tp.device)
+        self._segments = [partial(self._middle_segment, i) for i in range(config.num_layers - 1)]
 
     @staticmethod
     def tensor_shapes(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
@@ -155,17 +154,42 @@ class LlamaForCausalLM:
             self._head_table.load(weights, "lm_head")
 
     @torch.inference_mode()
-    def forward(self, token_ids: Tensor, batch: AttentionBatch, kv_cache: KVCache) -> Tensor:
+    def forward(
+        self, token_ids: Tensor, batch: AttentionBatch, kv_cache: KVCache, run: SegmentRunner = run_now
+    ) -> Tensor:
         """One step. token_ids: [num_tokens] int64. Writes their KV to the cache; returns the normed hidden states,
-        [num_tokens, hidden_size], the same on each rank."""
-        plan = self.ops.plan_attention(batch, kv_cache.block_size, self.dtype)
-        step = Step(plan, self.rope(batch.positions), batch.kv_indices)
-        x: Tensor | None = None
+        [num_tokens, hidden_size], the same on each rank.
+
+        `run` runs what lies between the layers' attention: segments that depend on the number of tokens alone.
+        """
+        step = Step(
+            self.ops.plan_attention(batch, kv_cache.block_size, self.dtype),
+            self.rope(batch.positions),
+            batch.kv_indices,
+        )
+        qkv, residual = run(self._first_segment, token_ids)
+        for i in range(len(self.layers) - 1):
+            attended = self.layers[i].attention.attend(qkv, step, kv_cache.layer(i))
+            qkv, residual = run(self._segments[i], attended, residual)
+        attended = self.layers[-1].attention.attend(qkv, step, kv_cache.layer(len(self.layers) - 1))
+        (hidden,) = run(self._last_segment, attended, residual)
+        return hidden
+
+    def _first_segment(self, token_ids: Tensor) -> tuple[Tensor, ...]:
+        """From tokens to the first layer's QKV product."""
         residual = self.embed_tokens(token_ids)
-        for i, layer in enumerate(self.layers):
-            x, residual = layer(x, residual, step, kv_cache.layer(i))
-        assert x is not None, "a model has layers"
-        return self.norm.add(x, residual)[0]
+        first = self.layers[0]
+        return first.attention.qkv_proj(first.input_norm(residual)), residual
+
+    def _middle_segment(self, layer: int, attended: Tensor, residual: Tensor) -> tuple[Tensor, ...]:
+        """From one layer's attention to the next one's QKV product."""
+        share, residual = self.layers[layer].after_attention(attended, residual)
+        return self.layers[layer + 1].project_qkv(share, residual)
+
+    def _last_segment(self, attended: Tensor, residual: Tensor) -> tuple[Tensor, ...]:
+        """From the last layer's attention to the hidden states."""
+        share, residual = self.layers[-1].after_attention(attended, residual)
+        return (self.norm.add(share, residual)[0],)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:

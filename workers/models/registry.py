@@ -10,6 +10,7 @@ from ...kernels.batch import AttentionBatch
 from ..kv_cache import KVCache
 from ..model_config import ModelConfig
 from ..parallel import TensorParallel
+from ..segments import SegmentRunner, run_now
 from ..weights import Weights
 from .llama import LlamaForCausalLM
 
@@ -38,7 +39,9 @@ class Model(Protocol):
 
     def load_weights(self, weights: Weights) -> None: ...
 
-    def forward(self, token_ids: torch.Tensor, batch: AttentionBatch, kv_cache: KVCache) -> torch.Tensor: ...
+    def forward(
+        self, token_ids: torch.Tensor, batch: AttentionBatch, kv_cache: KVCache, run: SegmentRunner = run_now
+    ) -> torch.Tensor: ...
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor: ...
 

@@ -1,0 +1,24 @@
+"""The segments of a model's step: all between the attention of one layer and the next.
+
+Segments work on each token by itself, so they depend on the number of tokens alone, and so may be replayed from CUDA
+graphs, while attention, which knows the sequences, runs in between.
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+# Takes and returns tensors whose first dimension is the step's tokens. The same object in each step.
+Segment = Callable[..., tuple[torch.Tensor, ...]]
+
+
+class SegmentRunner(Protocol):
+    """Runs the segments of one step, in order."""
+
+    def __call__(self, segment: Segment, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]: ...
+
+
+def run_now(segment: Segment, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """As it is called."""
+    return segment(*inputs)
