@@ -4,10 +4,10 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-import psutil
 import torch
 
 from ..errors import ResourceExhaustedError
+from .device_memory import DeviceMemory, mib
 
 _MIB = 1024 * 1024
 _MAX_CPU_BYTES = 4096 * _MIB
@@ -57,24 +57,6 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 
 @dataclass(frozen=True, slots=True)
-class DeviceMemory:
-    """What the sizing needs to know of a device, in bytes."""
-
-    total_bytes: int
-    free_bytes: int
-
-    @classmethod
-    def of(cls, device: torch.device) -> "DeviceMemory":
-        """The present state of `device`; of the host for the CPU."""
-        if device.type == "cuda":
-            free_bytes, total_bytes = torch.cuda.mem_get_info(device)
-            cached_bytes = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-            return cls(total_bytes, free_bytes + cached_bytes)
-        memory = psutil.virtual_memory()
-        return cls(memory.total, memory.available)
-
-
-@dataclass(frozen=True, slots=True)
 class BlockBudget:
     """How much of a device the KV cache may take."""
 
@@ -103,8 +85,8 @@ def num_blocks_that_fit(device: torch.device, budget: BlockBudget, memory: Devic
         return _check_override(device, budget, memory)
     if num_blocks < 1:
         raise ResourceExhaustedError(
-            f"too little memory on {device} for one KV block: it takes {_mib(budget.bytes_per_block)}, and "
-            f"{_mib(max(usable_bytes, 0))} are left of {_mib(memory.total_bytes)} at gpu_memory_utilization "
+            f"too little memory on {device} for one KV block: it takes {mib(budget.bytes_per_block)}, and "
+            f"{mib(max(usable_bytes, 0))} are left of {mib(memory.total_bytes)} at gpu_memory_utilization "
             f"{budget.gpu_memory_utilization}; raise --gpu-memory-utilization, lower --block-size, or use more ranks"
         )
     if device.type == "cpu":
@@ -118,12 +100,8 @@ def _check_override(device: torch.device, budget: BlockBudget, memory: DeviceMem
     needed_bytes = budget.num_blocks_override * budget.bytes_per_block
     if needed_bytes * budget.num_ranks_on_device > memory.free_bytes:
         raise ResourceExhaustedError(
-            f"{budget.num_blocks_override} KV blocks take {_mib(needed_bytes)}, and {device} has "
-            f"{_mib(memory.free_bytes)} free for {budget.num_ranks_on_device} rank(s); "
+            f"{budget.num_blocks_override} KV blocks take {mib(needed_bytes)}, and {device} has "
+            f"{mib(memory.free_bytes)} free for {budget.num_ranks_on_device} rank(s); "
             "lower --num-gpu-blocks-override, or leave it out to use what fits"
         )
     return budget.num_blocks_override
-
-
-def _mib(num_bytes: int) -> str:
-    return f"{num_bytes / _MIB:,.1f} MiB"

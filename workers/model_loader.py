@@ -6,6 +6,7 @@ import torch
 
 from ..errors import InvalidArgumentError
 from .checkpoint import verify_tensors
+from .device_memory import check_weights_fit
 from .model_config import ModelConfig
 from .models.registry import Model, model_class, registered_architectures
 from .parallel import TensorParallel
@@ -24,7 +25,8 @@ def load_model(
 ) -> tuple[Model, ModelConfig]:
     """Makes this rank's shard on tp.device. `seed` is that of "dummy" weights; "safetensors" reads only its slices.
 
-    Raises NotFoundError, CheckpointError, or InvalidArgumentError (load_format, tensor_parallel_size).
+    Raises NotFoundError, CheckpointError, ResourceExhaustedError (they do not fit the device), or InvalidArgumentError
+    (load_format, tensor_parallel_size).
     """
     if load_format not in LOAD_FORMATS:
         raise InvalidArgumentError(
@@ -33,6 +35,7 @@ def load_model(
     config = ModelConfig.from_directory(model_path, registered_architectures())
     cls = model_class(config.architecture)
     shapes = cls.tensor_shapes(config)
+    check_weights_fit(shapes.values(), dtype, tp.size, tp.device)
     if load_format == "dummy":
         model = cls(config, tp, dtype, max_model_len)
         model.load_weights(DummyWeights(shapes, seed, dtype, tp.device))

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from ..errors import InvalidArgumentError
+from ..errors import InvalidArgumentError, ResourceExhaustedError
 from ..proto import engine_pb2, worker_pb2
+from .gpu_support import GpuSupport
 from .kv_cache import BlockBudget, KVCache, num_blocks_that_fit
 from .model_config import DTYPES
 from .model_loader import load_model
@@ -38,7 +39,23 @@ def check_request(request: worker_pb2.ConfigureRequest) -> None:
 def build_rank(
     request: worker_pb2.ConfigureRequest, device: torch.device, store: dist.Store | None, num_ranks_on_host: int = 1
 ) -> Iterator[Stage]:
-    """Builds one rank, stage by stage, on the calling thread. `store` is this process's own, if it holds one."""
+    """Builds one rank, stage by stage, on the calling thread. `store` is this process's own, if it holds one.
+
+    Raises FailedPreconditionError (a GPU or its software too old), ResourceExhaustedError (too little memory),
+    UnavailableError (ranks that do not meet), and the errors of load_model.
+    """
+    try:
+        yield from _stages(request, device, store, num_ranks_on_host)
+    except torch.OutOfMemoryError as error:
+        raise ResourceExhaustedError(
+            f"{device} is out of memory; lower --gpu-memory-utilization or --max-num-batched-tokens, use more ranks "
+            "(--tensor-parallel-size), or end what else uses it"
+        ) from error
+
+
+def _stages(
+    request: worker_pb2.ConfigureRequest, device: torch.device, store: dist.Store | None, num_ranks_on_host: int
+) -> Iterator[Stage]:
     config = request.config
     tp = _connect(request, device, store)
     yield Stage("connect")
@@ -62,6 +79,7 @@ def build_rank(
 
 def _connect(request: worker_pb2.ConfigureRequest, device: torch.device, store: dist.Store | None) -> TensorParallel:
     if device.type == "cuda":
+        GpuSupport.of(device).check()
         torch.cuda.set_device(device)
     if request.tensor_parallel_size == 1:
         return TensorParallel(0, 1, device)

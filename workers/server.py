@@ -11,6 +11,7 @@ import uvloop
 
 from ..errors import FailedPreconditionError, InvalidArgumentError
 from ..proto import worker_pb2_grpc
+from .gpu_support import GpuSupport
 from .rendezvous import bind_collectives_to, create_store, leave_group
 from .service import WorkerService
 from .step_pipeline import StepPipeline
@@ -38,7 +39,7 @@ class WorkerServer:
         `create_store`: whether this is rank 0, which holds the group's rendezvous store. `num_threads`: CPU threads of
         torch's operations. `num_ranks_on_host`: ranks that share a CPU's memory.
 
-        Raises InvalidArgumentError for a device that is not there.
+        Raises InvalidArgumentError for a device that is not there, FailedPreconditionError if torch can use no GPU.
         """
         self._host = host
         self._device = _device(device)
@@ -89,6 +90,7 @@ def _device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise InvalidArgumentError(f"device {name!r} is not served; use cpu or cuda", "device")
     if device.type == "cuda" and (device.index is None or device.index >= torch.cuda.device_count()):
+        GpuSupport.of(torch.device("cuda:0"))  # says why where torch can use none at all
         count = torch.cuda.device_count()
         raise InvalidArgumentError(f"device {name!r} is not there: this machine has {count} CUDA devices", "device")
     return device

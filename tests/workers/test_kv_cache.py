@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 from octavo.errors import ResourceExhaustedError
-from octavo.workers.kv_cache import BlockBudget, DeviceMemory, KVCache, num_blocks_that_fit
+from octavo.workers.device_memory import DeviceMemory
+from octavo.workers.kv_cache import BlockBudget, KVCache, num_blocks_that_fit
 
 MIB = 1024 * 1024
 CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
