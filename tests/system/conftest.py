@@ -64,15 +64,17 @@ class EngineOptions:
     max_num_seqs: int = 16
     max_num_batched_tokens: int = 96
     num_inflight_steps: int = 2
+    dtype: str = "float32"
     device: str = "cpu"
     enforce_eager: bool = False
 
 
 @dataclass(slots=True)
 class RunResult:
-    """By request: its tokens; and the engine's counters at the end."""
+    """By request: its tokens, and their logprobs if it asked; and the engine's counters at the end."""
 
     tokens: list[list[int]] = field(default_factory=list)
+    logprobs: list[list[float]] = field(default_factory=list)
     num_preemptions: int = 0
     num_steps: int = 0
 
@@ -97,7 +99,7 @@ async def _serve_engine(address, model_path, options, workers):
     config = engine_pb2.WorkerConfig(
         model_path=str(model_path),
         load_format="safetensors",
-        dtype="float32",
+        dtype=options.dtype,
         num_blocks_override=options.num_blocks,
         gpu_memory_utilization=0.9,
         store_address=workers.store_address,
@@ -133,13 +135,17 @@ async def _generate(address, model_path, options, workers, prompts, sampling) ->
             for i, prompt in enumerate(prompts)
         ]
         await session.write(engine_pb2.SessionRequest(submits=submits))
-        tokens = [[] for _ in prompts]
+        tokens, logprobs = [[] for _ in prompts], [[] for _ in prompts]
         num_finished = 0
         while num_finished < len(prompts):
             response = await session.read()
             assert not response.failures, response.failures
+            handles = np.frombuffer(response.handles, "<u4").tolist()
+            for entry in response.logprobs:
+                rows = np.frombuffer(entry.table.logprobs, "<f4").reshape(-1, entry.table.num_columns)
+                logprobs[handles[entry.entry]] += rows[:, 0].tolist()
             entries = zip(
-                np.frombuffer(response.handles, "<u4").tolist(),
+                handles,
                 np.frombuffer(response.token_ids, "<i4").tolist(),
                 response.finish_reasons,
                 strict=True,
@@ -150,7 +156,7 @@ async def _generate(address, model_path, options, workers, prompts, sampling) ->
         status = engine.status()
         assert status.groups[0].num_free_blocks == status.groups[0].num_blocks
         engine.scheduler.check_invariants()
-        return RunResult(tokens, status.counters.num_preemptions, status.groups[0].steps.num_steps)
+        return RunResult(tokens, logprobs, status.counters.num_preemptions, status.groups[0].steps.num_steps)
 
 
 @pytest.fixture
