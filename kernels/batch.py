@@ -18,8 +18,9 @@ class AttentionBatch:
     block_tables: torch.Tensor  # [num_slots, max_blocks] int32: block ids of each slot, padded with 0
     slots: torch.Tensor  # [num_rows] int64: each row's row of block_tables
     seq_lens: torch.Tensor  # [num_rows] int32: tokens of each row, those of this step included
-    query_starts: tuple[int, ...]  # num_rows + 1 entries: the row's first token
-    host_seq_lens: tuple[int, ...]  # seq_lens, known to the host
+    query_starts: torch.Tensor  # [num_rows + 1] int32: each row's first token, and behind the last one its tokens' end
+    host_seq_lens: tuple[int, ...]  # seq_lens and query_starts, known to the host
+    host_query_starts: tuple[int, ...]
 
     @property
     def num_rows(self) -> int:

@@ -165,7 +165,8 @@ def _length_mask(seq_lens: torch.Tensor, num_keys: int, dtype: torch.dtype) -> t
 
 
 def _plan_chunk(batch: AttentionBatch, blocks: torch.Tensor, row: int, block_size: int) -> ChunkPlan:
-    start, end, seq_len = batch.query_starts[row], batch.query_starts[row + 1], batch.host_seq_lens[row]
+    start, end = batch.host_query_starts[row : row + 2]
+    seq_len = batch.host_seq_lens[row]
     mask = None
     if end - start < seq_len:
         keys = torch.arange(seq_len, device=batch.positions.device)

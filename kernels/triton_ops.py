@@ -1,5 +1,7 @@
 """The operations of a GPU: Triton kernels, put together as layers call them."""
 
+from itertools import pairwise
+
 import torch
 
 from .activation import silu_and_mul
@@ -19,12 +21,8 @@ class TritonAttentionPlan:
     def __init__(self, batch: AttentionBatch) -> None:
         self.batch = batch
         self.num_decodes = batch.num_decode_rows
-        self.query_starts: torch.Tensor | None = None  # of the chunks, counted from the first of their tokens
-        self.max_query_len = 0
-        if batch.num_rows > self.num_decodes:
-            starts = torch.tensor(batch.query_starts[self.num_decodes :], dtype=torch.int32) - self.num_decodes
-            self.max_query_len = int(starts.diff().max())
-            self.query_starts = starts.pin_memory().to(batch.slots.device, non_blocking=True)
+        chunk_starts = batch.host_query_starts[self.num_decodes :]
+        self.max_query_len = max((end - start for start, end in pairwise(chunk_starts)), default=0)  # of the chunks
         self._workspace: DecodeWorkspace | None = None
 
     def workspace(self, q: torch.Tensor, k_cache: torch.Tensor) -> DecodeWorkspace:
@@ -83,17 +81,17 @@ class TritonOperations(Operations):
                 plan.workspace(q[:num_decodes], k_cache),
                 out[:num_decodes],
             )
-        if plan.query_starts is not None:
+        if plan.max_query_len:
             paged_chunk_attention(
-                q[num_decodes:],
+                q,
                 k_cache,
                 v_cache,
                 batch.block_tables,
                 batch.slots[num_decodes:],
                 batch.seq_lens[num_decodes:],
-                plan.query_starts,
+                batch.query_starts[num_decodes:],
                 plan.max_query_len,
                 scale,
-                out[num_decodes:],
+                out,
             )
         return out

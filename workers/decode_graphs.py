@@ -63,6 +63,7 @@ class DecodeGraphs:
         self._inputs = torch.zeros(_NUM_INPUTS * self._sizes[-1], dtype=torch.int64, device=device)
         self._temperature = torch.zeros(self._sizes[-1], dtype=torch.float32, device=device)
         self._seeds = torch.zeros((self._sizes[-1], 2), dtype=torch.int64, device=device)
+        self._query_starts = torch.arange(self._sizes[-1] + 1, dtype=torch.int32, device=device)
         self._token_ids = torch.zeros(self._sizes[-1], dtype=torch.int32, device=device)
         self._graphs: dict[int, _Graph] = {}
         self._sampling: SamplingBatch | None = None  # what temperature and seeds were last written for
@@ -147,8 +148,9 @@ class DecodeGraphs:
             block_tables=self._slots.block_tables,
             slots=slots,
             seq_lens=seq_lens.int(),
-            query_starts=tuple(range(size + 1)),
+            query_starts=self._query_starts[: size + 1],
             host_seq_lens=(1,) * size,
+            host_query_starts=tuple(range(size + 1)),
         )
         token_ids = self._slots.token_ids.view(-1).index_select(0, token_cells).long()
         return self._model.logits(self._model.forward(token_ids, batch, self._kv_cache))

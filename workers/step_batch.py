@@ -107,19 +107,22 @@ def take_step(table: SlotTable, plan: Plan) -> StepRows | None:
 
 def send_step(rows: StepRows, table: SlotTable) -> StepBatch:
     """The step as tensors on the device."""
+    num_rows, num_tokens = len(rows.slots), len(rows.positions)
     sections = _send(
         [
             rows.positions,
             rows.kv_indices,
             rows.token_cells,
             rows.slots,
-            rows.seq_lens,
+            # Counts that kernels want as int32, two in each place: seq_lens, then query_starts.
+            np.concatenate([rows.seq_lens, rows.starts, [num_tokens, 0]]).astype(np.int32).view(np.int64),
             rows.last_tokens,
             rows.sample_positions,
             table.cells(rows.sample_slots, rows.sample_positions),
         ],
         table.device,
     )
+    counts = sections[4].view(torch.int32)
     return StepBatch(
         token_cells=sections[2],
         attention=AttentionBatch(
@@ -128,9 +131,10 @@ def send_step(rows: StepRows, table: SlotTable) -> StepBatch:
             kv_indices=sections[1],
             block_tables=table.block_tables,
             slots=sections[3],
-            seq_lens=sections[4].int(),
-            query_starts=(*rows.starts.tolist(), len(rows.positions)),
+            seq_lens=counts[:num_rows],
+            query_starts=counts[num_rows:-1],
             host_seq_lens=tuple(rows.seq_lens.tolist()),
+            host_query_starts=(*rows.starts.tolist(), num_tokens),
         ),
         # In a step of decodes alone every token samples, in order.
         samples=SampleRows(sections[5] if rows.chunks else None, sections[6], sections[7]),

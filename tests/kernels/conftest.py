@@ -60,6 +60,7 @@ class PagedRows:
         rows = [row for row, length in enumerate(self.host_seq_lens) if length and query_lens[row]]
         query_lens = tuple(query_lens[row] for row in rows)
         lens = tuple(self.host_seq_lens[row] for row in rows)
+        starts = tuple(sum(query_lens[:row]) for row in range(len(rows) + 1))
         tables = self.block_tables[self.slots][rows]
         batch = AttentionBatch(
             num_decode_rows=next((i for i, n in enumerate(query_lens) if n > 1), len(rows)),
@@ -68,8 +69,9 @@ class PagedRows:
             block_tables=tables.where(tables < len(self.k_cache), 0),
             slots=torch.arange(len(tables), device=q.device),
             seq_lens=self.seq_lens[rows],
-            query_starts=tuple(sum(query_lens[:row]) for row in range(len(rows) + 1)),
+            query_starts=torch.tensor(starts, dtype=torch.int32, device=q.device),
             host_seq_lens=lens,
+            host_query_starts=starts,
         )
         caches = (cache.float().nan_to_num(0.0) for cache in (self.k_cache, self.v_cache))
         return reference.paged_attention(q.float(), *caches, batch, scale)

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -127,8 +128,9 @@ def make_step(case: Case):
         block_tables=tables,
         slots=torch.arange(len(tables)),
         seq_lens=torch.tensor([length for _, length in case.rows], dtype=torch.int32),
-        query_starts=tuple(starts),
+        query_starts=torch.tensor(starts, dtype=torch.int32),
         host_seq_lens=tuple(length for _, length in case.rows),
+        host_query_starts=tuple(starts),
     )
     return torch.randn(starts[-1], case.num_heads, case.head_dim), caches, batch, rows
 
@@ -151,7 +153,7 @@ def test_paged_attention_equals_dense_attention(name):
     q, caches, batch, rows = make_step(case)
     scale = 1 / math.sqrt(case.head_dim)
     out = reference.paged_attention(q, *caches, batch, scale)
-    spans = zip(batch.query_starts[:-1], batch.query_starts[1:], strict=True)
+    spans = pairwise(batch.host_query_starts)
     expected = [dense_attention(q[a:b], k, v, scale) for (a, b), (k, v) in zip(spans, rows, strict=True)]
     torch.testing.assert_close(out, torch.cat(expected), **CLOSE)
 
@@ -163,7 +165,7 @@ def test_paged_attention_on_a_gpu_equals_that_on_the_cpu(name):
     case = CASES[name]
     q, caches, batch, _ = make_step(case)
     expected = reference.paged_attention(q, *caches, batch, 0.3)
-    names = ("positions", "kv_indices", "block_tables", "slots", "seq_lens")
+    names = ("positions", "kv_indices", "block_tables", "slots", "seq_lens", "query_starts")
     tensors = {name: getattr(batch, name).cuda() for name in names}
     out = reference.paged_attention(q.cuda(), *(cache.cuda() for cache in caches), replace(batch, **tensors), 0.3)
     # Scores go through another kernel, with another order of sums.

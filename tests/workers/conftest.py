@@ -109,8 +109,9 @@ class PagedSequences:
             block_tables=self.tables,
             slots=torch.tensor(rows),
             seq_lens=torch.tensor([self.num_computed[i] for i in rows], dtype=torch.int32),
-            query_starts=tuple(starts),
+            query_starts=torch.tensor(starts, dtype=torch.int32),
             host_seq_lens=tuple(self.num_computed[i] for i in rows),
+            host_query_starts=tuple(starts),
         )
         ids = [self.tokens[i][p] for i, where in zip(rows, positions, strict=True) for p in where.tolist()]
         logits = self.model.logits(self.model.forward(torch.tensor(ids), batch, self.cache))
