@@ -1,0 +1,77 @@
+"""Attention of a step's prompt chunks over their keys gathered out of the paged cache: one plan a step for all layers.
+
+Gathering reads and writes each key once; a chunk's queries read it once for each 128 of them. So chunks that bring many
+queries for each key attend faster to a copy in token order (kernels/contiguous_attention.py), and others through their
+block tables (kernels/chunk_attention.py).
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from .batch import AttentionBatch
+from .contiguous_attention import DTYPES, HEAD_DIMS, Chunk, contiguous_attention, query_tiles
+
+# Below this many chunk tokens, launching the gathers costs what they save.
+_MIN_TOKENS = 1024
+# Keys for each chunk token: bounds the copy, so that a layer's MLP still needs the most memory of a step.
+_MAX_KEYS_PER_TOKEN = 4
+
+
+@dataclass(frozen=True, slots=True)
+class GatherPlan:
+    """What all layers of a step share."""
+
+    block_ids: torch.Tensor  # [num_blocks] int32: the chunks' blocks, row after row
+    tiles: torch.Tensor  # what query_tiles makes, on the device; queries counted from the step's first token
+
+
+def is_worth_gathering(batch: AttentionBatch, head_dim: int, dtype: torch.dtype) -> bool:
+    """Whether the chunk rows of `batch` attend faster to a copy of their keys."""
+    num_tokens = batch.host_query_starts[-1] - batch.host_query_starts[batch.num_decode_rows]
+    num_keys = sum(batch.host_seq_lens[batch.num_decode_rows :])
+    takes = dtype in DTYPES and head_dim in HEAD_DIMS
+    return takes and num_tokens >= _MIN_TOKENS and num_keys <= _MAX_KEYS_PER_TOKEN * num_tokens
+
+
+def plan_gather(batch: AttentionBatch, block_size: int) -> GatherPlan:
+    """For all chunk rows of `batch`. One transfer; the device is not asked for anything."""
+    rows = range(batch.num_decode_rows, batch.num_rows)
+    num_blocks = torch.tensor([-(-batch.host_seq_lens[row] // block_size) for row in rows])
+    first_blocks = num_blocks.cumsum(0) - num_blocks
+    chunks = [
+        Chunk(
+            query_start=batch.host_query_starts[row],
+            query_len=batch.host_query_starts[row + 1] - batch.host_query_starts[row],
+            key_start=first_block * block_size,
+            num_keys=batch.host_seq_lens[row],
+        )
+        for row, first_block in zip(rows, first_blocks.tolist(), strict=True)
+    ]
+    tiles = query_tiles(chunks)
+    block_rows = torch.tensor(rows).repeat_interleave(num_blocks)
+    block_columns = torch.arange(len(block_rows)) - first_blocks.repeat_interleave(num_blocks)
+    packed = torch.cat((tiles.flatten(), block_rows, block_columns)).to(torch.int32)
+    if batch.slots.is_cuda:
+        packed = packed.pin_memory()
+    packed = packed.to(batch.slots.device, non_blocking=True)
+    flat_tiles, block_rows, block_columns = packed.split((tiles.numel(), len(block_rows), len(block_rows)))
+    return GatherPlan(batch.block_tables[batch.slots[block_rows], block_columns], flat_tiles.view(tiles.shape))
+
+
+def attend_gathered(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, plan: GatherPlan, scale: float, out: torch.Tensor
+) -> torch.Tensor:
+    """Causal attention of the step's chunk tokens, written to their places in `out`; other tokens' are left alone.
+
+    q, out: [num_tokens, num_heads, head_dim], all tokens of the step; caches: [num_blocks, block_size, num_kv_heads,
+    head_dim], with this step's keys in them. Returns `out`. Raises ValueError for shapes that the kernel does not take.
+    """
+    k, v = (_gather(cache, plan.block_ids) for cache in (k_cache, v_cache))
+    return contiguous_attention(q, k, v, plan.tiles, scale, out)
+
+
+def _gather(cache: torch.Tensor, block_ids: torch.Tensor) -> torch.Tensor:
+    """[keys of whole blocks, num_kv_heads, head_dim]"""
+    # Rows of whole blocks: the gather then is a few long copies.
+    return cache.flatten(1).index_select(0, block_ids).view(-1, *cache.shape[2:])
