@@ -40,3 +40,19 @@ class OrderedSequences:
     def last(self) -> Sequence:
         """First to be preempted. There must be one."""
         return self._sequences[-1]
+
+
+class WaitingQueue(OrderedSequences):
+    """Sequences that wait, and how many tokens they know together: while one waits, it learns none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_tokens = 0
+
+    def add(self, sequence: Sequence) -> None:
+        super().add(sequence)
+        self.num_tokens += sequence.num_tokens
+
+    def remove(self, sequence: Sequence) -> None:
+        super().remove(sequence)
+        self.num_tokens -= sequence.num_tokens

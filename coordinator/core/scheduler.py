@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from ...errors import InvalidArgumentError, ResourceExhaustedError
 from .batch_plan import BatchPlan, ScheduledRow
 from .block_manager import num_blocks_for
-from .ordered_sequences import OrderedSequences
+from .chunk_budget import ChunkBudget, paced_budget
+from .ordered_sequences import WaitingQueue
 from .sequence import FinishReason, Request, RequestKey, Sequence, SequenceStatus
 from .worker_group import WorkerGroup
 
@@ -23,6 +24,7 @@ class SchedulerConfig:
     max_model_len: int
     max_num_waiting: int
     num_inflight_steps: int = 2
+    itl_target_ms: float = 0.0  # for which a step that decodes takes smaller chunks; 0: none
 
     def __post_init__(self) -> None:
         # A budget below the slots could be eaten by decodes alone, and prompts would starve.
@@ -88,7 +90,7 @@ class Scheduler:
 
     def __init__(self, config: SchedulerConfig) -> None:
         self.config = config
-        self.waiting = OrderedSequences()
+        self.waiting = WaitingQueue()
         self.groups: dict[int, WorkerGroup] = {}
         self.counters = SchedulerCounters()
         self._sequences: dict[RequestKey, Sequence] = {}
@@ -154,14 +156,21 @@ class Scheduler:
             return None
         plan = group.begin_step()
         preempted = self._schedule_decodes(group, plan)
-        self._schedule_chunks(group, plan)
+        unfinished = [sequence for sequence in group.running if sequence.num_pending_tokens > 1]
+        budget = self._chunk_budget(group, plan, unfinished)
+        self._schedule_chunks(unfinished, plan, budget)
         if not preempted:
-            self._admit_waiting(group, plan)
+            self._admit_waiting(group, plan, budget)
         return group.dispatch(plan) if plan.rows else None
 
-    def update(self, group_id: int, token_ids: list[int], scores: Collection[PromptScores] = ()) -> StepOutcome:
-        """Takes the result of the group's oldest step in flight: sampled tokens in row order, and prompt logprobs."""
-        plan = self.groups[group_id].inflight.popleft()
+    def update(
+        self, group_id: int, token_ids: list[int], scores: Collection[PromptScores] = (), model_time_us: int = 0
+    ) -> StepOutcome:
+        """Takes the result of the group's oldest step in flight: sampled tokens in row order, and prompt logprobs.
+
+        `model_time_us` is how long its workers were at it; 0: not measured.
+        """
+        plan = self.groups[group_id].take_result(model_time_us)
         outcome = StepOutcome(plan, scores=self._accept_scores(plan, scores))
         sampled = 0
         for row in plan.rows:
@@ -207,31 +216,44 @@ class Scheduler:
                 return False
         return True
 
-    def _schedule_chunks(self, group: WorkerGroup, plan: BatchPlan) -> None:
-        """What the budget leaves, to the sequences that have several tokens to compute, the first in order first."""
-        budget = self.config.max_num_batched_tokens - plan.num_tokens
-        for sequence in group.running:
-            if budget == 0:
-                return
-            if sequence.num_pending_tokens > 1:
-                budget -= self._add_chunk(sequence, budget, plan)
+    def _chunk_budget(self, group: WorkerGroup, plan: BatchPlan, unfinished: list[Sequence]) -> ChunkBudget:
+        """Prompt tokens for the step: what it has room for, and beside decodes what leaves these their pace."""
+        num_tokens = self.config.max_num_batched_tokens - plan.num_tokens
+        if not (self.config.itl_target_ms and plan.decode_slots and group.step_time.is_fitted):
+            return ChunkBudget(num_tokens)
+        num_backlog_tokens = self._num_backlog_tokens(unfinished)
+        if num_backlog_tokens == 0:
+            return ChunkBudget(0)
+        costs = group.step_time.costs(len(plan.decode_slots))
+        return paced_budget(self.config.itl_target_ms, costs, num_backlog_tokens, num_tokens)
 
-    def _admit_waiting(self, group: WorkerGroup, plan: BatchPlan) -> None:
+    def _num_backlog_tokens(self, unfinished: list[Sequence]) -> int:
+        """Tokens that a group has to compute before nothing waits for it: of its own, and its share of the queue's."""
+        share = -(-self.waiting.num_tokens // len(self.groups))
+        return share + sum(sequence.num_pending_tokens for sequence in unfinished)
+
+    def _schedule_chunks(self, unfinished: list[Sequence], plan: BatchPlan, budget: ChunkBudget) -> None:
+        """To the sequences that have several tokens to compute, the first in order first."""
+        for sequence in unfinished:
+            if budget.is_spent:
+                return
+            self._add_chunk(sequence, budget, plan)
+
+    def _admit_waiting(self, group: WorkerGroup, plan: BatchPlan, budget: ChunkBudget) -> None:
         """Slots and blocks to waiting sequences, strictly in order: one that does not fit holds the others back."""
-        budget = self.config.max_num_batched_tokens - plan.num_tokens
-        while budget > 0 and self.waiting and self._belongs(self.waiting.first(), group):
+        while not budget.is_spent and self.waiting and self._belongs(self.waiting.first(), group):
             sequence = self.waiting.first()
             self.waiting.remove(sequence)
             group.join(sequence, plan)
-            budget -= self._add_chunk(sequence, budget, plan)
+            self._add_chunk(sequence, budget, plan)
 
-    def _add_chunk(self, sequence: Sequence, budget: int, plan: BatchPlan) -> int:
-        num_tokens = min(sequence.num_pending_tokens, budget)
+    @staticmethod
+    def _add_chunk(sequence: Sequence, budget: ChunkBudget, plan: BatchPlan) -> None:
+        num_tokens = budget.take(sequence.num_pending_tokens)
         samples = num_tokens == sequence.num_pending_tokens
         plan.chunk_slots.append(sequence.slot)
         plan.chunk_num_tokens.append(num_tokens)
         plan.rows.append(ScheduledRow(sequence, sequence.num_preemptions, num_tokens, samples))
-        return num_tokens
 
     def _belongs(self, sequence: Sequence, group: WorkerGroup) -> bool:
         """Whether `group` is to take `sequence`: of the groups with room for it, one with less than its share of all.
@@ -306,3 +328,4 @@ class Scheduler:
                 assert plan.num_tokens <= self.config.max_num_batched_tokens, "over the token budget"
         for sequence in self.waiting:
             assert sequence.status is SequenceStatus.WAITING
+        assert self.waiting.num_tokens == sum(sequence.num_tokens for sequence in self.waiting)

@@ -6,6 +6,7 @@ from .batch_plan import BatchPlan, SlotJoin
 from .block_manager import BlockManager
 from .ordered_sequences import OrderedSequences
 from .sequence import Sequence
+from .step_time import StepTimeModel
 
 
 class WorkerGroup:
@@ -16,6 +17,7 @@ class WorkerGroup:
         self.blocks = BlockManager(num_blocks, block_size)
         self.running = OrderedSequences()
         self.inflight: deque[BatchPlan] = deque()
+        self.step_time = StepTimeModel()
         self._max_num_seqs = max_num_seqs
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
         self._left_slots: list[int] = []  # to be told to the workers with the next plan
@@ -68,6 +70,13 @@ class WorkerGroup:
         for row in plan.rows:
             row.sequence.dispatch(row.num_tokens, row.samples)
         self.inflight.append(plan)
+        return plan
+
+    def take_result(self, model_time_us: int) -> BatchPlan:
+        """The oldest plan in flight has been computed, in so many microseconds; 0: not measured."""
+        plan = self.inflight.popleft()
+        if plan.chunk_slots and model_time_us:
+            self.step_time.observe(len(plan.decode_slots), sum(plan.chunk_num_tokens), model_time_us / 1e3)
         return plan
 
     def check_invariants(self) -> None:

@@ -30,7 +30,7 @@ class ScriptedScheduler:
     add NAME prompt=N [max=N] [min=N] [stop=T,T] [priority=N]
     cancel NAME
     schedule [GROUP]           the plan of the next step
-    result [GROUP] [TOKEN...]  the oldest step's sampled tokens, in row order; 7 where not given
+    result [GROUP] [TOKEN...] [ms=N]  the oldest step's sampled tokens, in row order, 7 where not given; its duration
     lose GROUP                 a group is gone
     state                      what runs and what waits
     """
@@ -74,12 +74,12 @@ class ScriptedScheduler:
         plan = self.scheduler.schedule(int(group))
         return "nothing" if plan is None else describe(plan)
 
-    def do_result(self, *arguments: str) -> str:
+    def do_result(self, *arguments: str, ms: str = "0") -> str:
         group = int(arguments[0]) if len(self.scheduler.groups) > 1 else 0
         tokens = [int(token) for token in arguments[len(self.scheduler.groups) > 1 :]]
         plan = self.scheduler.groups[group].inflight[0]
         tokens += [7] * (sum(row.samples for row in plan.rows) - len(tokens))
-        outcome = self.scheduler.update(group, tokens)
+        outcome = self.scheduler.update(group, tokens, model_time_us=int(ms) * 1000)
         return (
             ", ".join(
                 f"{self.name(token.key)}={token.token_id}"

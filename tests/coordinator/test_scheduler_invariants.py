@@ -5,6 +5,8 @@ Workers are shadows that know only what plans told them, and a group is schedule
 
 from array import array
 from collections import defaultdict, deque
+from collections.abc import Iterator
+from itertools import cycle, repeat
 from types import SimpleNamespace
 
 from hypothesis import HealthCheck, given, settings
@@ -84,6 +86,15 @@ class Trace:
         self.received: dict[RequestKey, list[int]] = defaultdict(list)
         self.ended: dict[RequestKey, FinishReason] = {}
         self.accepted: dict[RequestKey, Request] = {}
+        self.durations_us: Iterator[int] = repeat(0)  # of the steps to come, as their workers measure them
+
+    def replay(self, events: list[tuple]) -> None:
+        for name, *arguments in events:
+            if name in ("schedule", "result"):
+                getattr(self, name)(arguments[0] % len(self.scheduler.groups))
+            else:
+                getattr(self, name)(*arguments)
+            self.scheduler.check_invariants()
 
     def add(self, num_prompt: int, max_tokens: int, stop_after: int, priority: int) -> None:
         key = RequestKey(0, len(self.stop_at))
@@ -116,6 +127,9 @@ class Trace:
         assert 0 < plan.num_tokens <= self.scheduler.config.max_num_batched_tokens
         assert len(set(plan.decode_slots) | set(plan.chunk_slots)) == len(plan.decode_slots) + len(plan.chunk_slots)
         assert len(plan.rows) <= self.scheduler.config.max_num_seqs
+        if any(sequence.num_pending_tokens > 1 for sequence in self.scheduler.groups[group_id].running):
+            room = self.scheduler.config.max_num_batched_tokens - len(plan.decode_slots)
+            assert sum(plan.chunk_num_tokens) >= min(64, room), "a prompt waits, and the step takes hardly any of it"
         tokens = self.workers[group_id].apply(plan, self)
         assert len(tokens) == plan.num_samples
         self.results[group_id].append(tokens)
@@ -123,7 +137,8 @@ class Trace:
     def result(self, group_id: int) -> None:
         if not self.scheduler.groups[group_id].inflight:
             return
-        for token in self.scheduler.update(group_id, self.results[group_id].popleft()).tokens:
+        tokens, duration_us = self.results[group_id].popleft(), next(self.durations_us)
+        for token in self.scheduler.update(group_id, tokens, model_time_us=duration_us).tokens:
             assert token.key not in self.ended, "a token after the end"
             self.received[token.key].append(token.token_id)
             if token.finish_reason:
@@ -190,12 +205,7 @@ configs = st.builds(
 @given(configs, st.integers(1, 2), st.integers(1, 20), events)
 def test_random_traces(config, num_groups, num_blocks, trace_events):
     trace = Trace(config, num_groups, num_blocks)
-    for name, *arguments in trace_events:
-        if name in ("schedule", "result"):
-            getattr(trace, name)(arguments[0] % num_groups)
-        else:
-            getattr(trace, name)(*arguments)
-        trace.scheduler.check_invariants()
+    trace.replay(trace_events)
     trace.drain()
     trace.scheduler.check_invariants()
     trace.check_outputs()
@@ -205,13 +215,39 @@ def test_random_traces(config, num_groups, num_blocks, trace_events):
 @given(configs, events, st.integers(0, 59))
 def test_a_lost_group_loses_no_request(config, trace_events, when):
     trace = Trace(config, num_groups=2, num_blocks=20)
-    for index, (name, *arguments) in enumerate(trace_events):
-        if index == when:
-            trace.lose(1)
-        if name in ("schedule", "result"):
-            getattr(trace, name)(arguments[0] % len(trace.scheduler.groups))
-        else:
-            getattr(trace, name)(*arguments)
-        trace.scheduler.check_invariants()
+    trace.replay(trace_events[:when])
+    trace.lose(1)
+    trace.replay(trace_events[when:])
+    trace.drain()
+    trace.check_outputs()
+
+
+paced_events = st.lists(
+    st.one_of(
+        st.tuples(st.just("add"), st.integers(1, 900), st.integers(1, 20), st.integers(0, 30), st.integers(-1, 1)),
+        st.tuples(st.just("schedule"), st.integers(0, 1)),
+        st.tuples(st.just("result"), st.integers(0, 1)),
+        st.tuples(st.just("cancel"), st.integers(0, 50)),
+    ),
+    max_size=60,
+)
+paced_configs = st.builds(
+    lambda budget, depth, target: SchedulerConfig(
+        16, 5, budget, max_model_len=1024, max_num_waiting=12, num_inflight_steps=depth, itl_target_ms=target
+    ),
+    st.integers(5, 2000),
+    st.integers(1, 4),
+    st.floats(0.5, 100.0),
+)
+durations_us = st.lists(st.one_of(st.integers(1, 200_000), st.just(0)), min_size=1, max_size=20)
+
+
+@settings(max_examples=500, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(paced_configs, st.integers(1, 2), st.integers(64, 200), paced_events, durations_us)
+def test_pacing_starves_nobody(config, num_groups, num_blocks, trace_events, durations):
+    """Whatever the steps' durations are said to be."""
+    trace = Trace(config, num_groups, num_blocks)
+    trace.durations_us = cycle(durations)
+    trace.replay(trace_events)
     trace.drain()
     trace.check_outputs()

@@ -1,0 +1,59 @@
+"""What the model of step times learns: lines are found, odd steps and sizes that never change do no harm."""
+
+import pytest
+from octavo.coordinator.core.step_time import StepTimeModel
+
+
+def fitted(steps, duration):
+    model = StepTimeModel()
+    for num_decodes, num_chunk_tokens in steps:
+        model.observe(num_decodes, num_chunk_tokens, duration(num_decodes, num_chunk_tokens))
+    return model
+
+
+def estimate(model, num_decodes, num_chunk_tokens):
+    costs = model.costs(num_decodes)
+    return costs.fixed_ms + costs.token_ms * num_chunk_tokens
+
+
+def line(num_decodes, num_chunk_tokens):
+    return 3.0 + 0.02 * (num_chunk_tokens + 2 * num_decodes)
+
+
+def test_nothing_is_known_at_first():
+    assert not StepTimeModel().is_fitted
+    assert fitted([(0, 5)], line).is_fitted
+
+
+@pytest.mark.parametrize("tokens_per_ms", [0.001, 1.0, 50.0])
+def test_one_step_gives_the_priors_line_through_it(tokens_per_ms):
+    """On any machine: half of what 256 tokens cost is fixed."""
+    costs = fitted([(0, 256)], lambda _, n: n / tokens_per_ms).costs(0)
+    assert costs.fixed_ms == pytest.approx(128 / tokens_per_ms)
+    assert costs.token_ms == pytest.approx(0.5 / tokens_per_ms)
+
+
+def test_a_line_is_found():
+    model = fitted([(8, 128), (0, 512), (16, 300), (2, 1024)] * 20, line)
+    for size in ((1, 64), (32, 256), (8, 640), (0, 2048)):
+        assert estimate(model, *size) == pytest.approx(line(*size), rel=0.05)
+
+
+def test_a_slow_step_is_an_exception():
+    model = fitted([(4, 128), (4, 512)] * 20, line)
+    model.observe(4, 256, 2_000.0)
+    assert estimate(model, 4, 256) == pytest.approx(line(4, 256), rel=0.02)
+
+
+def test_a_slower_machine_is_noticed():
+    model = fitted([(4, 128), (4, 512)] * 20, line)
+    for _ in range(100):
+        model.observe(4, 256, 1.5 * line(4, 256))
+    assert estimate(model, 4, 256) == pytest.approx(1.5 * line(4, 256), rel=0.05)
+
+
+@pytest.mark.parametrize("duration", [lambda _, n: 5.0, lambda _, n: 5.0 - n / 1000, lambda _, n: n / 100])
+def test_costs_are_never_negative_and_tokens_never_free(duration):
+    costs = fitted([(1, 64), (1, 512), (1, 1024)] * 50, duration).costs(0)
+    assert costs.fixed_ms >= 0
+    assert costs.token_ms > 0.0001
