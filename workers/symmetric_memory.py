@@ -1,35 +1,55 @@
-"""Sums over the ranks of a host through memory that its GPUs read from each other over NVLink.
+"""Sums over the ranks of a host through memory that its GPUs share over NVLink. No multicast is used.
 
-NCCL takes 16-18 us for what a decode step sums, these kernels of torch's 7-9 us (H200, 4 GPUs). No multicast is used.
+Sums on the way to a norm are fused with it: small ones by kernels/ll_all_reduce.py, larger ones by kernels/two_shot.py.
+Others go through torch's kernels. Figures: `_Limits`.
 """
 
 import logging
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed._symmetric_memory as symm_mem
 
+from ..kernels.ll_all_reduce import MAX_SPLITS, LLInbox, ll_add_rms_norm
+from ..kernels.peer_wait import PeerWait
+from ..kernels.two_shot import TwoShotBuffers, two_shot_add_rms_norm
+
 _log = logging.getLogger(__name__)
+
+Tensor = torch.Tensor
 
 _BUFFER_BYTES = 8 * 1024 * 1024
 _DTYPES = (torch.float32, torch.bfloat16)
 _ALIGNMENT_BYTES = 16  # of each rank's part
-# Up to here every rank sums all of it; above, a part each, which is then handed round.
+# Without a norm, up to here every rank sums all of it; above, a part each, which is then handed round.
 _MAX_ONE_SHOT_BYTES = 64 * 1024
 _MAX_TWO_SHOT_BYTES = 4 * 1024 * 1024  # above, NCCL is as fast
+# With a norm.
+_MAX_LL_ROWS = 32
+_MAX_LL_WORDS = 8192  # of a row, 4 bytes each
+_MAX_FUSED_BYTES = 8 * 1024 * 1024
+_MAX_PROGRAMS = 1024  # rows of one rank
 
 
 class SymmetricMemory:
-    """One buffer, the same on all ranks of a group. Used by one stream."""
+    """Buffers that all ranks of a group have, and reach on each other's GPUs. Used by one stream."""
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
         """All ranks at once. Raises RuntimeError where GPUs cannot reach each other's memory."""
-        self._size = group.size()
+        self._group, self._device = group, device
+        self._rank, self._size = group.rank(), group.size()
         self._name = group.group_name
-        self._buffer = symm_mem.empty(_BUFFER_BYTES, dtype=torch.uint8, device=device)
-        symm_mem.rendezvous(self._buffer, group)
+        self._buffer, _ = self._allocate((_BUFFER_BYTES,), torch.uint8)
+        self._wait = PeerWait.on(device)
+        self._ll_inbox = self._make_ll_inbox()
+        self._two_shot = self._make_two_shot_buffers()
 
-    def takes(self, tensor: torch.Tensor) -> bool:
+    def has_failed(self) -> bool:
+        """Whether a rank has waited for another beyond reason. Sums are worthless from then on."""
+        return self._wait.has_failed()
+
+    def takes(self, tensor: Tensor) -> bool:
         """Whether `all_reduce` can sum it, and faster than NCCL."""
         return (
             tensor.dtype in _DTYPES
@@ -38,15 +58,63 @@ class SymmetricMemory:
             and tensor.nbytes % (_ALIGNMENT_BYTES * self._size) == 0
         )
 
-    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+    def all_reduce(self, tensor: Tensor) -> Tensor:
         """The sum over the ranks, in memory that the next call overwrites."""
         mine = self._buffer[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
         if tensor.nbytes <= _MAX_ONE_SHOT_BYTES:
-            total: torch.Tensor = torch.ops.symm_mem.one_shot_all_reduce_copy(mine, tensor, "sum", self._name)
+            total: Tensor = torch.ops.symm_mem.one_shot_all_reduce_copy(mine, tensor, "sum", self._name)
             return total
         mine.copy_(tensor)
         torch.ops.symm_mem.two_shot_all_reduce_(mine, "sum", self._name)
         return mine
+
+    def takes_norm(self, partial: Tensor) -> bool:
+        """Whether `all_reduce_add_rms_norm` can sum it, and faster than NCCL."""
+        return self._ll_inbox.takes(partial) or self._two_shot.takes(partial)
+
+    def all_reduce_add_rms_norm(
+        self, partial: Tensor, residual: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """The norm of the ranks' `partial` and `residual` added up, and that sum: the same bits on every rank.
+
+        partial, residual: [num_rows, width]; weight: [width]. The next call may overwrite both results, and may have
+        the sum as its residual.
+        """
+        if self._ll_inbox.takes(partial):
+            return ll_add_rms_norm(partial, residual, weight, eps, self._ll_inbox)
+        return two_shot_add_rms_norm(partial, residual, weight, eps, self._two_shot)
+
+    def input_buffer(self, num_rows: int, width: int, dtype: torch.dtype) -> Tensor | None:
+        """Where to write a `partial` of this shape so that it need not be copied. None where a copy is not made.
+
+        It may be written from the end of one all_reduce_add_rms_norm to the start of the next.
+        """
+        like = torch.empty(num_rows, width, dtype=dtype, device="meta")
+        if self._ll_inbox.takes(like) or not self._two_shot.takes(like):
+            return None
+        return self._two_shot.input_like(like)
+
+    def _make_ll_inbox(self) -> LLInbox:
+        _, words = self._allocate((2, _MAX_LL_ROWS, self._size, _MAX_LL_WORDS), torch.int64)
+        cells = torch.zeros(2, _MAX_LL_ROWS, MAX_SPLITS, dtype=torch.int64, device=self._device)
+        return LLInbox(self._rank, words, num_calls=cells[0], squares=cells[1], wait=self._wait)
+
+    def _make_two_shot_buffers(self) -> TwoShotBuffers:
+        inputs, normed, sums = (self._allocate((_MAX_FUSED_BYTES,), torch.uint8)[1] for _ in range(3))
+        flags, all_flags = self._allocate((_MAX_PROGRAMS, 2, self._size), torch.int32)
+        addresses = torch.tensor([peer.data_ptr() for peer in all_flags], device=self._device)
+        num_calls = torch.zeros(_MAX_PROGRAMS, dtype=torch.int32, device=self._device)
+        return TwoShotBuffers(self._rank, inputs, normed, sums, flags, addresses, num_calls, self._wait)
+
+    def _allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Zeros: this rank's, and those of all ranks in their order."""
+        mine = symm_mem.empty(shape, dtype=dtype, device=self._device).zero_()
+        # Ranks meet in the rendezvous, and write to each other's memory only behind it.
+        torch.cuda.synchronize(self._device)
+        handle: Any = symm_mem.rendezvous(mine, self._group)
+        # A view of one's own memory is no second owner, so `mine` stands for it.
+        peers = (mine if rank == self._rank else handle.get_buffer(rank, shape, dtype) for rank in range(self._size))
+        return mine, tuple(peers)
 
 
 def open_symmetric_memory(group: dist.ProcessGroup, device: torch.device) -> SymmetricMemory | None:

@@ -1,0 +1,202 @@
+"""A medium sum over ranks, the residual added and normed, each row by one rank and then handed to all ("two-shot").
+
+    sum = round(residual + x_0 + x_1 + ...);  normed = sum / sqrt(mean(sum^2) + eps) * weight
+
+Rows are dealt to the ranks like cards. A rank reads its rows from every rank's input buffer, in rank order, and writes
+the results into every rank's output buffers: all ranks have the same bits, because one rank made them. Program p of
+each rank exchanges two flags with program p of every other, and waits for no other program: "my input is whole" before
+it reads, "my results are with you" before it ends. A flag is the program's own count of calls, so nothing is reset.
+
+**When buffers may be written again.** A rank's kernel ends when every program has had "my results are with you" from
+all peers, who have then read its input: the next product may write there. A peer writes results of the next call only
+after this rank's "my input is whole" of that call, which follows in the stream on whatever read the last results.
+
+**Why it cannot lock up.** Programs start in the order of their ids, so the first one not yet done anywhere is running
+on every rank.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from .peer_wait import PeerWait, polls_allowed, report_missing
+
+_DTYPES = (torch.float32, torch.bfloat16)
+_VECTOR_BYTES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class TwoShotBuffers:
+    """One rank's side of the exchange. Tuples have every rank's symmetric memory, in rank order."""
+
+    rank: int
+    inputs: tuple[torch.Tensor, ...]  # [max_bytes] uint8 each
+    normed: tuple[torch.Tensor, ...]  # [max_bytes] uint8
+    sums: tuple[torch.Tensor, ...]  # [max_bytes] uint8
+    flags: torch.Tensor  # [max_programs, 2, world_size] int32, this rank's: input whole, results there; zero at first
+    flag_addresses: torch.Tensor  # [world_size] int64: of every rank's flags
+    num_calls: torch.Tensor  # [max_programs] int32: calls in which a program took part
+    wait: PeerWait
+
+    def takes(self, x: torch.Tensor) -> bool:
+        """Whether rows [num_rows, width] fit."""
+        return (
+            x.dtype in _DTYPES
+            and x.dim() == 2
+            and x.is_contiguous()
+            and 0 < x.nbytes <= len(self.inputs[0])
+            and triton.cdiv(len(x), len(self.inputs)) <= len(self.num_calls)
+            and x.shape[1] * x.itemsize % _VECTOR_BYTES == 0
+        )
+
+    def input_like(self, x: torch.Tensor) -> torch.Tensor:
+        """The part of this rank's input buffer that holds a tensor like x. Products may write to it."""
+        return _view(self.inputs[self.rank], x)
+
+
+def _view(buffer: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return buffer[: like.nbytes].view(like.dtype).view(like.shape)
+
+
+@triton.jit
+def _read_flags(flags: tl.tensor, on_gpu: tl.constexpr) -> tl.tensor:
+    """What a peer wrote before it set a flag is seen by whoever has read the flag so."""
+    if on_gpu:
+        return tl.inline_asm_elementwise(
+            "ld.acquire.sys.global.b32 $0, [$1];", "=r,l", [flags], dtype=tl.int32, is_pure=False, pack=1
+        )
+    return tl.load(flags)
+
+
+@triton.jit
+def _await_flags(
+    flags: tl.tensor,  # [world_size] pointers to this rank's memory
+    value: tl.tensor,
+    failed_ptr: tl.tensor,
+    seen_by_host_ptr: tl.tensor,
+    max_polls: tl.tensor,
+    on_gpu: tl.constexpr,
+) -> None:
+    missing = tl.max((_read_flags(flags, on_gpu) != value).to(tl.int32))
+    while (missing > 0) & (max_polls > 0):
+        missing = tl.max((_read_flags(flags, on_gpu) != value).to(tl.int32))
+        max_polls -= 1
+    report_missing(missing, failed_ptr, seen_by_host_ptr)
+    tl.debug_barrier()  # each thread goes on behind all flags
+
+
+@triton.jit
+def _release(on_gpu: tl.constexpr) -> None:
+    """Whoever sees what this program writes from here on sees what it wrote before."""
+    if on_gpu:
+        tl.inline_asm_elementwise("fence.acq_rel.sys; mov.b32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+    tl.debug_barrier()
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _two_shot_add_rms_norm_kernel(
+    residual_ptr: tl.tensor,  # [num_rows, width]
+    weight_ptr: tl.tensor,  # [width]
+    inputs: tl.tuple,  # of every rank: [num_rows, width]
+    normed: tl.tuple,
+    sums: tl.tuple,
+    own_flags_ptr: tl.tensor,  # [max_programs, 2, world_size] int32
+    flag_addresses_ptr: tl.tensor,  # [world_size] int64
+    num_calls_ptr: tl.tensor,  # [max_programs] int32
+    failed_ptr: tl.tensor,
+    seen_by_host_ptr: tl.tensor,
+    max_polls: tl.tensor,
+    num_rows: tl.tensor,
+    eps: tl.tensor,
+    rank: tl.constexpr,
+    world_size: tl.constexpr,
+    width: tl.constexpr,
+    block: tl.constexpr,  # the power of two that holds a row
+    on_gpu: tl.constexpr,
+) -> None:
+    program = tl.program_id(0)
+    row = program * world_size + rank
+    columns = tl.arange(0, block)
+    mask = (columns < width) & (row < num_rows)
+    cells = row * width + columns
+    ranks = tl.arange(0, world_size)
+    start = program * 2 * world_size
+    own_flags = own_flags_ptr + start + ranks
+    peer_flags = tl.load(flag_addresses_ptr + ranks).to(tl.pointer_type(tl.int32)) + start + rank
+
+    count = (tl.load(num_calls_ptr + program).to(tl.int64) + 1).to(tl.int32)  # wraps round, which numpy warns of
+    max_polls = polls_allowed(failed_ptr, max_polls)
+    # The input was whole before this kernel began. Flags are written through: they are not to wait for anything.
+    tl.store(peer_flags, count, cache_modifier=".wt")
+    weight = tl.load(weight_ptr + columns, columns < width, other=0.0).to(tl.float32)
+    residual = tl.load(residual_ptr + cells, mask, other=0.0).to(tl.float32)
+    _await_flags(own_flags, count, failed_ptr, seen_by_host_ptr, max_polls, on_gpu)
+
+    total = tl.zeros([block], tl.float32)
+    for peer in tl.static_range(world_size):
+        total += tl.load(inputs[peer] + cells, mask, other=0.0).to(tl.float32)
+    rounded = (total + residual).to(residual_ptr.dtype.element_ty)
+    # What the next layer adds to is what is normed.
+    x = rounded.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(x * x) / width + eps)
+    result = (x * scale * weight).to(residual_ptr.dtype.element_ty)
+    for distance in tl.static_range(1, world_size + 1):
+        tl.store(sums[(rank + distance) % world_size] + cells, rounded, mask)
+        tl.store(normed[(rank + distance) % world_size] + cells, result, mask)
+
+    _release(on_gpu)
+    tl.store(peer_flags + world_size, count, cache_modifier=".wt")
+    _await_flags(own_flags + world_size, count, failed_ptr, seen_by_host_ptr, max_polls, on_gpu)
+    tl.store(num_calls_ptr + program, count)
+
+
+def two_shot_add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, buffers: TwoShotBuffers
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The norm of the ranks' x and the residual added up, and that sum rounded to x's dtype, in `buffers`.
+
+    x, residual: [num_rows, width] contiguous, of which `buffers` takes x; weight: [width]. x is copied unless it is
+    `buffers.input_like(x)`. All ranks call it in the same order with the same shapes, residual and weight, and get the
+    same bits. The next call with these buffers overwrites the results; `residual` may be that sum.
+    Raises ValueError for tensors that the kernel does not take.
+    """
+    _check(x, residual, weight, buffers)
+    mine = buffers.input_like(x)
+    if mine.data_ptr() != x.data_ptr():
+        mine.copy_(x)
+    world_size, width = len(buffers.inputs), x.shape[1]
+    block = triton.next_power_of_2(width)
+    _two_shot_add_rms_norm_kernel[(triton.cdiv(len(x), world_size),)](
+        residual,
+        weight,
+        *(tuple(_view(rank, x) for rank in ranks) for ranks in (buffers.inputs, buffers.normed, buffers.sums)),
+        buffers.flags,
+        buffers.flag_addresses,
+        buffers.num_calls,
+        buffers.wait.failed,
+        buffers.wait.seen_by_host,
+        buffers.wait.max_polls,
+        len(x),
+        eps,
+        rank=buffers.rank,
+        world_size=world_size,
+        width=width,
+        block=block,
+        on_gpu=x.is_cuda,
+        num_warps=min(max(block * x.itemsize // (32 * _VECTOR_BYTES), 1), 32),
+    )
+    return _view(buffers.normed[buffers.rank], x), _view(buffers.sums[buffers.rank], x)
+
+
+def _check(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, buffers: TwoShotBuffers) -> None:
+    if not buffers.takes(x):
+        raise ValueError(f"two_shot_add_rms_norm: rows [{list(x.shape)}, {x.dtype}, strides {x.stride()}] do not fit")
+    if residual.shape != x.shape or residual.dtype != x.dtype or not residual.is_contiguous():
+        raise ValueError(
+            f"two_shot_add_rms_norm: a residual like x ({list(x.shape)}, {x.dtype}, contiguous) is needed, "
+            f"not {list(residual.shape)}, {residual.dtype}, strides {residual.stride()}"
+        )
+    if weight.shape != x.shape[1:] or weight.dtype != x.dtype or not weight.is_contiguous():
+        raise ValueError(f"two_shot_add_rms_norm: the weight {list(weight.shape)}, {weight.dtype} does not fit x")

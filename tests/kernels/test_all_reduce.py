@@ -1,0 +1,240 @@
+"""Sums over ranks with residual and norm, all ranks in this process: memory that they share is any memory.
+
+The interpreter runs one program at a time, so a kernel that waits for others is run in passes: with no patience it
+sends what it has and gives up, its count of calls is put back, and so on until a pass finds everything there.
+"""
+
+import pytest
+import torch
+from octavo.kernels import reference
+from octavo.kernels.ll_all_reduce import MAX_SPLITS, LLInbox, ll_add_rms_norm
+from octavo.kernels.peer_wait import PeerWait
+from octavo.kernels.two_shot import TwoShotBuffers, two_shot_add_rms_norm
+
+_EPS = 1e-5
+_MAX_ROWS = 4
+_TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}  # a few roundings of the sum; one of the norm's output
+
+
+class _LLRanks:
+    """The inboxes of all ranks."""
+
+    def __init__(self, world_size: int, max_words: int, num_calls: int = 0) -> None:
+        cpu = torch.device("cpu")
+        words = tuple(torch.zeros(2, _MAX_ROWS, world_size, max_words, dtype=torch.int64) for _ in range(world_size))
+        self.inboxes = [
+            LLInbox(
+                rank,
+                words,
+                torch.full((_MAX_ROWS, MAX_SPLITS), num_calls),
+                torch.zeros(_MAX_ROWS, MAX_SPLITS, dtype=torch.int64),
+                PeerWait.on(cpu, max_polls=0),
+            )
+            for rank in range(world_size)
+        ]
+
+    def add_rms_norm(self, partials, residual, weight, splits):
+        """What each rank gets."""
+        for _ in ("words", "sums of squares"):
+            counts = [inbox.num_calls.clone() for inbox in self.inboxes]
+            self._one_pass(partials, residual, weight, splits)
+            for inbox, count in zip(self.inboxes, counts, strict=True):
+                inbox.num_calls.copy_(count)
+                inbox.wait.failed.zero_()
+                inbox.wait.seen_by_host.zero_()
+        results = self._one_pass(partials, residual, weight, splits)
+        assert not any(inbox.wait.has_failed() for inbox in self.inboxes)
+        return results
+
+    def _one_pass(self, partials, residual, weight, splits):
+        return [
+            ll_add_rms_norm(partial, residual, weight, _EPS, inbox, splits)
+            for partial, inbox in zip(partials, self.inboxes, strict=True)
+        ]
+
+
+def _inputs(world_size, num_rows, width, dtype):
+    partials = [torch.randn(num_rows, width).to(dtype) for _ in range(world_size)]
+    return partials, torch.randn(num_rows, width).to(dtype), torch.randn(width).to(dtype)
+
+
+def _check(results, partials, residual, weight):
+    exact = sum(partial.double() for partial in partials)
+    normed, total = reference.add_rms_norm(exact, residual.double(), weight.double(), _EPS)
+    tolerance = _TOLERANCE[residual.dtype]
+    for result in results:
+        torch.testing.assert_close(result[1].double(), total, atol=tolerance, rtol=tolerance)
+        torch.testing.assert_close(result[0].double(), normed, atol=tolerance, rtol=tolerance)
+        assert torch.equal(result[0], results[0][0])
+        assert torch.equal(result[1], results[0][1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("world_size", "num_rows", "width", "splits"), [(2, 1, 64, 1), (2, 3, 100, 2), (4, 2, 96, 4), (8, 1, 130, 8)]
+)
+def test_ll_sum_equals_the_reference_with_the_same_bits_on_every_rank(world_size, num_rows, width, splits, dtype):
+    torch.manual_seed(0)
+    inputs = _inputs(world_size, num_rows, width, dtype)
+    _check(_LLRanks(world_size, 160).add_rms_norm(*inputs, splits), *inputs)
+
+
+def test_ll_calls_of_all_shapes_follow_one_another():
+    """Buffers alternate, rows count their own calls, and the number of programs may change."""
+    torch.manual_seed(0)
+    ranks = _LLRanks(2, 64)
+    for num_rows, width, splits in [(1, 64, 4), (3, 64, 1), (1, 32, 2), (4, 64, 8), (2, 60, 2), (4, 64, 4)]:
+        inputs = _inputs(2, num_rows, width, torch.float32)
+        _check(ranks.add_rms_norm(*inputs, splits), *inputs)
+    assert ranks.inboxes[0].num_calls[:, 0].tolist() == [6, 4, 3, 2]
+    assert torch.equal(ranks.inboxes[0].num_calls, ranks.inboxes[0].num_calls[:, :1].expand(-1, MAX_SPLITS))
+
+
+def test_ll_epochs_wrap_round():
+    torch.manual_seed(0)
+    ranks = _LLRanks(2, 64, num_calls=2**32 - 3)
+    for _ in range(5):
+        inputs = _inputs(2, 2, 64, torch.float32)
+        _check(ranks.add_rms_norm(*inputs, 2), *inputs)
+
+
+def test_a_peer_that_never_sends_is_given_up_and_reported():
+    inbox = _LLRanks(2, 64).inboxes[0]
+    assert not inbox.wait.has_failed()
+    ll_add_rms_norm(torch.ones(1, 64), torch.ones(1, 64), torch.ones(64), _EPS, inbox)
+    assert inbox.wait.has_failed()
+
+
+def test_words_of_an_earlier_call_are_not_taken():
+    """After two calls the buffer that the third uses is full of the first's words."""
+    torch.manual_seed(0)
+    ranks = _LLRanks(2, 64)
+    for _ in range(2):
+        inputs = _inputs(2, 1, 64, torch.float32)
+        ranks.add_rms_norm(*inputs, 1)
+    partials, residual, weight = inputs
+    ll_add_rms_norm(partials[0], residual, weight, _EPS, ranks.inboxes[0], 1)
+    assert ranks.inboxes[0].wait.has_failed()
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.ones(_MAX_ROWS + 1, 64),
+        torch.ones(1, 65),
+        torch.ones(1, 63, dtype=torch.bfloat16),
+        torch.ones(1, 64, dtype=torch.float16),
+        torch.ones(2, 64).T,
+    ],
+)
+def test_ll_refuses_rows_that_do_not_fit(x):
+    inbox = _LLRanks(2, 64).inboxes[0]
+    assert not inbox.takes(x)
+    with pytest.raises(ValueError, match="do not fit"):
+        ll_add_rms_norm(x, x, x[0], _EPS, inbox)
+
+
+class _TwoShotRanks:
+    """The buffers of all ranks."""
+
+    def __init__(self, world_size: int, num_programs: int, num_bytes: int, num_calls: int = 0) -> None:
+        cpu = torch.device("cpu")
+        inputs, self.normed, self.sums = (
+            tuple(torch.zeros(num_bytes, dtype=torch.uint8) for _ in range(world_size)) for _ in range(3)
+        )
+        flags = [torch.zeros(num_programs, 2, world_size, dtype=torch.int32) for _ in range(world_size)]
+        addresses = torch.tensor([rank.data_ptr() for rank in flags])
+        self.buffers = [
+            TwoShotBuffers(
+                rank,
+                inputs,
+                self.normed,
+                self.sums,
+                flags[rank],
+                addresses,
+                torch.full((num_programs,), num_calls, dtype=torch.int32),
+                PeerWait.on(cpu, max_polls=0),
+            )
+            for rank in range(world_size)
+        ]
+
+    def add_rms_norm(self, partials, residuals, weight):
+        """What each rank gets."""
+        for partial, buffers in zip(partials, self.buffers, strict=True):
+            buffers.input_like(partial).copy_(partial)
+        sums = [total.clone() for total in self.sums]
+        counts = [buffers.num_calls.clone() for buffers in self.buffers]
+        self._one_pass(partials, residuals, weight)
+        for rank, buffers in enumerate(self.buffers):
+            self.normed[rank].fill_(255)  # NaN
+            self.sums[rank].copy_(sums[rank])
+            buffers.num_calls.copy_(counts[rank])
+            buffers.wait.failed.zero_()
+            buffers.wait.seen_by_host.zero_()
+        results = self._one_pass(partials, residuals, weight)
+        assert not any(buffers.wait.has_failed() for buffers in self.buffers)
+        return results
+
+    def _one_pass(self, partials, residuals, weight):
+        return [
+            two_shot_add_rms_norm(partial, residual, weight, _EPS, buffers)
+            for partial, residual, buffers in zip(partials, residuals, self.buffers, strict=True)
+        ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("world_size", "num_rows", "width"), [(2, 1, 64), (2, 5, 104), (4, 6, 64), (8, 11, 72)])
+def test_two_shot_sum_equals_the_reference_with_the_same_bits_on_every_rank(world_size, num_rows, width, dtype):
+    torch.manual_seed(0)
+    partials, residual, weight = _inputs(world_size, num_rows, width, dtype)
+    ranks = _TwoShotRanks(world_size, 3, 8192)
+    _check(ranks.add_rms_norm(partials, [residual] * world_size, weight), partials, residual, weight)
+
+
+def test_two_shot_takes_its_last_sum_as_the_residual_and_epochs_wrap_round():
+    torch.manual_seed(0)
+    ranks = _TwoShotRanks(2, 2, 4096, num_calls=2**31 - 3)
+    partials, residual, weight = _inputs(2, 3, 64, torch.float32)
+    residuals = [residual, residual]
+    for _ in range(5):
+        partials, _, weight = _inputs(2, 3, 64, torch.float32)
+        expected = residuals[0].clone()
+        results = ranks.add_rms_norm(partials, residuals, weight)
+        _check(results, partials, expected, weight)
+        residuals = [total for _, total in results]
+
+
+def test_two_shot_calls_of_all_shapes_follow_one_another():
+    torch.manual_seed(0)
+    ranks = _TwoShotRanks(2, 3, 4096)
+    for num_rows, width in [(6, 64), (1, 64), (5, 32), (2, 128)]:
+        partials, residual, weight = _inputs(2, num_rows, width, torch.float32)
+        _check(ranks.add_rms_norm(partials, [residual] * 2, weight), partials, residual, weight)
+    assert ranks.buffers[0].num_calls.tolist() == [4, 2, 2]
+
+
+def test_two_shot_gives_up_a_peer_that_never_comes():
+    ranks = _TwoShotRanks(2, 1, 4096)
+    x = torch.ones(1, 64)
+    two_shot_add_rms_norm(x, x, x[0], _EPS, ranks.buffers[0])
+    assert ranks.buffers[0].wait.has_failed()
+
+
+def test_two_shot_waits_for_every_input_and_every_result():
+    """A rank whose peer has only said that its input is whole still waits for results."""
+    ranks = _TwoShotRanks(2, 1, 4096)
+    x = torch.ones(2, 64)
+    mine = ranks.buffers[0]
+    mine.flags[0, 0, 1] = 1
+    two_shot_add_rms_norm(x, x, x[0], _EPS, mine)
+    assert mine.wait.has_failed()
+
+
+@pytest.mark.parametrize(
+    "x", [torch.ones(5, 64), torch.ones(1, 66), torch.ones(2, 4096), torch.ones(1, 64).half(), torch.ones(8, 2).T]
+)
+def test_two_shot_refuses_rows_that_do_not_fit(x):
+    buffers = _TwoShotRanks(2, 2, 4096).buffers[0]
+    assert not buffers.takes(x)
+    with pytest.raises(ValueError, match="do not fit"):
+        two_shot_add_rms_norm(x, x, x[0], _EPS, buffers)
