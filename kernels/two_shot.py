@@ -25,6 +25,8 @@ from .peer_wait import PeerWait, polls_allowed, report_missing
 
 _DTYPES = (torch.float32, torch.bfloat16)
 _VECTOR_BYTES = 16
+# Said so that the compiler does not save registers by reading one peer's memory only after another's.
+_NUM_REGISTERS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,7 @@ class TwoShotBuffers:
             x.dtype in _DTYPES
             and x.dim() == 2
             and x.is_contiguous()
+            and len(self.inputs).bit_count() == 1  # programs count ranks in powers of two
             and 0 < x.nbytes <= len(self.inputs[0])
             and triton.cdiv(len(x), len(self.inputs)) <= len(self.num_calls)
             and x.shape[1] * x.itemsize % _VECTOR_BYTES == 0
@@ -114,6 +117,7 @@ def _two_shot_add_rms_norm_kernel(
     world_size: tl.constexpr,
     width: tl.constexpr,
     block: tl.constexpr,  # the power of two that holds a row
+    share_sum: tl.constexpr,
     on_gpu: tl.constexpr,
 ) -> None:
     program = tl.program_id(0)
@@ -143,8 +147,10 @@ def _two_shot_add_rms_norm_kernel(
     scale = tl.rsqrt(tl.sum(x * x) / width + eps)
     result = (x * scale * weight).to(residual_ptr.dtype.element_ty)
     for distance in tl.static_range(1, world_size + 1):
-        tl.store(sums[(rank + distance) % world_size] + cells, rounded, mask)
+        # From the next rank round to this one, so that not all write to one at once.
         tl.store(normed[(rank + distance) % world_size] + cells, result, mask)
+        if share_sum or distance == world_size:
+            tl.store(sums[(rank + distance) % world_size] + cells, rounded, mask)
 
     _release(on_gpu)
     tl.store(peer_flags + world_size, count, cache_modifier=".wt")
@@ -153,14 +159,20 @@ def _two_shot_add_rms_norm_kernel(
 
 
 def two_shot_add_rms_norm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, buffers: TwoShotBuffers
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    buffers: TwoShotBuffers,
+    share_sum: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The norm of the ranks' x and the residual added up, and that sum rounded to x's dtype, in `buffers`.
 
     x, residual: [num_rows, width] contiguous, of which `buffers` takes x; weight: [width]. x is copied unless it is
     `buffers.input_like(x)`. All ranks call it in the same order with the same shapes, residual and weight, and get the
     same bits. The next call with these buffers overwrites the results; `residual` may be that sum.
-    Raises ValueError for tensors that the kernel does not take.
+    Without `share_sum` each rank has the sums of its own rows alone, which is all that the next call with as many rows
+    reads of its residual. Raises ValueError for tensors that the kernel does not take.
     """
     _check(x, residual, weight, buffers)
     mine = buffers.input_like(x)
@@ -184,8 +196,10 @@ def two_shot_add_rms_norm(
         world_size=world_size,
         width=width,
         block=block,
+        share_sum=share_sum,
         on_gpu=x.is_cuda,
         num_warps=min(max(block * x.itemsize // (32 * _VECTOR_BYTES), 1), 32),
+        maxnreg=_NUM_REGISTERS,
     )
     return _view(buffers.normed[buffers.rank], x), _view(buffers.sums[buffers.rank], x)
 

@@ -105,6 +105,11 @@ def test_a_peer_that_never_sends_is_given_up_and_reported():
     assert inbox.wait.has_failed()
 
 
+def test_three_ranks_are_refused():
+    assert not _LLRanks(3, 64).inboxes[0].takes(torch.ones(1, 64))
+    assert not _TwoShotRanks(3, 2, 4096).buffers[0].takes(torch.ones(1, 64))
+
+
 def test_words_of_an_earlier_call_are_not_taken():
     """After two calls the buffer that the third uses is full of the first's words."""
     torch.manual_seed(0)
@@ -158,26 +163,26 @@ class _TwoShotRanks:
             for rank in range(world_size)
         ]
 
-    def add_rms_norm(self, partials, residuals, weight):
+    def add_rms_norm(self, partials, residuals, weight, share_sum=True):
         """What each rank gets."""
         for partial, buffers in zip(partials, self.buffers, strict=True):
             buffers.input_like(partial).copy_(partial)
         sums = [total.clone() for total in self.sums]
         counts = [buffers.num_calls.clone() for buffers in self.buffers]
-        self._one_pass(partials, residuals, weight)
+        self._one_pass(partials, residuals, weight, share_sum)
         for rank, buffers in enumerate(self.buffers):
             self.normed[rank].fill_(255)  # NaN
             self.sums[rank].copy_(sums[rank])
             buffers.num_calls.copy_(counts[rank])
             buffers.wait.failed.zero_()
             buffers.wait.seen_by_host.zero_()
-        results = self._one_pass(partials, residuals, weight)
+        results = self._one_pass(partials, residuals, weight, share_sum)
         assert not any(buffers.wait.has_failed() for buffers in self.buffers)
         return results
 
-    def _one_pass(self, partials, residuals, weight):
+    def _one_pass(self, partials, residuals, weight, share_sum):
         return [
-            two_shot_add_rms_norm(partial, residual, weight, _EPS, buffers)
+            two_shot_add_rms_norm(partial, residual, weight, _EPS, buffers, share_sum)
             for partial, residual, buffers in zip(partials, residuals, self.buffers, strict=True)
         ]
 
@@ -202,6 +207,20 @@ def test_two_shot_takes_its_last_sum_as_the_residual_and_epochs_wrap_round():
         results = ranks.add_rms_norm(partials, residuals, weight)
         _check(results, partials, expected, weight)
         residuals = [total for _, total in results]
+
+
+def test_two_shot_sums_that_are_not_shared_serve_as_the_next_residual():
+    torch.manual_seed(0)
+    ranks = _TwoShotRanks(2, 2, 4096)
+    partials, residual, weight = _inputs(2, 3, 64, torch.float32)
+    results = ranks.add_rms_norm(partials, [residual] * 2, weight, share_sum=False)
+    total = sum(partials) + residual
+    for rank, (_, own) in enumerate(results):
+        torch.testing.assert_close(own[rank::2], total[rank::2])
+        own[1 - rank :: 2] = torch.nan  # what the other rank has
+    partials, _, weight = _inputs(2, 3, 64, torch.float32)
+    results = ranks.add_rms_norm(partials, [own for _, own in results], weight)
+    _check(results, partials, total, weight)
 
 
 def test_two_shot_calls_of_all_shapes_follow_one_another():
