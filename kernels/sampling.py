@@ -5,13 +5,18 @@ al., SC 2011) with the row's seed as key and (position, token_id // 4, 0, 0) as 
 token's, so one call serves four tokens and a token's noise is the same in any batch and at any number of ranks. The
 twin is workers/sampler/gumbel.py: the same words bit for bit, the logarithms to a few units in the last place.
 
+A candidate travels as one int64 key, which the greatest of decides: the score's bits in an order that integers share
+above 2**32 - 1 - token_id, so the lowest id wins among equals. One maximum over keys merges programs and ranks alike.
+
 Two launches, both with a grid that only shapes determine: programs of some thousand tokens each leave their best
-score and token, then one program a row finds the best of these.
+key, then one program a row finds the best of these and hands out its token.
 """
 
 import torch
 import triton
 import triton.language as tl
+
+from .scores import GROUP, Kept, ordered, temper
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _BLOCK = 1024  # tokens that a program looks at together: 8 a thread at 4 warps
@@ -38,125 +43,162 @@ def _gumbel(seed: tl.tensor, position: tl.tensor, groups: tl.tensor) -> tl.tenso
 
 
 @triton.jit
-def _partial_kernel(
+def _key(score: tl.tensor, token_id: tl.tensor) -> tl.tensor:
+    return (ordered(score).to(tl.int64) << 32) | (0xFFFFFFFF - token_id.to(tl.int64))
+
+
+@triton.jit
+def _candidates_kernel(
     logits_ptr: tl.tensor,  # [num_rows, size], rows `row_stride` apart
     temperature_ptr: tl.tensor,  # [num_rows] float32
     seeds_ptr: tl.tensor,  # [num_rows, 2] int64: low and high 32 bits
     positions_ptr: tl.tensor,  # [num_rows] int64
-    scores_ptr: tl.tensor,  # [num_rows, num_programs] float32
-    columns_ptr: tl.tensor,  # [num_rows, num_programs] int32
+    thresholds_ptr: tl.tensor,  # [num_rows] float32, if rows are truncated
+    maxima_ptr: tl.tensor,  # [num_rows, num_groups] float32: the greatest scores of every `group` columns
+    keys_ptr: tl.tensor,  # [num_rows, num_programs] int64
     row_stride: tl.tensor,
     size: tl.tensor,
     lead: tl.tensor,  # tokens of the first group of four that are before the slice
-    first_group: tl.tensor,  # the slice's first token // 4
+    first_four: tl.tensor,  # the slice's first token // 4
     num_blocks: tl.tensor,
+    num_groups: tl.tensor,
+    is_truncated: tl.constexpr,
+    group: tl.constexpr,
     block: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
     temperature = tl.load(temperature_ptr + row)
+    inverse_temperature = tl.div_rn(1.0, tl.where(temperature > 0, temperature, 1.0))
     seed = (tl.load(seeds_ptr + 2 * row + 1) << 32) | tl.load(seeds_ptr + 2 * row)
     position = tl.load(positions_ptr + row).to(tl.int32)
+    threshold = tl.load(thresholds_ptr + row)
     first_block = tl.program_id(1) * num_blocks
     # Where no score is above -inf or all are NaN, the program's first column stands.
     best_column = tl.zeros([block], tl.int32) + tl.maximum(first_block * block - lead, 0)
     best = tl.full([block], -float("inf"), tl.float32)
     for index in range(num_blocks):
         start = (first_block + index) * block
-        columns = start - lead + tl.arange(0, block)
-        mask = (columns >= 0) & (columns < size)
-        score = tl.load(logits_ptr + row * row_stride + columns, mask, other=-float("inf")).to(tl.float32)
-        if temperature > 0:
-            groups = first_group + start // 4 + tl.arange(0, block // 4)
-            score = score / temperature
-            # Above the largest float all are equal; the noise is too small to tell them apart.
-            score = tl.where(score == float("inf"), 3.4028234663852886e38, score)
-            score += _gumbel(seed, position, groups)
-        better = score > best  # a NaN never is; among equals the first stays
-        best = tl.where(better, score, best)
-        best_column = tl.where(better, columns, best_column)
+        is_needed = True
+        if is_truncated:
+            # The block is not aligned to groups: it reaches into one more than it has room for.
+            groups = tl.maximum(start - lead, 0) // group + tl.arange(0, 2 * block // group)
+            maxima = tl.load(maxima_ptr + row * num_groups + groups, groups < num_groups, other=-float("inf"))
+            is_needed = (temperature <= 0) | (tl.max(maxima, axis=0) >= threshold)
+        if is_needed:
+            columns = start - lead + tl.arange(0, block)
+            mask = (columns >= 0) & (columns < size)
+            score = tl.load(logits_ptr + row * row_stride + columns, mask, other=-float("inf")).to(tl.float32)
+            if temperature > 0:
+                fours = first_four + start // 4 + tl.arange(0, block // 4)
+                score = temper(score, inverse_temperature)
+                if is_truncated:
+                    score = tl.where(score >= threshold, score, -float("inf"))
+                score += _gumbel(seed, position, fours)
+            better = score > best  # a NaN never is; among equals the first stays
+            best = tl.where(better, score, best)
+            best_column = tl.where(better, columns, best_column)
     highest = tl.max(best, axis=0)
     lowest_column = tl.min(tl.where(best == highest, best_column, 0x7FFFFFFF), axis=0)
-    place = row * tl.num_programs(1) + tl.program_id(1)
-    tl.store(scores_ptr + place, highest)
-    tl.store(columns_ptr + place, lowest_column)
+    token_id = 4 * first_four + lead + lowest_column
+    tl.store(keys_ptr + row * tl.num_programs(1) + tl.program_id(1), _key(highest, token_id))
 
 
 @triton.jit
-def _reduce_kernel(
-    scores_ptr: tl.tensor,  # [num_rows, num_parts] float32
-    columns_ptr: tl.tensor,  # [num_rows, num_parts] int32
-    best_scores_ptr: tl.tensor,  # [num_rows] float32
-    best_ids_ptr: tl.tensor,  # [num_rows] int64
-    vocab_start: tl.tensor,
+def _take_kernel(
+    keys_ptr: tl.tensor,  # [num_rows, num_parts] int64
+    token_ids_ptr: tl.tensor,  # [num_rows] int32 or int64
+    token_table_ptr: tl.tensor,  # [num_cells] int32, if there is one
+    cells_ptr: tl.tensor,  # [num_rows] int64
+    vocab_size: tl.tensor,
+    has_table: tl.constexpr,
     num_parts: tl.constexpr,
     block: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
     parts = tl.arange(0, block)
-    mask = parts < num_parts
-    scores = tl.load(scores_ptr + row * num_parts + parts, mask, other=-float("inf"))
-    columns = tl.load(columns_ptr + row * num_parts + parts, mask, other=0x7FFFFFFF)
-    highest = tl.max(scores, axis=0)
-    column = tl.min(tl.where(scores == highest, columns, 0x7FFFFFFF), axis=0)
-    tl.store(best_scores_ptr + row, highest)
-    tl.store(best_ids_ptr + row, column.to(tl.int64) + vocab_start)
+    keys = tl.load(keys_ptr + row * num_parts + parts, parts < num_parts, other=-0x8000000000000000)
+    best = tl.max(keys, axis=0)
+    token_id = tl.minimum(0xFFFFFFFF - (best & 0xFFFFFFFF), vocab_size - 1)
+    tl.store(token_ids_ptr + row, token_id)
+    if has_table:
+        tl.store(token_table_ptr + tl.load(cells_ptr + row), token_id)
 
 
-def sample_tokens(
+def candidate_keys(
     logits: torch.Tensor,
     temperature: torch.Tensor,
     seeds: torch.Tensor,
     positions: torch.Tensor,
     vocab_start: int,
+    kept: Kept | None = None,
     *,
     enough_programs: int = _ENOUGH_PROGRAMS,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each row's best score and its token, of the vocabulary's slice that begins at `vocab_start`.
+) -> torch.Tensor:
+    """Each row's best candidates of the vocabulary's slice that begins at `vocab_start`, as keys.
 
     logits: [num_rows, size] float32 or a half precision, each row contiguous, -inf for columns that are no tokens;
     temperature: [num_rows] float32, 0 for greedy; seeds: [num_rows, 2] int64, the low and the high 32 bits; positions:
-    [num_rows] int64 below 2**32, of the token to be sampled. Returns scores [num_rows] float32 and token ids [num_rows]
-    int64: the lowest id among equal scores. NaN counts as -inf; where nothing is above -inf the id is `vocab_start`.
-    With more than `enough_programs` programs each takes several blocks and reduces once, at its end; results are equal.
+    [num_rows] int64 below 2**32, of the token to be sampled; kept: what kernels/truncation.py found for the same logits
+    and temperature, for the rows that are not greedy. Returns [num_rows, num_parts] int64 for `take_tokens`; a row's
+    greatest counts. NaN counts as -inf; where nothing is above -inf, it is the slice's first token. With more than
+    `enough_programs` programs each takes several blocks and reduces once; results are equal.
 
     Raises ValueError for tensors that the kernel does not take.
     """
-    _check(logits, temperature, seeds, positions, vocab_start)
+    _check(logits, temperature, seeds, positions, vocab_start, kept)
     num_rows, size = logits.shape
-    first_group, lead = divmod(vocab_start, 4)
+    first_four, lead = divmod(vocab_start, 4)
     num_blocks, num_parts = _split(num_rows, lead + size, enough_programs)
-    scores = torch.empty((num_rows, num_parts), dtype=torch.float32, device=logits.device)
-    columns = torch.empty((num_rows, num_parts), dtype=torch.int32, device=logits.device)
-    best_scores = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
-    best_ids = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
+    keys = torch.empty((num_rows, num_parts), dtype=torch.int64, device=logits.device)
     if num_rows:
-        _partial_kernel[(num_rows, num_parts)](
+        _candidates_kernel[(num_rows, num_parts)](
             logits,
             temperature,
             seeds,
             positions,
-            scores,
-            columns,
+            temperature if kept is None else kept.thresholds,
+            temperature if kept is None else kept.maxima,
+            keys,
             logits.stride(0),
             size,
             lead,
-            first_group,
+            first_four,
             num_blocks,
+            triton.cdiv(size, GROUP),
+            is_truncated=kept is not None,
+            group=GROUP,
             block=_BLOCK,
             num_warps=_NUM_WARPS,
         )
+    return keys
+
+
+def take_tokens(
+    keys: torch.Tensor,
+    vocab_size: int,
+    out: torch.Tensor,
+    token_table: torch.Tensor | None = None,
+    cells: torch.Tensor | None = None,
+) -> None:
+    """Writes the token of each row's greatest key to `out`, and to `token_table` where one is given.
+
+    keys: [num_rows, num_parts] int64, contiguous; out: [num_rows] int32 or int64; token_table: [num_cells] int32, of
+    which row i's token goes to cells[i], int64. Ids stay below vocab_size, whatever the logits were.
+    """
+    num_rows, num_parts = keys.shape
+    if num_rows:
         block = triton.next_power_of_2(num_parts)
-        _reduce_kernel[(num_rows,)](
-            scores,
-            columns,
-            best_scores,
-            best_ids,
-            vocab_start,
+        _take_kernel[(num_rows,)](
+            keys,
+            out,
+            out if token_table is None else token_table,
+            keys if cells is None else cells,
+            vocab_size,
+            has_table=token_table is not None,
             num_parts=num_parts,
             block=block,
             num_warps=min(max(block // 128, 1), 8),
         )
-    return best_scores, best_ids
 
 
 def _split(num_rows: int, num_tokens: int, enough_programs: int) -> tuple[int, int]:
@@ -167,23 +209,41 @@ def _split(num_rows: int, num_tokens: int, enough_programs: int) -> tuple[int, i
 
 
 def _check(
-    logits: torch.Tensor, temperature: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor, vocab_start: int
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+    vocab_start: int,
+    kept: Kept | None,
 ) -> None:
     if logits.dtype not in _DTYPES or logits.dim() != 2 or logits.stride(1) != 1:
         raise ValueError(
-            f"sample_tokens: logits must be [num_rows, size] of one of {_DTYPES}, each row contiguous, "
+            f"candidate_keys: logits must be [num_rows, size] of one of {_DTYPES}, each row contiguous, "
             f"not {list(logits.shape)}, {logits.dtype}, strides {logits.stride()}"
         )
     num_rows, size = logits.shape
     if not (size > 0 and vocab_start >= 0 and vocab_start + size <= _MAX_VOCAB):
-        raise ValueError(f"sample_tokens: tokens up to {_MAX_VOCAB} are supported, not {size} from {vocab_start}")
-    for name, tensor, shape, dtype in (
+        raise ValueError(f"candidate_keys: tokens up to {_MAX_VOCAB} are supported, not {size} from {vocab_start}")
+    columns = [
         ("temperature", temperature, (num_rows,), torch.float32),
         ("seeds", seeds, (num_rows, 2), torch.int64),
         ("positions", positions, (num_rows,), torch.int64),
-    ):
+    ]
+    if kept is not None:
+        columns.append(("thresholds", kept.thresholds, (num_rows,), torch.float32))
+        columns.append(("maxima", kept.maxima, (num_rows, triton.cdiv(size, GROUP)), torch.float32))
+    for name, tensor, shape, dtype in columns:
         if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_contiguous():
             raise ValueError(
-                f"sample_tokens: {name} must be {list(shape)}, {dtype} and contiguous, "
+                f"candidate_keys: {name} must be {list(shape)}, {dtype} and contiguous, "
                 f"not {list(tensor.shape)}, {tensor.dtype}, strides {tensor.stride()}"
             )
+
+
+def sample_tokens(
+    logits: torch.Tensor, temperature: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor, vocab_start: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each row's best score [num_rows] float32 and its token [num_rows] int64, as `candidate_keys` finds them."""
+    best = candidate_keys(logits, temperature, seeds, positions, vocab_start).amax(dim=1)
+    ordered = (best >> 32).int()
+    return (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).view(torch.float32), 0xFFFFFFFF - (best & 0xFFFFFFFF)

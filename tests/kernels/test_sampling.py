@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from octavo.kernels.sampling import sample_tokens
+from octavo.kernels.sampling import candidate_keys, take_tokens
+from octavo.kernels.scores import GROUP, Kept
 from octavo.workers.parallel import TensorParallel
 from octavo.workers.sampler.gumbel import gumbel_noise
 from octavo.workers.sampler.vocab import VocabSlice
@@ -27,11 +28,18 @@ def normal(num_rows: int, size: int, dtype: torch.dtype = torch.float32) -> torc
     return logits.mul_(2).to(DEVICE, dtype)
 
 
+def best_of(*args, **options) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores and token ids of the best candidates; their keys order as the pairs do."""
+    best = candidate_keys(*args, **options).amax(dim=1)
+    ordered = (best >> 32).int()
+    return (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).view(torch.float32), 0xFFFFFFFF - (best & 0xFFFFFFFF)
+
+
 def draw(
-    logits: torch.Tensor, temperature: list[float], start: int = 0, **options: int
+    logits: torch.Tensor, temperature: list[float], start: int = 0, **options
 ) -> tuple[torch.Tensor, torch.Tensor]:
     num_rows = len(logits)
-    return sample_tokens(
+    return best_of(
         logits,
         torch.tensor(temperature, device=DEVICE),
         seeds_of(SEEDS[:num_rows]),
@@ -68,7 +76,7 @@ def test_every_token_has_the_noise_of_the_twin(start):
     size = 61
     logits = torch.full((size, size), -torch.inf, device=DEVICE).fill_diagonal_(0.0)
     seeds, positions = seeds_of([SEEDS[3]] * size), torch.full((size,), 123456, device=DEVICE)
-    scores, ids = sample_tokens(logits, torch.ones(size, device=DEVICE), seeds, positions, start)
+    scores, ids = best_of(logits, torch.ones(size, device=DEVICE), seeds, positions, start)
     assert torch.equal(ids, torch.arange(start, start + size, device=DEVICE))
     expected = gumbel_noise(seeds[:1], positions[:1], VocabSlice(ALONE, start, size, start + size))[0]
     torch.testing.assert_close(scores, expected, **CLOSE)
@@ -78,7 +86,7 @@ def test_the_extreme_words_of_the_generator_have_finite_noise():
     """The least and the greatest word that token 0 at position 0 draws with any seed below 2**26: 45 and 2**32 - 53."""
     seeds = seeds_of([19781057, 54414807])
     positions = torch.zeros(2, dtype=torch.int64, device=DEVICE)
-    scores, _ = sample_tokens(torch.zeros(2, 1, device=DEVICE), torch.ones(2, device=DEVICE), seeds, positions, 0)
+    scores, _ = best_of(torch.zeros(2, 1, device=DEVICE), torch.ones(2, device=DEVICE), seeds, positions, 0)
     expected = gumbel_noise(seeds, positions, VocabSlice(ALONE, 0, 1, 1))[:, 0]
     assert expected[0] > 18
     assert expected[1] < -2.8
@@ -133,7 +141,7 @@ def test_rows_of_a_wider_tensor():
 
 
 def test_no_rows():
-    scores, ids = sample_tokens(
+    scores, ids = best_of(
         torch.empty(0, 8, device=DEVICE),
         torch.empty(0, device=DEVICE),
         torch.empty(0, 2, dtype=torch.int64, device=DEVICE),
@@ -141,6 +149,40 @@ def test_no_rows():
         0,
     )
     assert (scores.shape, ids.shape) == ((0,), (0,))
+
+
+@pytest.mark.parametrize("start", [0, 130])
+def test_only_scores_from_the_threshold_on_are_drawn(start):
+    logits, temperature = normal(5, 5001), [1.0, 0.0, 0.7, 1.5, 0.25]
+    heat = torch.tensor(temperature, device=DEVICE)[:, None]
+    quotients = logits * heat.clamp(min=0.25).reciprocal()
+    # Row 0 keeps one token, row 2 a hundred, row 3 all; row 1 is greedy, for which no threshold counts.
+    thresholds = torch.stack([quotients[i].sort(descending=True).values[n] for i, n in enumerate([0, 0, 99, 5000, 9])])
+    thresholds[1] = torch.inf
+    groups = torch.nn.functional.pad(quotients, (0, -5001 % GROUP), value=-torch.inf).view(5, -1, GROUP)
+    cut = torch.where((heat > 0) & (quotients < thresholds[:, None]), -torch.inf, logits)
+    expected = draw(cut, temperature, start)
+    found = draw(logits, temperature, start, kept=Kept(thresholds, groups.amax(dim=2)))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("num_parts", [1, 3, 40])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_the_greatest_key_gives_the_token(num_parts, dtype):
+    generator = torch.Generator().manual_seed(num_parts)
+    keys = torch.randint(-(2**63), 2**63 - 1, (4, num_parts), generator=generator).to(DEVICE)
+    keys[:, -1] |= 0xFFFFFFF0  # else ids are far beyond any vocabulary
+    keys[0] = (1 << 62) | (0xFFFFFFFF - 77)  # behind the vocabulary's end
+    keys[1] = -1 - (5 << 33)  # as a key of a negative score
+    best = keys.amax(dim=1)
+    expected = (0xFFFFFFFF - (best & 0xFFFFFFFF)).clamp(max=76)
+    out = torch.full((4,), -1, dtype=dtype, device=DEVICE)
+    take_tokens(keys, 77, out)
+    assert out.tolist() == expected.tolist()
+    table, cells = torch.full((9,), -1, dtype=torch.int32, device=DEVICE), torch.tensor([8, 2, 4, 0], device=DEVICE)
+    take_tokens(keys, 77, out.fill_(-1), table, cells)
+    assert out.tolist() == expected.tolist() == table[cells].tolist()
+    assert table[[1, 3, 5, 6, 7]].tolist() == [-1] * 5
 
 
 @pytest.mark.parametrize(
@@ -154,6 +196,8 @@ def test_no_rows():
         ({"temperature": torch.ones(2, 1)}, "temperature must be"),
         ({"seeds": torch.ones(2, 2)}, "seeds must be"),
         ({"positions": torch.ones(3, dtype=torch.int64)}, "positions must be"),
+        ({"kept": Kept(torch.ones(2, 1), torch.ones(2, 1))}, "thresholds must be"),
+        ({"kept": Kept(torch.ones(2), torch.ones(2, 8))}, "maxima must be"),
     ],
 )
 def test_what_the_kernel_cannot_take_is_named(changes, problem):
@@ -165,4 +209,4 @@ def test_what_the_kernel_cannot_take_is_named(changes, problem):
         "vocab_start": 0,
     }
     with pytest.raises(ValueError, match=problem):
-        sample_tokens(**(arguments | changes))
+        candidate_keys(**(arguments | changes))

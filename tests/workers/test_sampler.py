@@ -250,5 +250,6 @@ def test_a_slot_forgets_its_last_sequence(run_ranks):
     table.join(0, make_params(), VOCAB_SIZE)
     vocab = VocabSlice(TensorParallel(0, 1, CPU), 0, VOCAB_SIZE, VOCAB_SIZE)
     batch = build_batch(table, np.array([0]), np.array([1]), vocab)
-    assert batch.is_greedy
+    assert batch.is_plain
+    assert batch.random is None
     assert batch.logprobs is None

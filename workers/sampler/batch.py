@@ -1,6 +1,7 @@
 """What the sampler has to do for one set of rows, on the device. Built when the set changes, not at each step."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +28,17 @@ class RandomRows:
 
 
 @dataclass(frozen=True, slots=True)
+class DrawColumns:
+    """What the draw needs to know of every row, greedy ones too, as kernels that take all rows at once read it."""
+
+    temperature: torch.Tensor  # [n] float32, 0 where greedy
+    seeds: torch.Tensor  # [n, 2] int64: low and high 32 bits
+    log_min_p: torch.Tensor | None  # [n] float32: natural logarithm of min_p, -inf where off; None: no row has it
+    top_k: torch.Tensor | None  # [n] int64, 0 where off
+    top_p: torch.Tensor | None  # [n] float32, 1 where off
+
+
+@dataclass(frozen=True, slots=True)
 class LogprobRows:
     """Rows whose sampled token's logprobs are wanted."""
 
@@ -44,18 +56,18 @@ class SamplingBatch:
     bad_words: BadWords | None
     penalties: Penalties | None
     random: RandomRows | None
+    columns: DrawColumns
     logprobs: LogprobRows | None
-
-    @property
-    def is_greedy(self) -> bool:
-        """Whether the tokens are simply the argmax of the logits."""
-        return self.is_plain and self.random is None
 
     @property
     def is_plain(self) -> bool:
         """Whether temperature is all that lies between the logits and the tokens."""
-        changes = (self.bias, self.bad_words, self.penalties)
-        return all(change is None for change in changes) and (self.random is None or self.random.truncation.is_off)
+        return not self.changes_logits and (self.random is None or self.random.truncation.is_off)
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether single logits change before the draw."""
+        return not (self.bias is None and self.bad_words is None and self.penalties is None)
 
 
 def build_batch(
@@ -69,8 +81,32 @@ def build_batch(
         bad_words=build_bad_words(table, slots, vocab),
         penalties=build_penalties(table, slots, num_prompt, device),
         random=_build_random(table, slots, device),
+        columns=_build_columns(table, slots, device),
         logprobs=_build_logprobs(table, slots, device),
     )
+
+
+def _build_columns(table: SamplingTable, slots: NDArray[np.int64], device: torch.device) -> DrawColumns:
+    temperature = table.temperature[slots]
+    draws = temperature > 0
+    min_p, top_k, top_p = table.min_p[slots], table.top_k[slots], table.top_p[slots]
+    uses_min_p, uses_top_k, uses_top_p = draws & (min_p > 0), draws & (top_k > 0), draws & (top_p < 1)
+    log_min_p = np.log(min_p, out=np.full_like(min_p, -np.inf), where=uses_min_p)
+
+    def send(values: NDArray[Any], used: NDArray[np.bool_], off: float) -> torch.Tensor | None:
+        return to_device(np.where(used, values, values.dtype.type(off)), device) if used.any() else None
+
+    return DrawColumns(
+        temperature=to_device(temperature, device),
+        seeds=to_device(_halves(table.seed[slots]), device),
+        log_min_p=send(log_min_p, uses_min_p, -np.inf),
+        top_k=send(top_k, uses_top_k, 0),
+        top_p=send(top_p, uses_top_p, 1),
+    )
+
+
+def _halves(seeds: NDArray[np.uint64]) -> NDArray[np.int64]:
+    return np.stack([seeds & np.uint64(0xFFFFFFFF), seeds >> np.uint64(32)], axis=1).astype(np.int64)
 
 
 def _build_random(table: SamplingTable, slots: NDArray[np.int64], device: torch.device) -> RandomRows | None:
@@ -78,14 +114,12 @@ def _build_random(table: SamplingTable, slots: NDArray[np.int64], device: torch.
     if not len(rows):
         return None
     drawn = slots[rows]
-    seeds = table.seed[drawn]
-    halves = np.stack([seeds & np.uint64(0xFFFFFFFF), seeds >> np.uint64(32)], axis=1).astype(np.int64)
     min_p, top_k, top_p = table.min_p[drawn], table.top_k[drawn], table.top_p[drawn]
     log_min_p = np.log(np.maximum(min_p, np.finfo(np.float32).tiny))
     return RandomRows(
         rows=to_device(rows.copy(), device),
         temperature=to_device(table.temperature[drawn][:, None], device),
-        seeds=to_device(halves, device),
+        seeds=to_device(_halves(table.seed[drawn]), device),
         truncation=Truncation(
             log_min_p=build_column(log_min_p, min_p > 0, device),
             top_k=build_column(top_k, top_k > 0, device),

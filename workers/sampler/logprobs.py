@@ -27,7 +27,8 @@ class Logprobs:
 
 
 def measure(logits: torch.Tensor, num_top: int, vocab: VocabSlice) -> Distribution:
-    """The distribution of raw logits [m, size], with its `num_top` likeliest tokens. Keeps a reference to `logits`."""
+    """The distribution of raw logits [m, size] of any dtype, with its `num_top` likeliest tokens. May keep `logits`."""
+    logits = logits.float()
     likeliest = vocab.max(logits)
     mass = vocab.tp.all_reduce(torch.exp(logits - likeliest[:, None]).sum(dim=-1))
     top_logits, top_ids = _top(logits, num_top, vocab)

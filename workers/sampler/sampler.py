@@ -9,15 +9,11 @@ from dataclasses import dataclass
 import torch
 
 from .bad_words import apply_bad_words
-from .batch import RandomRows, SamplingBatch
+from .batch import SamplingBatch
 from .bias import apply_bias
-from .gumbel import gumbel_noise
 from .logprobs import Logprobs, logprobs_of, measure
-from .penalties import apply_penalties
-from .truncation import truncate
+from .operations import SamplerOperations, sampler_operations_for
 from .vocab import VocabSlice
-
-_LARGEST = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,35 +33,37 @@ class Sampled:
     logprobs: Logprobs | None  # of the batch's logprob rows
 
 
-def sample(logits: torch.Tensor, batch: SamplingBatch, context: Context, vocab: VocabSlice) -> Sampled:
-    """Samples one token for each row of logits [n, vocab.size] float32, which are overwritten."""
+def sample(
+    logits: torch.Tensor,
+    batch: SamplingBatch,
+    context: Context,
+    vocab: VocabSlice,
+    ops: SamplerOperations | None = None,
+) -> Sampled:
+    """Samples one token for each row of logits [n, vocab.size], in the model's dtype, which may be overwritten.
+
+    `ops` are those of the logits' device unless given.
+    """
+    ops = ops or sampler_operations_for(logits.device)
     wanted = batch.logprobs
     raw = None if wanted is None else measure(logits[wanted.rows], max(wanted.counts), vocab)
-    if not batch.is_greedy:
-        _process(logits, batch, context, vocab)
-    token_ids = vocab.argmax(logits)
+    if batch.changes_logits:
+        logits = logits.float()
+        _change(logits, batch, context, vocab, ops)
+    token_ids = ops.draw(logits, batch, context.positions, vocab)
     if wanted is None or raw is None:
         return Sampled(token_ids, None)
     return Sampled(token_ids, logprobs_of(raw, token_ids[wanted.rows], vocab))
 
 
-def _process(logits: torch.Tensor, batch: SamplingBatch, context: Context, vocab: VocabSlice) -> None:
-    """Turns logits into scores, in place, whose argmax is the sampled token."""
+def _change(
+    logits: torch.Tensor, batch: SamplingBatch, context: Context, vocab: VocabSlice, ops: SamplerOperations
+) -> None:
+    """Applies in place what comes before the temperature."""
     if batch.bias is not None:
         apply_bias(logits, context.positions, batch.bias)
     if batch.bad_words is not None:
         apply_bad_words(logits, batch.bad_words, context.token_table, batch.slots, context.positions)
     if batch.penalties is not None:
         tokens = context.token_table[batch.slots[batch.penalties.rows], : context.longest]
-        apply_penalties(logits, batch.penalties, tokens, context.positions, vocab)
-    if batch.random is not None:
-        _randomise(logits, batch.random, context.positions, vocab)
-
-
-def _randomise(logits: torch.Tensor, random: RandomRows, positions: torch.Tensor, vocab: VocabSlice) -> None:
-    chosen = logits[random.rows] / random.temperature
-    # NaN and +inf would spoil the sums that truncation needs.
-    chosen.nan_to_num_(nan=-torch.inf, posinf=_LARGEST, neginf=-torch.inf)
-    truncate(chosen, random.truncation, vocab)
-    chosen += gumbel_noise(random.seeds, positions[random.rows], vocab)
-    logits.index_copy_(0, random.rows, chosen)
+        ops.penalise(logits, batch.penalties, tokens, context.positions, vocab)

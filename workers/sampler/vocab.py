@@ -6,6 +6,8 @@ import torch
 
 from ..parallel import TensorParallel
 
+_LOW_BITS = 0xFFFFFFFF
+
 
 @dataclass(frozen=True, slots=True)
 class VocabSlice:
@@ -26,19 +28,32 @@ class VocabSlice:
         return self.tp.all_reduce_max(logits.amax(dim=-1))
 
     def argmax(self, scores: torch.Tensor) -> torch.Tensor:
-        """[n, size] to [n] int64 token ids: each row's greatest score over all ranks, the lowest id among equals.
+        """[n, size] float32 to [n] int64 token ids: each row's greatest score over all ranks, the lowest id of equals.
 
-        Always a valid token id, also for rows of NaN or -inf. Ranks exchange one (score, id) pair a row.
+        Always a valid token id, also for rows of NaN or -inf.
         """
         best, columns = scores.max(dim=-1)
         return self.best(best, columns + self.start)
 
     def best(self, scores: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
         """Each row's best score here [n] float32 and its token [n] int64 to the best over all ranks, [n] int64."""
-        if self.tp.size == 1:
-            return token_ids.clamp_(max=self.vocab_size - 1)
-        # float64 holds a float32 score and a token id exactly, so one message carries both.
-        pairs = torch.stack([scores.double(), token_ids.double()], dim=-1)
-        gathered = self.tp.all_gather(pairs)  # [size, n, 2]
-        winner = gathered[..., 0].argmax(dim=0, keepdim=True)
-        return gathered[..., 1].gather(0, winner).squeeze(0).long().clamp_(max=self.vocab_size - 1)
+        if self.tp.size > 1:
+            token_ids = _token_ids(self.tp.all_reduce_max(_keys(scores, token_ids)))
+        return token_ids.clamp_(max=self.vocab_size - 1)
+
+    def merge(self, keys: torch.Tensor) -> torch.Tensor:
+        """Candidates of this rank, [n, m] int64 keys as kernels/sampling.py makes them, to those that may yet win.
+
+        With one rank they are the same; of more, each row's greatest over all ranks, [n, 1].
+        """
+        return keys if self.tp.size == 1 else self.tp.all_reduce_max(keys.amax(dim=1, keepdim=True))
+
+
+def _keys(scores: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+    """Scores [n] float32 and tokens [n] int64 as the keys of kernels/sampling.py, so that one message carries both."""
+    bits = (scores + 0.0).view(torch.int32)
+    return ((bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32) | (_LOW_BITS - token_ids)
+
+
+def _token_ids(keys: torch.Tensor) -> torch.Tensor:
+    return _LOW_BITS - (keys & _LOW_BITS)
