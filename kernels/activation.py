@@ -7,6 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .pdl import has_pdl, wait_for_earlier_kernels
+
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _BLOCK = 1024  # elements of one program: at 4 warps one load of 16 bytes a thread for each half, in half precision
 _MAX_WIDTH = _BLOCK * 65535  # CUDA's limit of a grid's second axis
@@ -18,11 +20,13 @@ def _silu_and_mul_kernel(
     out_ptr: tl.tensor,  # [num_rows, width]
     width: tl.constexpr,
     block: tl.constexpr,
+    pdl: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * block + tl.arange(0, block)
     mask = columns < width
     gate_ptrs = gate_up_ptr + row * (2 * width) + columns
+    wait_for_earlier_kernels(pdl)
     gate = tl.load(gate_ptrs, mask, other=0.0).to(tl.float32)
     up = tl.load(gate_ptrs + width, mask, other=0.0).to(tl.float32)
     out = gate * tl.sigmoid(gate) * up
@@ -45,5 +49,6 @@ def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
     out = torch.empty((*gate_up.shape[:-1], width), dtype=gate_up.dtype, device=gate_up.device)
     if out.numel():
         grid = (out.numel() // width, triton.cdiv(width, _BLOCK))
-        _silu_and_mul_kernel[grid](gate_up, out, width=width, block=_BLOCK, num_warps=4)
+        pdl = has_pdl(gate_up.device)
+        _silu_and_mul_kernel[grid](gate_up, out, width=width, block=_BLOCK, pdl=pdl, num_warps=4, launch_pdl=pdl)
     return out

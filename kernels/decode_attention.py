@@ -1,167 +1,86 @@
 """Paged attention of one query token for each row, split over the keys, in one launch.
 
 softmax(q k^T * scale) v over a row's cached keys, online (FlashAttention, arXiv 2205.14135) and split over programs
-that merge by log-sum-exp (Flash-Decoding). A program serves one KV head of one row with all of its query heads, so a
-key is read once; the last program of a row and KV head to arrive merges the splits.
+that merge by log-sum-exp (kernels/decode_splits.py). A program serves one KV head of one row with all of its query
+heads, so a key is read once.
+
+Given the QKV product instead of queries, the same launch rotates queries and new keys and caches new keys and values,
+with the rounding of `rope_and_cache`. The split that has a row's last position writes its cell before it reads its
+keys; no other program of the launch reads that cell.
 
 The grid depends on shapes alone, so a CUDA graph can replay it; which keys a program takes it reads on the device.
 """
 
-import functools
 import math
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
-from .paged_cache import cell_offsets, check_cache, check_rows, load_block_ids, load_cells, padded
+from .decode_splits import DecodeWorkspace, decode_config, decode_workspace, meet_splits, num_sms
+from .paged_cache import check_cache, check_rows, padded
+from .pdl import has_pdl, wait_for_earlier_kernels
+from .rope_cache import check_qkv
 
-H200_NUM_SMS = 132
-# Programs wanted on each multiprocessor. Six fit (36 KiB of shared memory each, for heads of 128 in bfloat16); four
-# keep enough copies in flight, and fewer splits cost less to merge. To be tuned by measurement.
-_PROGRAMS_PER_SM = 4
-_MAX_SPLITS = 64
-# A split below this costs more to merge than its keys cost to read.
-_MIN_KEYS_PER_SPLIT = 64
-# A program alone reads slowly: no row's tail may be longer than this, however many rows there are.
-_MAX_KEYS_PER_SPLIT = 16384
-
-# Float32 registers of each thread that a tile of partial results fills in a merge: all are loads in flight. At 128 the
-# compiler spills 4 words (heads of 128 in bfloat16), at 64 none, for twice the waits. To be tuned by measurement.
-_MERGE_REGISTERS = 128
-
-
-@dataclass(frozen=True, slots=True)
-class DecodeConfig:
-    """How the kernel is cut for one shape. num_splits is the grid's; rows too short for it use fewer."""
-
-    num_splits: int
-    min_keys_per_split: int
-    keys_per_tile: int
-    splits_per_tile: int  # of a merge
-    num_warps: int
-    num_stages: int
-
-
-@functools.cache
-def decode_config(
-    num_rows: int,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    dtype: torch.dtype,
-    max_keys: int,
-    num_sms: int = H200_NUM_SMS,
-) -> DecodeConfig:
-    """Fills the GPU with one wave of programs. `max_keys`: what a row of the block table can hold."""
-    wanted = max(_PROGRAMS_PER_SM * num_sms // max(num_rows * num_kv_heads, 1), -(-max_keys // _MAX_KEYS_PER_SPLIT))
-    num_splits = min(wanted, -(-max_keys // _MIN_KEYS_PER_SPLIT), _MAX_SPLITS)
-    # Measured (H200, bfloat16, 4 heads of 128): one warp and 32 keys a tile. More rows of accumulators need more warps.
-    group = num_heads // num_kv_heads
-    num_warps = min(8, max(1, padded(group) * padded(head_dim) // (16 * 128)))
-    num_stages = 3
-    if dtype == torch.float32:
-        # Computed without tensor cores, from registers.
-        num_warps, num_stages = max(4, num_warps), 2
-    merged = triton.next_power_of_2(group) * padded(head_dim)
-    return DecodeConfig(
-        num_splits=max(num_splits, 1),
-        min_keys_per_split=_MIN_KEYS_PER_SPLIT,
-        keys_per_tile=32,
-        splits_per_tile=max(1, num_warps * 32 * _MERGE_REGISTERS // merged),
-        num_warps=num_warps,
-        num_stages=num_stages,
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class DecodeWorkspace:
-    """What splits hand to each other. One serves every call of at most its rows, one call after the other."""
-
-    partials: torch.Tensor  # [num_partials * head_dim] float32: each split's attention, query head by query head
-    log_sums: torch.Tensor  # [num_partials] float32: log2 of the split's sum of exponentials
-    arrivals: torch.Tensor  # [num_rows * num_kv_heads] int32: splits done; 0 between calls
-
-
-def decode_workspace(
-    num_rows: int,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    dtype: torch.dtype,
-    max_keys: int,
-    device: torch.device,
-) -> DecodeWorkspace:
-    """Memory for calls of up to `num_rows` rows whose block tables hold up to `max_keys` keys each."""
-    # Fewer rows are split into more parts.
-    num_sms = _num_sms(device)
-    num_partials = max(
-        rows * num_heads * decode_config(rows, num_heads, num_kv_heads, head_dim, dtype, max_keys, num_sms).num_splits
-        for rows in range(1, num_rows + 1)
-    )
-    return DecodeWorkspace(
-        partials=torch.empty(num_partials * head_dim, dtype=torch.float32, device=device),
-        log_sums=torch.empty(num_partials, dtype=torch.float32, device=device),
-        arrivals=torch.zeros(num_rows * num_kv_heads, dtype=torch.int32, device=device),
-    )
-
-
-def _num_sms(device: torch.device) -> int:
-    if device.type != "cuda":
-        return H200_NUM_SMS
-    return torch.cuda.get_device_properties(device).multi_processor_count
+__all__ = ["DecodeWorkspace", "decode_workspace", "paged_decode_attention", "paged_decode_attention_qkv"]
 
 
 @triton.jit
-def _merge_splits(
-    partials_ptr: tl.tensor,
-    log_sums_ptr: tl.tensor,
-    out_ptr: tl.tensor,
-    first_partial: tl.tensor,
-    num_active: tl.tensor,
-    group: tl.constexpr,
-    head_dim: tl.constexpr,
-    head_dim_padded: tl.constexpr,
-    heads_per_tile: tl.constexpr,
-    splits_per_tile: tl.constexpr,
-) -> None:
-    """out = sum_s 2^(L_s) partial_s / sum_s 2^(L_s), the heads of the group at once: one wait for a whole tile."""
-    heads = tl.arange(0, heads_per_tile)
-    dims = tl.arange(0, head_dim_padded)
-    is_head = heads < group
-    top = tl.full([heads_per_tile], -float("inf"), dtype=tl.float32)
-    total = tl.zeros([heads_per_tile], dtype=tl.float32)
-    acc = tl.zeros([heads_per_tile, head_dim_padded], dtype=tl.float32)
-    for first in range(0, num_active, splits_per_tile):
-        splits = first + tl.arange(0, splits_per_tile)
-        index = first_partial + splits[:, None] * group + heads[None, :]
-        is_active = (splits < num_active)[:, None] & is_head[None, :]
-        # .cg: other multiprocessors wrote these; this one's L1 may hold what was there before.
-        log_sums = tl.load(log_sums_ptr + index, mask=is_active, other=-float("inf"), cache_modifier=".cg")
-        partials = tl.load(
-            partials_ptr + index[:, :, None] * head_dim + dims[None, None, :],
-            mask=is_active[:, :, None] & (dims < head_dim)[None, None, :],
-            other=0.0,
-            cache_modifier=".cg",
-        )
-        # Padding heads have no maximum: 0 instead, so that they stay 0 rather than become NaN.
-        new_top = tl.where(is_head, tl.maximum(top, tl.max(log_sums, 0)), 0.0)
-        weights = tl.exp2(log_sums - new_top[None, :])
-        rescale = tl.exp2(top - new_top)
-        acc = acc * rescale[:, None] + tl.sum(partials * weights[:, :, None], 0)
-        total = total * rescale + tl.sum(weights, 0)
-        top = new_top
-    merged = acc / tl.where(is_head, total, 1.0)[:, None]
-    is_real = is_head[:, None] & (dims < head_dim)[None, :]
-    pointers = out_ptr + heads[:, None] * head_dim + dims[None, :]
-    tl.store(pointers, merged.to(out_ptr.dtype.element_ty), mask=is_real)
+def _load_block_ids(
+    table_ptr: tl.tensor,
+    tile_start: tl.tensor,
+    end: tl.tensor,
+    keys_per_tile: tl.constexpr,
+    block_size: tl.constexpr,
+) -> tl.tensor:
+    """The block of each key of a tile, or the one block of all; 0 from `end` on, where the table may have no entry."""
+    keys = tile_start
+    if block_size < keys_per_tile:
+        keys += tl.arange(0, keys_per_tile)
+    return tl.load(table_ptr + keys // block_size, mask=keys < end, other=0)
+
+
+@triton.jit
+def _block_offsets(
+    block_ids: tl.tensor,
+    tile_start: tl.tensor,
+    keys_per_tile: tl.constexpr,
+    block_size: tl.constexpr,
+    cell_stride: tl.constexpr,
+) -> tl.tensor:
+    """int64, elements from the cache's start: to each key's block, [keys_per_tile, 1], or to the tile in its block."""
+    offsets = block_ids.to(tl.int64) * (block_size * cell_stride)
+    if block_size < keys_per_tile:
+        offsets = offsets[:, None]
+    if block_size > keys_per_tile:
+        offsets += (tile_start & (block_size - 1)) * cell_stride
+    return offsets
+
+
+@triton.jit
+def _partner_dims(dims: tl.tensor, head_dim: tl.constexpr) -> tl.tensor:
+    """The dimension that each is rotated with: half a head away."""
+    half: tl.constexpr = head_dim // 2
+    # Halves are swapped whole, in runs of the largest power of two in `half`: told, the compiler loads them as vectors.
+    run: tl.constexpr = half & -half
+    partners = tl.where(dims < half, dims + half, dims - half)
+    return tl.max_contiguous(tl.multiple_of(partners, run), run)
+
+
+@triton.jit
+def _rotate(heads: tl.tensor, partners: tl.tensor, cos: tl.tensor, sin: tl.tensor) -> tl.tensor:
+    """[heads, dims]: computed in float32 and rounded once, in the order of `rope_and_cache`."""
+    cos, sin = cos.to(tl.float32)[None, :], sin.to(tl.float32)[None, :]
+    return tl.fma(partners.to(tl.float32), sin, heads.to(tl.float32) * cos).to(heads.dtype)
 
 
 @triton.jit(do_not_specialize=["num_splits", "min_keys_per_split"])
 def _decode_kernel(
-    out_ptr: tl.tensor,
-    q_ptr: tl.tensor,
+    out_ptr: tl.tensor,  # [num_rows, num_heads, head_dim]
+    q_ptr: tl.tensor,  # the same; if cos is given [num_rows, num_heads + 2 * num_kv_heads, head_dim]
+    cos_ptr: tl.tensor,  # [num_rows, 1, head_dim], or None: queries are rotated and the new keys cached
+    sin_ptr: tl.tensor,  # the same, the first half negated
+    kv_indices_ptr: tl.tensor,  # [num_rows] int64, given with cos: the last position's cell; negative: none
     k_cache_ptr: tl.tensor,
     v_cache_ptr: tl.tensor,
     block_tables_ptr: tl.tensor,
@@ -179,56 +98,89 @@ def _decode_kernel(
     is_split: tl.constexpr,
     num_kv_heads: tl.constexpr,
     group: tl.constexpr,  # query heads of a KV head
-    group_padded: tl.constexpr,
+    tile_rows: tl.constexpr,  # a power of two: holds the group, and the new key and value if cos is given
     head_dim: tl.constexpr,
     head_dim_padded: tl.constexpr,
     block_size: tl.constexpr,
     keys_per_tile: tl.constexpr,
     heads_per_tile: tl.constexpr,  # of a merge
     splits_per_tile: tl.constexpr,
+    pdl: tl.constexpr,
 ) -> None:
     row_head = tl.program_id(0)
     split = tl.program_id(1)
     row = (row_head // num_kv_heads).to(tl.int64)
     kv_head = row_head % num_kv_heads
+    wait_for_earlier_kernels(pdl)
     seq_len = tl.load(seq_lens_ptr + row)
     slot = tl.load(slots_ptr + row)
+
+    # What needs no other load is asked for at once, before the block ids hold the program up.
+    heads = tl.arange(0, tile_rows)
+    dims = tl.arange(0, head_dim_padded)
+    is_dim = dims < head_dim
+    in_row = (kv_head * group + heads)[:, None] * head_dim + dims[None, :]
+    is_real = (heads < group)[:, None] & is_dim[None, :]
+    if cos_ptr is None:
+        q = tl.load(q_ptr + row * q_stride + in_row, mask=is_real, other=0.0)
+    else:
+        # A dot's tile has rows to spare: the new key and the new value lie below the queries and are rotated (the key)
+        # and stored with them. What they score as queries is dropped.
+        num_heads: tl.constexpr = num_kv_heads * group
+        below = num_heads + (heads - group) * num_kv_heads + kv_head
+        sources = tl.where(heads < group, kv_head * group + heads, below)
+        is_given = (heads < group + 2)[:, None] & is_dim[None, :]
+        source_ptrs = q_ptr + row * q_stride + sources[:, None] * head_dim
+        given = tl.load(source_ptrs + dims[None, :], mask=is_given, other=0.0)
+        partners = tl.load(source_ptrs + _partner_dims(dims, head_dim)[None, :], mask=is_given, other=0.0)
+        cos = tl.load(cos_ptr + row * head_dim + dims, mask=is_dim, other=0.0)
+        sin = tl.load(sin_ptr + row * head_dim + dims, mask=is_dim, other=0.0)
+        cell = tl.load(kv_indices_ptr + row)
 
     # Whole tiles for each split but the last. A padding row is one split of no keys, whose attention is 0.
     start = 0
     end = seq_len
-    num_active = 1
     if is_split:
         share = tl.maximum(tl.cdiv(seq_len, num_splits), min_keys_per_split)
         keys_per_split = tl.cdiv(share, keys_per_tile) * keys_per_tile
-        num_active = tl.maximum(tl.cdiv(seq_len, keys_per_split), 1)
-        if split >= num_active:
-            return
         start = split * keys_per_split
         end = tl.minimum(start + keys_per_split, seq_len)
-
-    heads = tl.arange(0, group_padded)
-    dims = tl.arange(0, head_dim_padded)
-    is_real = (heads < group)[:, None] & (dims < head_dim)[None, :]
-    in_row = (kv_head * group + heads)[:, None] * head_dim + dims[None, :]
-    q = tl.load(q_ptr + row * q_stride + in_row, mask=is_real, other=0.0)
 
     table_ptr = block_tables_ptr + slot * table_stride
     k_head_ptr = k_cache_ptr + kv_head * head_dim
     v_head_ptr = v_cache_ptr + kv_head * head_dim
-    top = tl.full([group_padded], -float("inf"), dtype=tl.float32)
-    total = tl.zeros([group_padded], dtype=tl.float32)
-    acc = tl.zeros([group_padded, head_dim_padded], dtype=tl.float32)
     # The next tile's block ids travel through the loop: loaded where they are used, the pipeline would wait for every
     # copy in flight.
-    block_ids = load_block_ids(table_ptr, start + tl.arange(0, keys_per_tile), end, block_size)
+    block_ids = _load_block_ids(table_ptr, start, end, keys_per_tile, block_size)
+    if (start >= seq_len) & (split > 0):
+        return
+    if cos_ptr is not None:
+        q = tl.where((heads == group + 1)[:, None], given, _rotate(given, partners, cos, sin))
+        if (cell >= 0) & (end == seq_len):
+            in_cell = cell * (num_kv_heads * head_dim) + tl.broadcast_to(dims[None, :], [tile_rows, head_dim_padded])
+            tl.store(k_head_ptr + in_cell, q, mask=(heads == group)[:, None] & is_dim[None, :])
+            tl.store(v_head_ptr + in_cell, q, mask=(heads == group + 1)[:, None] & is_dim[None, :])
+        # The threads that read the cell below need not be those that wrote it.
+        tl.debug_barrier()
+
+    top = tl.full([tile_rows], -float("inf"), dtype=tl.float32)
+    total = tl.zeros([tile_rows], dtype=tl.float32)
+    acc = tl.zeros([tile_rows, head_dim_padded], dtype=tl.float32)
+    # Where a key lies in its block, or in the part of it that is a tile, is the same in every tile.
+    in_block = (tl.arange(0, keys_per_tile) & (block_size - 1))[:, None] * (num_kv_heads * head_dim) + dims[None, :]
+    k_ptrs = k_head_ptr + in_block
+    v_ptrs = v_head_ptr + in_block
     for tile_start in range(start, end, keys_per_tile):
         keys = tile_start + tl.arange(0, keys_per_tile)
         is_key = keys < end
-        offsets = cell_offsets(block_ids, keys, block_size, num_kv_heads * head_dim)
-        k = load_cells(k_head_ptr, offsets, is_key, head_dim, head_dim_padded, True)
-        v = load_cells(v_head_ptr, offsets, is_key, head_dim, head_dim_padded, True)
-        block_ids = load_block_ids(table_ptr, keys + keys_per_tile, end, block_size)
+        offsets = _block_offsets(block_ids, tile_start, keys_per_tile, block_size, num_kv_heads * head_dim)
+        # Keys from `end` on score nothing, whatever they are; their values must be numbers.
+        if head_dim < head_dim_padded:
+            k = tl.load(k_ptrs + offsets, mask=is_dim[None, :], other=0.0)
+        else:
+            k = tl.load(k_ptrs + offsets)
+        v = tl.load(v_ptrs + offsets, mask=is_key[:, None] & is_dim[None, :], other=0.0)
+        block_ids = _load_block_ids(table_ptr, tile_start + keys_per_tile, end, keys_per_tile, block_size)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * log2_scale
         scores = tl.where(is_key[None, :], scores, -float("inf"))
         # Every tile has a key before `end`, so the maximum is finite.
@@ -241,31 +193,24 @@ def _decode_kernel(
 
     out_row_ptr = out_ptr + row * out_stride
     attention = acc / tl.where(total > 0, total, 1.0)[:, None]
-    if num_active == 1:
+    if (start == 0) & (end == seq_len):
         tl.store(out_row_ptr + in_row, attention.to(out_ptr.dtype.element_ty), mask=is_real)
-    if is_split:  # noqa: SIM102 (known when compiled, unlike the next)
-        if num_active > 1:
-            first_partial = row_head.to(tl.int64) * num_splits * group
-            partial = first_partial + split * group + heads
-            tl.store(partials_ptr + partial[:, None] * head_dim + dims[None, :], attention, mask=is_real)
-            tl.store(log_sums_ptr + partial, top + tl.log2(total), mask=heads < group)
-            # All threads have stored before one of them announces it.
-            tl.debug_barrier()
-            arrived = tl.atomic_add(arrivals_ptr + row_head, 1, sem="acq_rel", scope="gpu")
-            if arrived == num_active - 1:
-                tl.store(arrivals_ptr + row_head, 0)
-                _merge_splits(
-                    partials_ptr,
-                    log_sums_ptr,
-                    out_row_ptr + kv_head * group * head_dim,
-                    first_partial,
-                    num_active,
-                    group,
-                    head_dim,
-                    head_dim_padded,
-                    heads_per_tile,
-                    splits_per_tile,
-                )
+    elif is_split:
+        first_partial = row_head.to(tl.int64) * num_splits * group
+        meet_splits(
+            attention,
+            top + tl.log2(total),
+            split,
+            tl.cdiv(seq_len, keys_per_split),
+            partials_ptr + first_partial * head_dim,
+            log_sums_ptr + first_partial,
+            arrivals_ptr + row_head,
+            out_row_ptr + kv_head * group * head_dim,
+            group,
+            head_dim,
+            heads_per_tile,
+            splits_per_tile,
+        )
 
 
 def paged_decode_attention(
@@ -287,21 +232,69 @@ def paged_decode_attention(
     Raises ValueError for shapes that the kernel does not take.
     """
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
+    _attend(q, None, k_cache, v_cache, (block_tables, slots, seq_lens), scale, workspace, out)
+    return out
+
+
+def paged_decode_attention_qkv(
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    kv_indices: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    slots: torch.Tensor,
+    seq_lens: torch.Tensor,
+    num_heads: int,
+    scale: float,
+    workspace: DecodeWorkspace,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`rope_and_cache`, then `paged_decode_attention` of its queries, with their results, in one launch.
+
+    qkv: [num_rows, num_heads + 2 * num_kv_heads, head_dim], contiguous; cos, sin, kv_indices: as `rope_and_cache` takes
+    them, a row's kv_index being the cell of its position seq_len - 1 by the block tables, or negative for a padding
+    row; the rest as `paged_decode_attention` takes it. Returns `out`, or new memory: [num_rows, num_heads, head_dim].
+    Raises ValueError for shapes that the kernel does not take.
+    """
+    check_qkv(qkv, cos, sin, kv_indices, k_cache, v_cache, num_heads)
+    q = qkv[:, :num_heads]
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
+    _attend(q, (cos, sin, kv_indices), k_cache, v_cache, (block_tables, slots, seq_lens), scale, workspace, out)
+    return out
+
+
+def _attend(
+    q: torch.Tensor,
+    new_keys: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    rows: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    scale: float,
+    workspace: DecodeWorkspace,
+    out: torch.Tensor,
+) -> None:
+    """rows: block_tables, slots, seq_lens. new_keys: cos, sin and kv_indices, if q heads a QKV product."""
     check_cache(q, k_cache, v_cache, out)
-    check_rows(block_tables, slots, seq_lens)
+    check_rows(*rows)
+    block_tables, slots, seq_lens = rows
     num_rows, num_heads, head_dim = q.shape
     _, block_size, num_kv_heads, _ = k_cache.shape
     if len(slots) != num_rows:
         raise ValueError(f"{len(slots)} slots for {num_rows} rows")
     if num_rows == 0:
-        return out
+        return
     max_keys = block_tables.shape[1] * block_size
-    config = decode_config(num_rows, num_heads, num_kv_heads, head_dim, q.dtype, max_keys, _num_sms(q.device))
-    _check_workspace(workspace, num_rows, num_heads, num_kv_heads, head_dim, config)
+    config = decode_config(num_rows, num_heads, num_kv_heads, head_dim, q.dtype, max_keys, num_sms(q.device))
+    workspace.check(num_rows, num_heads, num_kv_heads, head_dim, config.num_splits)
+    group = num_heads // num_kv_heads
+    pdl = has_pdl(q.device)
     with torch.cuda.device_of(q):
         _decode_kernel[(num_rows * num_kv_heads, config.num_splits)](
             out,
             q,
+            *(new_keys or (None, None, None)),
             k_cache,
             v_cache,
             block_tables,
@@ -318,25 +311,16 @@ def paged_decode_attention(
             config.min_keys_per_split,
             is_split=config.num_splits > 1,
             num_kv_heads=num_kv_heads,
-            group=num_heads // num_kv_heads,
-            group_padded=padded(num_heads // num_kv_heads),
+            group=group,
+            tile_rows=padded(group + 2 if new_keys else group),
             head_dim=head_dim,
             head_dim_padded=padded(head_dim),
             block_size=block_size,
             keys_per_tile=config.keys_per_tile,
-            heads_per_tile=triton.next_power_of_2(num_heads // num_kv_heads),
+            heads_per_tile=triton.next_power_of_2(group),
             splits_per_tile=config.splits_per_tile,
+            pdl=pdl,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
+            launch_pdl=pdl,
         )
-    return out
-
-
-def _check_workspace(
-    workspace: DecodeWorkspace, num_rows: int, num_heads: int, num_kv_heads: int, head_dim: int, config: DecodeConfig
-) -> None:
-    num_partials = num_rows * num_heads * config.num_splits
-    if workspace.log_sums.numel() < num_partials or workspace.partials.numel() < num_partials * head_dim:
-        raise ValueError(f"a workspace of {workspace.log_sums.numel()} partial results: {num_partials} needed")
-    if workspace.arrivals.numel() < num_rows * num_kv_heads:
-        raise ValueError(f"a workspace of {workspace.arrivals.numel()} counters: {num_rows * num_kv_heads} needed")

@@ -5,9 +5,13 @@ precisions are computed in float32 and rounded once. With a residual, x is the s
 the next layer adds to is what was normed. The twins are `rms_norm` and `add_rms_norm` of kernels/reference.py.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
+
+from .pdl import has_pdl, wait_for_earlier_kernels
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # A row is held in registers: beyond this many elements they spill.
@@ -24,11 +28,13 @@ def _rms_norm_kernel(
     eps: tl.tensor,
     width: tl.constexpr,
     block: tl.constexpr,  # the power of two that holds a row
+    pdl: tl.constexpr,
 ) -> None:
     columns = tl.arange(0, block)
     mask = columns < width
     start = tl.program_id(0).to(tl.int64) * width
     weight = tl.load(weight_ptr + columns, mask, other=0.0).to(tl.float32)
+    wait_for_earlier_kernels(pdl)
     x = tl.load(x_ptr + start + columns, mask, other=0.0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(x * x, axis=0) / width + eps)
     tl.store(out_ptr + start + columns, (x * scale * weight).to(out_ptr.dtype.element_ty), mask)
@@ -44,11 +50,13 @@ def _add_rms_norm_kernel(
     eps: tl.tensor,
     width: tl.constexpr,
     block: tl.constexpr,
+    pdl: tl.constexpr,
 ) -> None:
     columns = tl.arange(0, block)
     mask = columns < width
     start = tl.program_id(0).to(tl.int64) * width
     weight = tl.load(weight_ptr + columns, mask, other=0.0).to(tl.float32)
+    wait_for_earlier_kernels(pdl)
     x = tl.load(x_ptr + start + columns, mask, other=0.0).to(tl.float32)
     x += tl.load(residual_ptr + start + columns, mask, other=0.0).to(tl.float32)
     rounded = x.to(sum_ptr.dtype.element_ty)
@@ -66,9 +74,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     _check(x, weight)
     out = torch.empty_like(x)
     if x.numel():
-        width, block, num_warps = _launch_shape(weight)
-        grid = (x.numel() // width,)
-        _rms_norm_kernel[grid](x, weight, out, eps, width=width, block=block, num_warps=num_warps)
+        grid = (x.numel() // len(weight),)
+        _rms_norm_kernel[grid](x, weight, out, eps, **_launch_options(weight))
     return out
 
 
@@ -87,9 +94,8 @@ def add_rms_norm(
         )
     out, total = torch.empty_like(x), torch.empty_like(x)
     if x.numel():
-        width, block, num_warps = _launch_shape(weight)
-        grid = (x.numel() // width,)
-        _add_rms_norm_kernel[grid](x, residual, weight, out, total, eps, width=width, block=block, num_warps=num_warps)
+        grid = (x.numel() // len(weight),)
+        _add_rms_norm_kernel[grid](x, residual, weight, out, total, eps, **_launch_options(weight))
     return out, total
 
 
@@ -106,7 +112,13 @@ def _check(x: torch.Tensor, weight: torch.Tensor) -> None:
         )
 
 
-def _launch_shape(weight: torch.Tensor) -> tuple[int, int, int]:
-    """width, block, num_warps"""
+def _launch_options(weight: torch.Tensor) -> dict[str, Any]:
     block = triton.next_power_of_2(len(weight))
-    return len(weight), block, min(max(block // _WARP_WIDTH, 1), 16)
+    pdl = has_pdl(weight.device)
+    return {
+        "width": len(weight),
+        "block": block,
+        "pdl": pdl,
+        "num_warps": min(max(block // _WARP_WIDTH, 1), 16),
+        "launch_pdl": pdl,
+    }

@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .pdl import has_pdl, wait_for_earlier_kernels
+
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _HEAD_BLOCK = 8  # heads of one program: at batch 1 an 8B model's 48 heads then are six programs
 _MAX_HEAD_DIM = 256
@@ -29,6 +31,7 @@ def _rope_and_cache_kernel(
     half: tl.constexpr,  # head_dim / 2
     head_block: tl.constexpr,
     half_block: tl.constexpr,  # the power of two that holds half
+    pdl: tl.constexpr,
 ) -> None:
     dim: tl.constexpr = 2 * half
     token = tl.program_id(0).to(tl.int64)
@@ -37,6 +40,7 @@ def _rope_and_cache_kernel(
     fits = column < half
     is_key = (head >= num_heads) & (head < num_heads + num_kv_heads)
     is_value = (head >= num_heads + num_kv_heads) & (head < num_heads + 2 * num_kv_heads)
+    wait_for_earlier_kernels(pdl)
     slot = tl.load(kv_indices_ptr + token)
 
     low_ptrs = qkv_ptr + token * ((num_heads + 2 * num_kv_heads) * dim) + head * dim + column
@@ -86,12 +90,11 @@ def rope_and_cache(
 
     Raises ValueError for tensors that the kernel does not take.
     """
-    _check_heads(qkv, k_cache, v_cache, num_heads)
-    _check_tokens(qkv, cos, sin, kv_indices)
+    check_qkv(qkv, cos, sin, kv_indices, k_cache, v_cache, num_heads)
     num_tokens, all_heads, head_dim = qkv.shape
     q = torch.empty((num_tokens, num_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
     if num_tokens:
-        half = head_dim // 2
+        half, pdl = head_dim // 2, has_pdl(qkv.device)
         _rope_and_cache_kernel[(num_tokens, triton.cdiv(all_heads, _HEAD_BLOCK))](
             qkv,
             cos,
@@ -105,9 +108,25 @@ def rope_and_cache(
             half=half,
             head_block=_HEAD_BLOCK,
             half_block=triton.next_power_of_2(half),
+            pdl=pdl,
             num_warps=4,
+            launch_pdl=pdl,
         )
     return q
+
+
+def check_qkv(
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    kv_indices: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    num_heads: int,
+) -> None:
+    """Raises ValueError for tensors that `rope_and_cache` does not take."""
+    _check_heads(qkv, k_cache, v_cache, num_heads)
+    _check_tokens(qkv, cos, sin, kv_indices)
 
 
 def _check_heads(qkv: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, num_heads: int) -> None:

@@ -1,4 +1,7 @@
-"""Decode attention against the reference in float32: odd shapes, splits and their merge, padding, poisoned caches."""
+"""Decode attention against the reference in float32: odd shapes, splits and their merge, padding, poisoned caches.
+
+Given QKV products it is compared with the two kernels that do its work one after the other.
+"""
 
 import math
 from dataclasses import dataclass, replace
@@ -8,7 +11,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from octavo.kernels.decode_attention import decode_config, decode_workspace, paged_decode_attention
+from octavo.kernels.decode_attention import decode_workspace, paged_decode_attention, paged_decode_attention_qkv
+from octavo.kernels.decode_splits import decode_config
+from octavo.kernels.rope_cache import rope_and_cache
 
 # float32: sums of up to a few hundred terms in another order. Half precisions: the output is rounded once (a unit of
 # its last place), and so are the weights of the values (half a unit, of about the values' mean size, 0.8).
@@ -79,6 +84,112 @@ def test_equals_the_reference(name, make_rows, device):
         torch.testing.assert_close(out[real].float(), expected, **TOLERANCES[case.dtype])
 
 
+@dataclass(frozen=True, slots=True)
+class NewTokens:
+    """One new token for each row whose last cell is poison: what the model's QKV projection gives, and its place."""
+
+    qkv: torch.Tensor  # [num_rows, num_heads + 2 * num_kv_heads, head_dim]
+    cos: torch.Tensor  # [num_rows, 1, head_dim]
+    sin: torch.Tensor
+    kv_indices: torch.Tensor  # [num_rows] int64
+
+
+def add_new_tokens(rows, num_heads):
+    """New tokens for the last positions of `rows`, whose cells are poisoned."""
+    _, block_size, num_kv_heads, head_dim = rows.k_cache.shape
+    num_rows, device, dtype = len(rows.host_seq_lens), rows.k_cache.device, rows.k_cache.dtype
+    last = (rows.seq_lens.long() - 1).clamp(min=0)
+    blocks = rows.block_tables[rows.slots].gather(1, (last // block_size).unsqueeze(1)).squeeze(1)
+    kv_indices = (blocks * block_size + last % block_size).where(rows.seq_lens > 0, -1)
+    for cache in (rows.k_cache, rows.v_cache):
+        cache.flatten(0, 1)[kv_indices[kv_indices >= 0]] = torch.nan
+    angles = torch.rand(num_rows, 1, head_dim // 2) * 6
+    qkv = torch.randn(num_rows, num_heads + 2 * num_kv_heads, head_dim)
+    cos, sin = torch.cat([angles.cos()] * 2, -1), torch.cat([-angles.sin(), angles.sin()], -1)
+    return NewTokens(*(x.to(device, dtype) for x in (qkv, cos, sin)), kv_indices)
+
+
+def run_qkv(rows, new, num_heads, scale, workspace=None, out=None):
+    """The kernel's output; the new keys and values are in the rows' caches."""
+    num_rows, _, head_dim = new.qkv.shape
+    _, block_size, num_kv_heads, _ = rows.k_cache.shape
+    max_keys = rows.block_tables.shape[1] * block_size
+    shape = (num_rows, num_heads, num_kv_heads, head_dim, new.qkv.dtype, max_keys, new.qkv.device)
+    return paged_decode_attention_qkv(
+        new.qkv,
+        new.cos,
+        new.sin,
+        new.kv_indices,
+        rows.k_cache,
+        rows.v_cache,
+        rows.block_tables,
+        rows.slots,
+        rows.seq_lens,
+        num_heads,
+        scale,
+        workspace or decode_workspace(*shape),
+        out,
+    )
+
+
+QKV_CASES = CASES | {
+    "a head_dim of one dimension a half": Case((5, 17), head_dim=2),
+    "an odd half": Case((70, 33), head_dim=6, dtype=torch.float16),
+    "no row to spare for the new key": Case((90, 40), num_heads=16, num_kv_heads=1, dtype=torch.bfloat16),
+    "one row to spare": Case((90, 3), num_heads=15, num_kv_heads=1, head_dim=20),
+    "the new key alone in its split": Case((65, 129, 193), num_heads=8, dtype=torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("name", QKV_CASES)
+def test_rotates_caches_and_attends_like_the_kernels_for_each(name, make_rows, device):
+    case = QKV_CASES[name]
+    rows = make_rows(case.seq_lens, case.block_size, case.num_kv_heads, case.head_dim, case.dtype)
+    new = add_new_tokens(rows, case.num_heads)
+    expected = replace(rows, k_cache=rows.k_cache.clone(), v_cache=rows.v_cache.clone())
+    q = rope_and_cache(new.qkv, new.cos, new.sin, expected.k_cache, expected.v_cache, new.kv_indices, case.num_heads)
+    scale = 1 / math.sqrt(case.head_dim)
+
+    out = run_qkv(rows, new, case.num_heads, scale)
+
+    same = {"rtol": 0, "atol": 0, "equal_nan": True}
+    torch.testing.assert_close((rows.k_cache, rows.v_cache), (expected.k_cache, expected.v_cache), **same)
+    real = rows.seq_lens > 0
+    assert out.dtype == case.dtype
+    assert not out[~real].count_nonzero()
+    if real.any():
+        exact = expected.attend(q[real], (1,) * len(q), scale)
+        torch.testing.assert_close(out[real].float(), exact, **TOLERANCES[case.dtype])
+
+
+def test_a_sequence_grows_by_its_own_new_keys(make_rows, device):
+    rows = make_rows((70, 62, 1), 16, 2, 64, torch.float32)
+    workspace = decode_workspace(3, 4, 2, 64, torch.float32, rows.block_tables.shape[1] * 16, device)
+    for lens in ((61, 62, 0), (62, 0, 1), (63, 0, 0), (64, 0, 0), (65, 0, 0)):
+        rows.seq_lens.copy_(torch.tensor(lens))
+        rows = replace(rows, host_seq_lens=lens)
+        new = add_new_tokens(rows, 4)
+        out = run_qkv(rows, new, 4, 0.1, workspace)
+        # Once more, on what is cached by now: rotating is all that this does.
+        caches = rows.k_cache.clone(), rows.v_cache.clone()
+        q = rope_and_cache(new.qkv, new.cos, new.sin, *caches, new.kv_indices, 4)
+        assert torch.equal(caches[0].nan_to_num(), rows.k_cache.nan_to_num())
+        real = rows.seq_lens > 0
+        torch.testing.assert_close(out[real], rows.attend(q[real], (1,) * 3, 0.1), **TOLERANCES[torch.float32])
+
+
+def test_the_first_rows_of_a_mixed_step(make_rows, device):
+    rows = make_rows((90, 20), 16, 2, 64, torch.float32)
+    new = add_new_tokens(rows, 4)
+    wide = torch.full((5, 4, 64), 7.0, device=device)
+    # Tokens of prompt chunks lie behind the decodes' in the same tensors.
+    behind = [torch.cat([x, x.new_full((3, *x.shape[1:]), 9)]) for x in (new.qkv, new.cos, new.sin, new.kv_indices)]
+    out = run_qkv(rows, NewTokens(*(x[:2] for x in behind)), 4, 0.1, out=wide[:2])
+    q = rope_and_cache(new.qkv, new.cos, new.sin, rows.k_cache.clone(), rows.v_cache.clone(), new.kv_indices, 4)
+    torch.testing.assert_close(out, rows.attend(q, (1, 1), 0.1), **TOLERANCES[torch.float32])
+    assert (wide[2:] == 7).all()
+
+
 def test_a_workspace_serves_one_call_after_the_other(make_rows, device):
     workspace = decode_workspace(3, 4, 2, 64, torch.float32, 512, device)
     for lens in ((300, 200, 100), (65, 300), (300, 0, 299)):
@@ -108,23 +219,26 @@ def test_queries_and_outputs_may_lie_in_wider_rows(make_rows, device):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_one_graph_serves_rows_of_any_length(make_rows, device):
     rows = make_rows((4000, 4000, 4000, 4000), 16, 8, 128, torch.bfloat16)
-    q = torch.randn(4, 32, 128).to(device, torch.bfloat16)
-    tables, caches = (rows.block_tables, rows.slots, rows.seq_lens), (rows.k_cache, rows.v_cache)
-    workspace = decode_workspace(4, 32, 8, 128, q.dtype, rows.block_tables.shape[1] * 16, device)
-    paged_decode_attention(q, *caches, *tables, 0.1, workspace)
+    new = add_new_tokens(rows, 32)
+    workspace = decode_workspace(4, 32, 8, 128, torch.bfloat16, rows.block_tables.shape[1] * 16, device)
+    run_qkv(rows, new, 32, 0.1, workspace)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = paged_decode_attention(q, *caches, *tables, 0.1, workspace)
+        out = run_qkv(rows, new, 32, 0.1, workspace)
     for lens in ((1, 64, 65, 4000), (3999, 0, 1000, 130), (0, 0, 0, 0), (4000, 4000, 4000, 4000)):
         rows.seq_lens.copy_(torch.tensor(lens))
-        q.normal_()
+        now = replace(rows, host_seq_lens=lens)
+        for name in ("qkv", "cos", "sin", "kv_indices"):
+            getattr(new, name).copy_(getattr(add_new_tokens(now, 32), name))
         # Again and again: the splits arrive in another order every time.
         for _ in range(20):
             graph.replay()
         real = rows.seq_lens > 0
         assert not out[~real].count_nonzero()
         if real.any():
-            expected = replace(rows, host_seq_lens=lens).attend(q[real], (1,) * 4, 0.1)
+            caches = rows.k_cache.clone(), rows.v_cache.clone()
+            q = rope_and_cache(new.qkv, new.cos, new.sin, *caches, new.kv_indices, 32)
+            expected = now.attend(q[real], (1,) * 4, 0.1)
             torch.testing.assert_close(out[real].float(), expected, **TOLERANCES[torch.bfloat16])
 
 
@@ -203,3 +317,32 @@ def test_refuses_what_it_does_not_take(changes, message, device):
     workspace = decode_workspace(4, 4, 2, 64, torch.float32, 64, device)
     with pytest.raises(ValueError, match=message):
         paged_decode_attention(**given, scale=0.1, workspace=workspace)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"qkv": torch.zeros(2, 9, 64)}, "not 4 query heads"),
+        ({"cos": torch.zeros(1, 1, 64)}, "cos must be"),
+        ({"kv_indices": torch.zeros(2, dtype=torch.int32)}, "kv_indices must be"),
+        ({"slots": torch.zeros(3, dtype=torch.int64)}, "one of each for each row"),
+        ({"out": torch.zeros(2, 8, 64)}, "out"),
+    ],
+)
+def test_refuses_qkv_products_that_it_does_not_take(changes, message, device):
+    given = {
+        "qkv": torch.zeros(2, 8, 64),
+        "cos": torch.zeros(2, 1, 64),
+        "sin": torch.zeros(2, 1, 64),
+        "kv_indices": torch.zeros(2, dtype=torch.int64),
+        "k_cache": torch.zeros(4, 16, 2, 64),
+        "v_cache": torch.zeros(4, 16, 2, 64),
+        "block_tables": torch.zeros(2, 4, dtype=torch.int32),
+        "slots": torch.zeros(2, dtype=torch.int64),
+        "seq_lens": torch.zeros(2, dtype=torch.int32),
+        "out": None,
+    } | changes
+    given = {name: x if x is None else x.to(device) for name, x in given.items()}
+    workspace = decode_workspace(4, 4, 2, 64, torch.float32, 64, device)
+    with pytest.raises(ValueError, match=message):
+        paged_decode_attention_qkv(**given, num_heads=4, scale=0.1, workspace=workspace)
