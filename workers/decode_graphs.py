@@ -6,12 +6,14 @@ are padding: they have no keys, cache nothing, and sample into the token table's
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 
 from ..kernels.batch import AttentionBatch
 from ..kernels.sampling import sample_tokens
+from .graph_recorder import Recorder, Recording, Tensors
 from .kv_cache import KVCache
 from .models.registry import Model
 from .sampler.batch import SamplingBatch
@@ -39,9 +41,8 @@ def bucket_sizes(max_num_seqs: int) -> list[int]:
 class _Graph:
     """One bucket: its forward pass with logits, and the plain sampling that may follow."""
 
-    forward: torch.cuda.CUDAGraph
-    sample: torch.cuda.CUDAGraph
-    logits: torch.Tensor  # [size, local_vocab_size] float32
+    forward: Recording  # its one output are logits, [size, local_vocab_size] float32
+    sample: Recording
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +54,13 @@ class DecodeOutput:
 
 
 class DecodeGraphs:
-    """Owner of the graphs, their memory and their inputs. Belongs to the device thread, and to one stream."""
+    """Owner of the graphs and their inputs. Belongs to the device thread, and to one stream."""
 
-    def __init__(self, model: Model, kv_cache: KVCache, slots: SlotTable, vocab: VocabSlice) -> None:
+    def __init__(
+        self, model: Model, kv_cache: KVCache, slots: SlotTable, vocab: VocabSlice, recorder: Recorder
+    ) -> None:
         """Captures nothing yet: see `capture`."""
+        self._recorder = recorder
         self._model, self._kv_cache, self._slots, self._vocab = model, kv_cache, slots, vocab
         self._sizes = bucket_sizes(slots.shape.num_slots)
         device = slots.device
@@ -70,10 +74,10 @@ class DecodeGraphs:
 
     def capture(self) -> None:
         """Captures every bucket, the largest first: the others then share its memory."""
-        pool = torch.cuda.graph_pool_handle()
-        for size in reversed(self._sizes):
-            self._write_inputs(size, _padding(size, self._spare_cell))
-            self._graphs[size] = self._capture(size, pool)
+        with self._recorder.session():
+            for size in reversed(self._sizes):
+                self._write_inputs(size, _padding(size, self._spare_cell))
+                self._graphs[size] = self._capture(size)
 
     def forward(self, rows: StepRows) -> DecodeOutput:
         """Runs a step of decodes up to the logits."""
@@ -90,10 +94,11 @@ class DecodeGraphs:
         ):
             inputs[index, :num_rows] = values
         self._write_inputs(size, inputs)
-        self._graphs[size].forward.replay()
+        forward = self._graphs[size].forward
+        forward.replay()
         *_, seq_lens, cells = self._views(size)
         samples = SampleRows(None, seq_lens[:num_rows], cells[:num_rows])
-        return DecodeOutput(self._graphs[size].logits[:num_rows], samples)
+        return DecodeOutput(forward.outputs[0][:num_rows], samples)
 
     def sample(self, num_rows: int, batch: SamplingBatch) -> torch.Tensor:
         """Samples from the logits of the last `forward` into the token table; `batch` asks for nothing but temperature.
@@ -125,21 +130,17 @@ class DecodeGraphs:
             self._seeds.index_copy_(0, rows, batch.random.seeds)
         self._sampling = batch
 
-    def _capture(self, size: int, pool: "torch.cuda._POOL_HANDLE") -> _Graph:
-        # Kernels compile, and libraries make their workspaces, before the capture.
-        for _ in range(2):
-            self._sample(size, self._forward(size))
-        forward, sampling = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(forward, pool=pool, capture_error_mode="thread_local"):
-            logits = self._forward(size)
-        with torch.cuda.graph(sampling, pool=pool, capture_error_mode="thread_local"):
-            self._sample(size, logits)
-        return _Graph(forward, sampling, logits)
+    def _capture(self, size: int) -> _Graph:
+        # Kernels compile, and libraries make their workspaces, before the recording.
+        self._sample(size, *self._forward(size))
+        forward, (logits,) = self._recorder.record(partial(self._forward, size))
+        sampling, _ = self._recorder.record(partial(self._sample, size, logits))
+        return _Graph(forward, sampling)
 
     def _views(self, size: int) -> Iterator[torch.Tensor]:
         return iter(self._inputs[: _NUM_INPUTS * size].view(_NUM_INPUTS, size))
 
-    def _forward(self, size: int) -> torch.Tensor:
+    def _forward(self, size: int) -> Tensors:
         positions, kv_indices, token_cells, slots, seq_lens, _ = self._views(size)
         batch = AttentionBatch(
             num_decode_rows=size,
@@ -153,9 +154,9 @@ class DecodeGraphs:
             host_query_starts=tuple(range(size + 1)),
         )
         token_ids = self._slots.token_ids.view(-1).index_select(0, token_cells).long()
-        return self._model.logits(self._model.forward(token_ids, batch, self._kv_cache))
+        return (self._model.logits(self._model.forward(token_ids, batch, self._kv_cache)),)
 
-    def _sample(self, size: int, logits: torch.Tensor) -> None:
+    def _sample(self, size: int, logits: torch.Tensor) -> Tensors:
         *_, seq_lens, cells = self._views(size)
         # A decode samples at the position behind its newest token, which is what it has computed by then.
         scores, token_ids = sample_tokens(
@@ -164,6 +165,7 @@ class DecodeGraphs:
         chosen = self._vocab.best(scores, token_ids).int()
         self._token_ids[:size].copy_(chosen)
         self._slots.token_ids.view(-1).index_copy_(0, cells, chosen)
+        return ()
 
 
 def _padding(size: int, spare_cell: int) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:

@@ -12,6 +12,7 @@ from .sampler.batch import SamplingBatch, build_batch
 from .sampler.logprobs import Logprobs, logprobs_of, measure
 from .sampler.sampler import Context, Sampled, sample
 from .sampler.vocab import VocabSlice
+from .segments import run_now
 from .slot_table import SlotTable, SlotTableShape
 from .step_batch import ChunkRow, SampleRows, StepRows, send_step, take_step
 from .step_clock import StepClock
@@ -19,6 +20,7 @@ from .step_result import ChunkLogprobs, PendingResult, RowLogprobs
 
 if TYPE_CHECKING:
     from .decode_graphs import DecodeGraphs
+    from .segment_graphs import SegmentGraphs
 
 # Logits of a prompt's tokens are made this many rows at a time: 128 rows of 128k float32 are 64 MiB.
 _PROMPT_LOGPROB_ROWS = 128
@@ -32,18 +34,23 @@ class ModelRunner:
         self._model, self._kv_cache, self._tp = model, kv_cache, tp
         self._slots = SlotTable(shape, tp.device)
         self._vocab = VocabSlice(tp, model.vocab_start, model.local_vocab_size, shape.vocab_size)
-        self._graphs: DecodeGraphs | None = None  # none on a CPU, and before they are captured
+        # None on a CPU, and before they are captured.
+        self._decode_graphs: DecodeGraphs | None = None
+        self._segment_graphs: SegmentGraphs | None = None
         self._sampling: SamplingBatch | None = None
         self._sampling_key: tuple[int, bytes] | None = None  # what _sampling was built for
 
     @torch.inference_mode()
-    def capture_graphs(self) -> None:
-        """Has steps of decodes alone run as CUDA graphs from now on. The slot table must be empty."""
+    def capture_graphs(self, segment_graphs: "SegmentGraphs") -> None:
+        """Has steps run as CUDA graphs from now on: those of decodes alone as a whole, others but for their attention.
+
+        The slot table must be empty. `segment_graphs` are captured already, and may serve several runners.
+        """
         from .decode_graphs import DecodeGraphs  # Triton is there only beside a CUDA build of torch
 
-        graphs = DecodeGraphs(self._model, self._kv_cache, self._slots, self._vocab)
+        graphs = DecodeGraphs(self._model, self._kv_cache, self._slots, self._vocab, segment_graphs.recorder)
         graphs.capture()
-        self._graphs = graphs
+        self._decode_graphs, self._segment_graphs = graphs, segment_graphs
 
     @torch.inference_mode()
     def execute(self, plan: Plan) -> PendingResult:
@@ -57,11 +64,12 @@ class ModelRunner:
         rows = take_step(self._slots, plan)
         if rows is None:
             return PendingResult(clock, None, None, [])
-        if self._graphs is not None and not rows.chunks:
-            return self._replay(clock, rows, self._graphs)
+        if self._decode_graphs is not None and not rows.chunks:
+            return self._replay(clock, rows, self._decode_graphs)
         batch = send_step(rows, self._slots)
         token_ids = self._slots.token_ids.view(-1).index_select(0, batch.token_cells).long()
-        hidden = self._model.forward(token_ids, batch.attention, self._kv_cache)
+        run = run_now if self._segment_graphs is None else self._segment_graphs.runner(len(token_ids))
+        hidden = self._model.forward(token_ids, batch.attention, self._kv_cache, run)
         chunks = self._prompt_logprobs(hidden, rows)
         if not len(rows.sampling):
             return PendingResult(clock, None, None, chunks)

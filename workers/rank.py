@@ -1,14 +1,16 @@
 """One rank of a worker group, from rendezvous to a runner that takes plans."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 
 from ..errors import InvalidArgumentError, ResourceExhaustedError
 from ..proto import engine_pb2, worker_pb2
+from .device_memory import DeviceMemory
 from .gpu_support import GpuSupport
+from .graph_recorder import GraphRecorder
 from .kv_cache import BlockBudget, KVCache, num_blocks_that_fit
 from .model_config import DTYPES
 from .model_loader import load_model
@@ -16,6 +18,7 @@ from .model_runner import ModelRunner
 from .models.registry import Model
 from .parallel import TensorParallel
 from .rendezvous import connect_store, join_group
+from .segment_graphs import SegmentGraphs
 from .slot_table import SlotTableShape
 from .warm_up import blocks_for_warm_up, warm_up
 
@@ -65,12 +68,17 @@ def _stages(
         torch.cuda.synchronize(device)
     yield Stage("weights")
     builder = _RunnerBuilder(config, model, tp, num_ranks_on_host)
-    activation_bytes = builder.measure_largest_step() if device.type == "cuda" else 0
-    num_blocks = tp.min_int(num_blocks_that_fit(device, builder.budget(activation_bytes)))
-    runner = builder.build(num_blocks)
-    yield Stage("kv cache")
+    graphs = None
     if device.type == "cuda" and not config.enforce_eager:
-        runner.capture_graphs()
+        graphs = SegmentGraphs(model, config.max_num_batched_tokens, GraphRecorder(device))
+    budget, memory = builder.budget(), None
+    if device.type == "cuda":
+        activation_bytes, memory = builder.rehearse(graphs)
+        budget = replace(budget, activation_bytes=activation_bytes)
+    runner = builder.runner(builder.kv_cache(tp.min_int(num_blocks_that_fit(device, budget, memory))))
+    yield Stage("kv cache")
+    if graphs is not None:
+        runner.capture_graphs(graphs)
         yield Stage("cuda graphs")
     # The largest step has run on a GPU by now. A CPU needs little: its libraries load with the first token.
     warm_up(runner, num_seqs=1, num_tokens=1)
@@ -96,8 +104,8 @@ class _RunnerBuilder:
     tp: TensorParallel
     num_ranks_on_host: int
 
-    def build(self, num_blocks: int) -> ModelRunner:
-        cache = KVCache(
+    def kv_cache(self, num_blocks: int) -> KVCache:
+        return KVCache(
             num_layers=self.model.config.num_layers,
             num_blocks=num_blocks,
             block_size=self.config.block_size,
@@ -106,28 +114,41 @@ class _RunnerBuilder:
             dtype=self.model.dtype,
             device=self.tp.device,
         )
+
+    def runner(self, cache: KVCache) -> ModelRunner:
         shape = SlotTableShape(
             num_slots=self.config.max_num_seqs,
             max_model_len=self.config.max_model_len,
             block_size=self.config.block_size,
-            num_blocks=num_blocks,
+            num_blocks=cache.num_blocks,
             vocab_size=self.model.config.vocab_size,
         )
         return ModelRunner(self.model, cache, shape, self.tp)
 
-    def measure_largest_step(self) -> int:
-        """Bytes of GPU memory that a step needs beyond weights and KV cache."""
+    def rehearse(self, graphs: SegmentGraphs | None) -> tuple[int, DeviceMemory]:
+        """Brings up a runner with a KV cache of few blocks, has it do all that takes GPU memory, and measures that.
+
+        Captures `graphs`, which stay. Those of decodes know the cache, so they are captured only to see what they take;
+        the memory that graphs work in stays too, and serves those of the next runner.
+        Returns the bytes that the largest step needs beyond what is there before it, and the device's memory beside a
+        runner without a KV cache.
+        """
         num_seqs, num_tokens = self.config.max_num_seqs, self.config.max_num_batched_tokens
-        runner = self.build(blocks_for_warm_up(num_seqs, num_tokens, self.config.block_size))
+        cache = self.kv_cache(blocks_for_warm_up(num_seqs, num_tokens, self.config.block_size))
+        runner = self.runner(cache)
+        if graphs is not None:
+            graphs.capture(cache)
+            runner.capture_graphs(graphs)
         before_bytes = torch.cuda.memory_allocated(self.tp.device)
         torch.cuda.reset_peak_memory_stats(self.tp.device)
         warm_up(runner, num_seqs, num_tokens)
         activation_bytes = torch.cuda.max_memory_allocated(self.tp.device) - before_bytes
-        del runner
         torch.cuda.empty_cache()
-        return activation_bytes
+        # What torch keeps now lies between tensors or is the graphs': no KV cache can have it.
+        free_bytes, total_bytes = torch.cuda.mem_get_info(self.tp.device)
+        return activation_bytes, DeviceMemory(total_bytes, free_bytes + cache.keys.nbytes + cache.values.nbytes)
 
-    def budget(self, activation_bytes: int) -> BlockBudget:
+    def budget(self) -> BlockBudget:
         return BlockBudget(
             bytes_per_block=KVCache.bytes_per_block(
                 num_layers=self.model.config.num_layers,
@@ -141,6 +162,5 @@ class _RunnerBuilder:
             max_model_len=self.config.max_model_len,
             gpu_memory_utilization=self.config.gpu_memory_utilization,
             num_blocks_override=self.config.num_blocks_override,
-            activation_bytes=activation_bytes,
             num_ranks_on_device=1 if self.tp.device.type == "cuda" else self.num_ranks_on_host,
         )

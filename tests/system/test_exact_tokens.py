@@ -76,6 +76,24 @@ def test_greedy_tokens_on_gpus_equal_transformers_on_the_cpu(
             assert result.tokens == expected, f"TP {tensor_parallel_size}, eager {enforce_eager}"
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_chunks_of_all_sizes_through_cuda_graphs_equal_transformers(
+    make_llama, run_engine, engine_options, sampling_params
+):
+    """Room for all requests at once: steps of 700 tokens in graphs, then one of some 4,000, above the largest graph."""
+    path, all_prompts = model_and_prompts("gqa", make_llama)
+    expected = transformers_tokens(path, all_prompts)
+    for tensor_parallel_size in (size for size in (1, 2, 4) if size <= torch.cuda.device_count()):
+        for max_num_batched_tokens in (700, 8192):
+            options = engine_options(
+                tensor_parallel_size, num_blocks=512, max_num_seqs=len(all_prompts), device="cuda",
+                max_num_batched_tokens=max_num_batched_tokens,
+            )  # fmt: skip
+            result = run_engine(path, options, all_prompts, lambda i: sampling_params(MAX_TOKENS))
+            assert result.tokens == expected, f"TP {tensor_parallel_size}, {max_num_batched_tokens} tokens"
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_greedy_tokens_equal_transformers(name, make_llama, run_engine, engine_options, sampling_params):
     path, all_prompts = model_and_prompts(name, make_llama)
