@@ -72,13 +72,14 @@ def _attend_keys(
         k = load_cells(k_head_ptr, offsets, is_key, head_dim, head_dim_padded, masked)
         v = load_cells(v_head_ptr, offsets, is_key, head_dim, head_dim_padded, masked)
         block_ids = load_block_ids(table_ptr, keys + keys_per_tile, end, block_size)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * log2_scale
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         if masked:
             # Covers the keys from `end` on too: every query of the row stands before it.
             scores = tl.where(keys[None, :] <= positions[:, None], scores, -float("inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1))
+        # Scaled once more behind the maximum, not before it: scaling then is one instruction with the subtraction.
+        new_top = tl.maximum(top, tl.max(scores, 1) * log2_scale)
         rescale = tl.exp2(top - new_top)
-        weights = tl.exp2(scores - new_top[:, None])
+        weights = tl.exp2(scores * log2_scale - new_top[:, None])
         total = total * rescale + tl.sum(weights, 1)
         acc = tl.dot(weights.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
         top = new_top
@@ -95,7 +96,7 @@ def _chunk_kernel(
     slots_ptr: tl.tensor,
     seq_lens_ptr: tl.tensor,
     query_starts_ptr: tl.tensor,
-    log2_scale: tl.tensor,  # scale * log2(e): scores are exponents of 2
+    log2_scale: tl.tensor,  # scale * log2(e): exponents are of 2
     out_stride: tl.tensor,
     q_stride: tl.tensor,
     table_stride: tl.tensor,
@@ -197,9 +198,9 @@ def paged_chunk_attention(
     q: [num_tokens, num_heads, head_dim], tokens any stride apart; caches: [num_blocks, block_size, num_kv_heads,
     head_dim], with this step's keys in them; block_tables: [num_slots, max_blocks] int32; slots: [num_rows] int64, each
     row's row of block_tables; seq_lens: [num_rows] int32, those query tokens included; query_starts: [num_rows + 1]
-    int32, places in q; no row has more than max_query_len query tokens, a padding row has none. Returns `out`, or new
-    memory of q's shape; tokens of no row are left as they are. Raises ValueError for shapes that the kernel does not
-    take.
+    int32, places in q; no row has more than max_query_len query tokens, a padding row has none; scale: above 0.
+    Returns `out`, or new memory of q's shape; tokens of no row are left as they are. Raises ValueError for shapes that
+    the kernel does not take.
     """
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
     check_cache(q, k_cache, v_cache, out)

@@ -53,16 +53,18 @@ def query_tiles(chunks: Sequence[Chunk]) -> torch.Tensor:
 
 @triton.jit
 def _take_keys(
-    scores: tl.tensor,  # [queries, keys]: exponents of 2
+    scores: tl.tensor,  # [queries, keys]
+    log2_scale: tl.tensor,
     v: tl.tensor,
     top: tl.tensor,
     total: tl.tensor,
     acc: tl.tensor,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """The running maximum, sum and output with one more tile of keys in them."""
-    new_top = tl.maximum(top, tl.max(scores, 1))
+    # Scaled once more behind the maximum, not before it: scaling then is one instruction with the subtraction.
+    new_top = tl.maximum(top, tl.max(scores, 1) * log2_scale)
     rescale = tl.exp2(top - new_top)
-    weights = tl.exp2(scores - new_top[:, None])
+    weights = tl.exp2(scores * log2_scale - new_top[:, None])
     total = total * rescale + tl.sum(weights, 1)
     acc = tl.dot(weights.to(v.dtype), v, acc * rescale[:, None])
     return new_top, total, acc
@@ -76,7 +78,7 @@ def _contiguous_kernel(
     v_box: tl.tensor,
     v_ptr: tl.tensor,
     tiles_ptr: tl.tensor,
-    log2_scale: tl.tensor,  # scale * log2(e): scores are exponents of 2
+    log2_scale: tl.tensor,  # scale * log2(e): exponents are of 2
     out_stride: tl.tensor,
     v_stride: tl.tensor,
     group: tl.constexpr,  # query heads of a KV head
@@ -105,7 +107,7 @@ def _contiguous_kernel(
     for start in range(0, seen_by_all, keys_per_tile):
         k = k_box.load([key_start + start, column])
         v = v_box.load([key_start + start, column])
-        top, total, acc = _take_keys(tl.dot(q, k.T) * log2_scale, v, top, total, acc)
+        top, total, acc = _take_keys(tl.dot(q, k.T), log2_scale, v, top, total, acc)
     for start in range(seen_by_all, tl.minimum(first_position + num_queries, num_keys), keys_per_tile):
         keys = start + tl.arange(0, keys_per_tile)
         k = k_box.load([key_start + start, column])
@@ -113,8 +115,8 @@ def _contiguous_kernel(
         v_ptrs = v_ptr + (key_start + keys).to(tl.int64)[:, None] * v_stride + column + dims[None, :]
         v = tl.load(v_ptrs, mask=(keys < num_keys)[:, None], other=0.0)
         is_seen = keys[None, :] <= (first_position + queries)[:, None]
-        scores = tl.where(is_seen, tl.dot(q, k.T) * log2_scale, -float("inf"))
-        top, total, acc = _take_keys(scores, v, top, total, acc)
+        scores = tl.where(is_seen, tl.dot(q, k.T), -float("inf"))
+        top, total, acc = _take_keys(scores, log2_scale, v, top, total, acc)
 
     tokens = (first_token + queries).to(tl.int64)
     out_ptrs = out_ptr + tokens[:, None] * out_stride + head * head_dim + dims[None, :]
@@ -128,8 +130,8 @@ def contiguous_attention(
     """Causal attention of the queries that `tiles` names, written to their places in `out`; others are left alone.
 
     q, out: [num_tokens, num_heads, head_dim]; k, v: [num_keys, num_kv_heads, head_dim]; tokens any multiple of 16 bytes
-    apart, so that views of a QKV product will do. tiles: what `query_tiles` made, on the device. Returns `out`. Raises
-    ValueError for shapes that the kernel does not take.
+    apart, so that views of a QKV product will do. tiles: what `query_tiles` made, on the device; scale: above 0.
+    Returns `out`. Raises ValueError for shapes that the kernel does not take.
     """
     _check(q, k, v, out)
     if tiles.dtype != torch.int32 or tiles.dim() != 2 or tiles.shape[1] != 5 or not tiles.is_contiguous():
