@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import InvalidArgumentError
-from ..launch.config import ServeConfig
+from ..launch.config import OFFLINE_DEFAULTS, ServeConfig
 from ..workers.model_config import ModelConfig
 from .latency import LatencySettings, check_latency, run_latency
 from .options import (
@@ -56,7 +56,7 @@ def _latency(
     check_json_path(json)
     directory = model_directory(preset, model)
     batch_sizes = tuple(batch_size or _BATCH_SIZES)
-    config = serve_config(directory, seed, given, max_num_seqs=max(256, *batch_sizes))
+    config = serve_config(directory, seed, given, **OFFLINE_DEFAULTS, max_num_seqs=max(256, *batch_sizes))
     fitting = tuple(length for length in _PREFILL_LENS if length < (config.max_model_len or 0))
     settings = LatencySettings(batch_sizes, context, steps, tuple(prefill) if prefill else fitting, repeats, seed)
     cases = check_latency(settings, config, ModelConfig.from_directory(directory).vocab_size)
@@ -80,7 +80,7 @@ def _throughput(
 ) -> None:
     """Tokens a second of many requests at once, offline."""
     check_json_path(json)
-    config = serve_config(model_directory(preset, model), seed, given)
+    config = serve_config(model_directory(preset, model), seed, given, **OFFLINE_DEFAULTS)
     asked = _workload(workload, num_prompts, input_len, output_len, seed)
     check_throughput(asked, config)
     if repeats < 1:
@@ -130,8 +130,8 @@ def _startup(
 def describe(config: ServeConfig, **settings: Value) -> dict[str, Value]:
     """What a report says about how it was made; the command has the rest."""
     names = ("model", "tensor_parallel_size", "num_groups", "num_gateways", "device", "dtype", "block_size")
-    limits = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_inflight_steps", "enforce_eager", "seed")
-    return {**{name: getattr(config, name) for name in (*names, *limits)}, **settings}
+    limits = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_inflight_steps", "itl_target_ms")
+    return {**{name: getattr(config, name) for name in (*names, *limits, "enforce_eager", "seed")}, **settings}
 
 
 def _build_app() -> typer.Typer:

@@ -23,7 +23,7 @@ JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the 
 _SERVED = (
     *("tensor_parallel_size", "num_groups", "num_gateways", "device", "dtype", "load_format", "block_size"),
     *("max_model_len", "max_num_seqs", "max_num_batched_tokens", "gpu_memory_utilization", "num_gpu_blocks_override"),
-    *("num_inflight_steps", "enforce_eager", "ray_address"),
+    *("num_inflight_steps", "itl_target_ms", "enforce_eager", "ray_address"),
 )
 _MAX_MODEL_LEN = 16_384  # of presets, unless asked for: longer ones only cost memory here
 

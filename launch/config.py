@@ -7,7 +7,7 @@ What only the machine or the model can answer ("auto", None) is resolved later, 
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ..errors import InvalidArgumentError
 
@@ -66,6 +66,14 @@ class ServeConfig:
     num_inflight_steps: int = field(
         default=2, metadata=_help("Steps that are sent to the ranks ahead of their results.")
     )
+    itl_target_ms: float = field(
+        default=10.0,
+        metadata=_help(
+            "Time between the tokens of running streams that prompts are cut into chunks for. A deep queue goes before "
+            "it. 0: chunks as large as a step.",
+            "10; 0 for LLM, bench latency and bench throughput",
+        ),
+    )
     enforce_eager: bool = field(
         default=False, metadata=_help("Run decode steps without CUDA graphs, as a CPU does anyway.")
     )
@@ -94,6 +102,8 @@ class ServeConfig:
         _require_ports(self.port, self.grpc_port)
         if not (math.isfinite(self.gpu_memory_utilization) and 0 < self.gpu_memory_utilization <= 1):
             raise _refusal("gpu_memory_utilization", f"must be in (0, 1], got {self.gpu_memory_utilization}")
+        if not (math.isfinite(self.itl_target_ms) and self.itl_target_ms >= 0):
+            raise _refusal("itl_target_ms", f"must be 0 or more, got {self.itl_target_ms}")
         if self.max_num_batched_tokens is not None and self.max_num_batched_tokens < self.max_num_seqs:
             reason = f"must be at least max_num_seqs ({self.max_num_seqs}), got {self.max_num_batched_tokens}"
             raise _refusal("max_num_batched_tokens", reason)
@@ -104,6 +114,9 @@ class ServeConfig:
         if self.first_request is not None and self.skip_tokenizer_init:
             raise _refusal("first_request", "is text and needs the tokenizer; drop skip_tokenizer_init or this one")
 
+
+# What suits those who want all outputs soon, and watch no token come: `LLM`, and benchmarks of steps and throughput.
+OFFLINE_DEFAULTS: dict[str, Any] = {"itl_target_ms": 0.0}
 
 _MAX_UINT16 = 65_535
 _MAX_INT32 = 2**31 - 1

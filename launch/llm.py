@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..errors import InvalidArgumentError, UnavailableError
 from .bulk import BulkClient, BulkRequest
-from .config import ServeConfig
+from .config import OFFLINE_DEFAULTS, ServeConfig
 from .config_file import check_type
 from .outputs import RequestOutput
 from .prompts import ChatMessage, Prompt, RequestOptions, TextPrompt, TokensPrompt, build_request, prompt_text
@@ -28,7 +28,8 @@ class LLM:
     """A model on its own coordinator, gateway and ranks, with no public port. End it with `shutdown` or `with`."""
 
     def __init__(self, model: str | None = None, **options: Any) -> None:  # noqa: ANN401 (options of every type)
-        """`options` are those of `octavo serve`, with their names and types. Returns when the model is ready.
+        """`options` are those of `octavo serve`, with their names and types; `itl_target_ms` is 0 unless given. Returns
+        when the model is ready.
 
         Raises OctavoError's kinds, in one line; nothing is left running then.
         """
@@ -147,7 +148,7 @@ def _offline_config(options: Mapping[str, Any]) -> ServeConfig:
         if name in _NOT_OFFLINE or name not in types:
             raise InvalidArgumentError(f"LLM takes no option {name!r}", name)
     checked = {name: check_type(name, name, value, types[name]) for name, value in options.items()}
-    return ServeConfig(**checked, port=0, grpc_port=0)
+    return ServeConfig(**(OFFLINE_DEFAULTS | checked), port=0, grpc_port=0)
 
 
 def _params_for(params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int) -> list[SamplingParams]:

@@ -34,6 +34,7 @@ def engine_config(
         max_num_batched_tokens=placement.max_num_batched_tokens,
         max_num_waiting=config.max_num_waiting,
         num_inflight_steps=config.num_inflight_steps,
+        itl_target_ms=config.itl_target_ms,
     )
 
 

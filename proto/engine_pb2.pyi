@@ -81,7 +81,7 @@ class Failure(_message.Message):
     def __init__(self, handle: _Optional[int] = ..., code: _Optional[int] = ..., message: _Optional[str] = ..., retry_after_s: _Optional[float] = ..., field: _Optional[str] = ...) -> None: ...
 
 class EngineConfig(_message.Message):
-    __slots__ = ("address", "model", "vocab_size", "max_model_len", "block_size", "max_num_seqs", "max_num_batched_tokens", "max_num_waiting", "num_inflight_steps")
+    __slots__ = ("address", "model", "vocab_size", "max_model_len", "block_size", "max_num_seqs", "max_num_batched_tokens", "max_num_waiting", "num_inflight_steps", "itl_target_ms")
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -91,6 +91,7 @@ class EngineConfig(_message.Message):
     MAX_NUM_BATCHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MAX_NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     NUM_INFLIGHT_STEPS_FIELD_NUMBER: _ClassVar[int]
+    ITL_TARGET_MS_FIELD_NUMBER: _ClassVar[int]
     address: str
     model: str
     vocab_size: int
@@ -100,7 +101,8 @@ class EngineConfig(_message.Message):
     max_num_batched_tokens: int
     max_num_waiting: int
     num_inflight_steps: int
-    def __init__(self, address: _Optional[str] = ..., model: _Optional[str] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., block_size: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., max_num_batched_tokens: _Optional[int] = ..., max_num_waiting: _Optional[int] = ..., num_inflight_steps: _Optional[int] = ...) -> None: ...
+    itl_target_ms: float
+    def __init__(self, address: _Optional[str] = ..., model: _Optional[str] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., block_size: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., max_num_batched_tokens: _Optional[int] = ..., max_num_waiting: _Optional[int] = ..., num_inflight_steps: _Optional[int] = ..., itl_target_ms: _Optional[float] = ...) -> None: ...
 
 class AddGroupRequest(_message.Message):
     __slots__ = ("group_id", "workers", "config")

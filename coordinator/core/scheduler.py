@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from ...errors import InvalidArgumentError, ResourceExhaustedError
 from .batch_plan import BatchPlan, ScheduledRow
 from .block_manager import num_blocks_for
-from .chunk_budget import ChunkBudget, paced_budget
+from .chunk_budget import paced_num_tokens
 from .ordered_sequences import WaitingQueue
 from .sequence import FinishReason, Request, RequestKey, Sequence, SequenceStatus
 from .worker_group import WorkerGroup
@@ -158,7 +158,7 @@ class Scheduler:
         preempted = self._schedule_decodes(group, plan)
         unfinished = [sequence for sequence in group.running if sequence.num_pending_tokens > 1]
         budget = self._chunk_budget(group, plan, unfinished)
-        self._schedule_chunks(unfinished, plan, budget)
+        budget = self._schedule_chunks(unfinished, plan, budget)
         if not preempted:
             self._admit_waiting(group, plan, budget)
         return group.dispatch(plan) if plan.rows else None
@@ -216,44 +216,47 @@ class Scheduler:
                 return False
         return True
 
-    def _chunk_budget(self, group: WorkerGroup, plan: BatchPlan, unfinished: list[Sequence]) -> ChunkBudget:
-        """Prompt tokens for the step: what it has room for, and beside decodes what leaves these their pace."""
+    def _chunk_budget(self, group: WorkerGroup, plan: BatchPlan, unfinished: list[Sequence]) -> int:
+        """Prompt tokens for the step: what it has room for; beside decodes, what leaves them their pace."""
         num_tokens = self.config.max_num_batched_tokens - plan.num_tokens
         if not (self.config.itl_target_ms and plan.decode_slots and group.step_time.is_fitted):
-            return ChunkBudget(num_tokens)
+            return num_tokens
         num_backlog_tokens = self._num_backlog_tokens(unfinished)
         if num_backlog_tokens == 0:
-            return ChunkBudget(0)
-        costs = group.step_time.costs(len(plan.decode_slots))
-        return paced_budget(self.config.itl_target_ms, costs, num_backlog_tokens, num_tokens)
+            return 0
+        num_decodes = len(plan.decode_slots)
+        costs = group.step_time.costs(num_decodes)
+        return min(num_tokens, paced_num_tokens(self.config.itl_target_ms, costs, num_decodes, num_backlog_tokens))
 
     def _num_backlog_tokens(self, unfinished: list[Sequence]) -> int:
         """Tokens that a group has to compute before nothing waits for it: of its own, and its share of the queue's."""
         share = -(-self.waiting.num_tokens // len(self.groups))
         return share + sum(sequence.num_pending_tokens for sequence in unfinished)
 
-    def _schedule_chunks(self, unfinished: list[Sequence], plan: BatchPlan, budget: ChunkBudget) -> None:
-        """To the sequences that have several tokens to compute, the first in order first."""
+    def _schedule_chunks(self, unfinished: list[Sequence], plan: BatchPlan, budget: int) -> int:
+        """To the sequences that have several tokens to compute, the first in order first. Returns what is left."""
         for sequence in unfinished:
-            if budget.is_spent:
-                return
-            self._add_chunk(sequence, budget, plan)
+            if budget == 0:
+                break
+            budget -= self._add_chunk(sequence, budget, plan)
+        return budget
 
-    def _admit_waiting(self, group: WorkerGroup, plan: BatchPlan, budget: ChunkBudget) -> None:
+    def _admit_waiting(self, group: WorkerGroup, plan: BatchPlan, budget: int) -> None:
         """Slots and blocks to waiting sequences, strictly in order: one that does not fit holds the others back."""
-        while not budget.is_spent and self.waiting and self._belongs(self.waiting.first(), group):
+        while budget > 0 and self.waiting and self._belongs(self.waiting.first(), group):
             sequence = self.waiting.first()
             self.waiting.remove(sequence)
             group.join(sequence, plan)
-            self._add_chunk(sequence, budget, plan)
+            budget -= self._add_chunk(sequence, budget, plan)
 
     @staticmethod
-    def _add_chunk(sequence: Sequence, budget: ChunkBudget, plan: BatchPlan) -> None:
-        num_tokens = budget.take(sequence.num_pending_tokens)
+    def _add_chunk(sequence: Sequence, budget: int, plan: BatchPlan) -> int:
+        num_tokens = min(sequence.num_pending_tokens, budget)
         samples = num_tokens == sequence.num_pending_tokens
         plan.chunk_slots.append(sequence.slot)
         plan.chunk_num_tokens.append(num_tokens)
         plan.rows.append(ScheduledRow(sequence, sequence.num_preemptions, num_tokens, samples))
+        return num_tokens
 
     def _belongs(self, sequence: Sequence, group: WorkerGroup) -> bool:
         """Whether `group` is to take `sequence`: of the groups with room for it, one with less than its share of all.

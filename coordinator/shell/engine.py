@@ -33,6 +33,7 @@ class Engine:
                 max_model_len=config.max_model_len,
                 max_num_waiting=config.max_num_waiting,
                 num_inflight_steps=config.num_inflight_steps,
+                itl_target_ms=config.itl_target_ms,
             )
         )
         self._runners: dict[int, GroupRunner] = {}
@@ -140,7 +141,8 @@ class Engine:
 
     def _take_result(self, group_id: int, result: worker_pb2.StepResult) -> None:
         scores = [PromptScores(chunk.chunk, chunk.start, num_rows(chunk.table)) for chunk in result.prompt_logprobs]
-        outcome = self.scheduler.update(group_id, unpack(result.token_ids, "<i4", "token_ids"), scores)
+        token_ids = unpack(result.token_ids, "<i4", "token_ids")
+        outcome = self.scheduler.update(group_id, token_ids, scores, result.model_time_us)
         for accepted in outcome.scores:
             chunk = result.prompt_logprobs[accepted.index]
             table = skip_rows(chunk.table, accepted.num_skipped)

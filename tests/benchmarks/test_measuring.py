@@ -11,6 +11,7 @@ from octavo.benchmarks.workload import LengthRange, Workload
 from octavo.errors import InternalError, InvalidArgumentError
 from octavo.gateway.text import load_text_model
 from octavo.launch.cli import run as run_octavo
+from octavo.launch.config import ServeConfig
 from octavo.proto import admin_pb2
 
 
@@ -120,3 +121,19 @@ def test_bad_options_are_one_line(arguments, message, capsys):
     shown = capsys.readouterr().err
     assert message in shown
     assert shown.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "name", "expected"),
+    [
+        (["throughput", "--workload", "128/512"], "run_throughput", 0.0),
+        (["throughput", "--workload", "128/512", "--itl-target-ms", "20"], "run_throughput", 20.0),
+        (["latency", "--context", "100"], "run_latency", 0.0),
+        (["startup"], "run_startup", ServeConfig().itl_target_ms),
+    ],
+)
+def test_offline_benchmarks_do_not_cut_prompts_for_streams(monkeypatch, command, name, expected):
+    configs = []
+    monkeypatch.setattr(f"octavo.benchmarks.cli.{name}", lambda config, *_: configs.append(config))
+    assert run_octavo(["bench", *command, "--preset", "cpu-6m"]) == 0
+    assert [config.itl_target_ms for config in configs] == [expected]

@@ -3,6 +3,7 @@
 import asyncio
 
 import grpc
+import numpy as np
 import pytest
 
 
@@ -49,6 +50,21 @@ def test_several_plans_are_sent_before_the_first_result(cluster, submit, run):
                 worker.hold.set()
             await session.read_until_done(1)
             assert session.tokens[0] == list(range(4, 12))
+
+    run(scenario())
+
+
+def test_chunks_beside_decodes_follow_the_target_and_the_workers_times(cluster, submit, run):
+    async def scenario():
+        sizes = {"max_num_batched_tokens": 256, "max_model_len": 1024, "num_inflight_steps": 2}
+        async with cluster(num_ranks=1, itl_target_ms=1e-6, **sizes) as it:  # a step of theirs takes 5 us
+            await it.add_group()
+            session = await it.session()
+            await session.submit(submit(0, num_prompt=4, max_tokens=20), submit(1, num_prompt=900, max_tokens=1))
+            await session.read_until_done(2)
+            chunks = [np.frombuffer(plan.chunk_num_tokens, "<i4").tolist() for plan in it.workers[0].plans]
+            assert chunks[:2] == [[4, 252], [255]]  # sent before the first result
+            assert chunks[2:6] == [[127], [127], [127], [12]]
 
     run(scenario())
 

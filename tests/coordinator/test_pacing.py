@@ -77,7 +77,7 @@ def test_prompts_pay_for_the_pace_of_streams_with_little():
 
 
 def test_a_load_that_is_too_much_for_the_target_is_carried():
-    """It brings 37 prompt tokens a millisecond, steps within 8 ms do 31: with those alone the last would wait 440 ms."""
+    """It brings 37 prompt tokens a millisecond, and steps within 8 ms do 31: one would come to wait 440 ms."""
     assert worst_wait_ms([14.0 * index for index in range(200)], 8.0) < 250.0
 
 

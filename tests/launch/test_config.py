@@ -23,6 +23,8 @@ from octavo.launch.serve_command import merge_options
         ("num_gpu_blocks_override", 0),
         ("max_num_waiting", 0),
         ("num_inflight_steps", 1),
+        ("itl_target_ms", -1.0),
+        ("itl_target_ms", math.inf),
         ("max_model_len", 1),
         ("port", 65_536),
         ("grpc_port", -1),

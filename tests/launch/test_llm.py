@@ -23,3 +23,17 @@ def test_a_value_of_a_wrong_type_is_refused(option, value):
 def test_a_missing_model_is_said_so():
     with pytest.raises(NotFoundError, match="/no/such/model"):
         LLM("/no/such/model")
+
+
+@pytest.mark.parametrize(("options", "expected"), [({}, 0.0), ({"itl_target_ms": 5}, 5)])
+def test_prompts_are_cut_for_streams_only_when_asked(monkeypatch, options, expected):
+    configs = []
+
+    def supervisor(config, display):
+        configs.append(config)
+        raise NotFoundError("no model is started here")
+
+    monkeypatch.setattr("octavo.launch.llm.Supervisor", supervisor)
+    with pytest.raises(NotFoundError):
+        LLM("model", **options)
+    assert configs[0].itl_target_ms == expected

@@ -35,6 +35,7 @@ def test_the_coordinators(resolved):
         "max_num_batched_tokens": 99,
         "max_num_waiting": 77,
         "num_inflight_steps": 3,
+        "itl_target_ms": 7.5,
     }
     config, model, placement = resolved(served_model_name=("shown", "other"), **options)
     proto = engine_config(config, model, placement, "unix:/e")
