@@ -1,7 +1,7 @@
 """Sums over the ranks of a host through memory that its GPUs share over NVLink. No multicast is used.
 
 Sums on the way to a norm are fused with it: small ones by kernels/ll_all_reduce.py, larger ones by kernels/two_shot.py.
-Others go through torch's kernels. Figures: `_Limits`.
+Others go through torch's kernels.
 """
 
 import logging
@@ -25,11 +25,12 @@ _ALIGNMENT_BYTES = 16  # of each rank's part
 # Without a norm, up to here every rank sums all of it; above, a part each, which is then handed round.
 _MAX_ONE_SHOT_BYTES = 64 * 1024
 _MAX_TWO_SHOT_BYTES = 4 * 1024 * 1024  # above, NCCL is as fast
-# With a norm.
-_MAX_LL_ROWS = 32
-_MAX_LL_WORDS = 8192  # of a row, 4 bytes each
-_MAX_FUSED_BYTES = 8 * 1024 * 1024
-_MAX_PROGRAMS = 1024  # rows of one rank
+# With a norm, up to here (what all ranks sum, taken together) every rank sends all of its part to every other.
+_MAX_LL_BYTES = 1024 * 1024
+_MAX_LL_ROWS = 64
+_MAX_LL_WORDS = 4096  # of a row, 4 bytes each
+_MAX_FUSED_BYTES = 8 * 1024 * 1024  # above, NCCL is as fast
+_MAX_ROWS_OF_A_RANK = 1024
 
 
 class SymmetricMemory:
@@ -70,7 +71,7 @@ class SymmetricMemory:
 
     def takes_norm(self, partial: Tensor) -> bool:
         """Whether `all_reduce_add_rms_norm` can sum it, and faster than NCCL."""
-        return self._ll_inbox.takes(partial) or self._two_shot.takes(partial)
+        return self._is_small(partial) or self._two_shot.takes(partial)
 
     def all_reduce_add_rms_norm(
         self, partial: Tensor, residual: Tensor, weight: Tensor, eps: float
@@ -80,19 +81,22 @@ class SymmetricMemory:
         partial, residual: [num_rows, width]; weight: [width]. The next call may overwrite both results, and may have
         the sum as its residual.
         """
-        if self._ll_inbox.takes(partial):
+        if self._is_small(partial):
             return ll_add_rms_norm(partial, residual, weight, eps, self._ll_inbox)
         return two_shot_add_rms_norm(partial, residual, weight, eps, self._two_shot)
 
     def input_buffer(self, num_rows: int, width: int, dtype: torch.dtype) -> Tensor | None:
-        """Where to write a `partial` of this shape so that it need not be copied. None where a copy is not made.
+        """Where to write a `partial` of this shape so that it need not be copied; None where it never is.
 
-        It may be written from the end of one all_reduce_add_rms_norm to the start of the next.
+        Its own until the next all_reduce_add_rms_norm has summed it.
         """
         like = torch.empty(num_rows, width, dtype=dtype, device="meta")
-        if self._ll_inbox.takes(like) or not self._two_shot.takes(like):
+        if self._is_small(like) or not self._two_shot.takes(like):
             return None
         return self._two_shot.input_like(like)
+
+    def _is_small(self, partial: Tensor) -> bool:
+        return partial.nbytes * self._size <= _MAX_LL_BYTES and self._ll_inbox.takes(partial)
 
     def _make_ll_inbox(self) -> LLInbox:
         _, words = self._allocate((2, _MAX_LL_ROWS, self._size, _MAX_LL_WORDS), torch.int64)
@@ -101,9 +105,9 @@ class SymmetricMemory:
 
     def _make_two_shot_buffers(self) -> TwoShotBuffers:
         inputs, normed, sums = (self._allocate((_MAX_FUSED_BYTES,), torch.uint8)[1] for _ in range(3))
-        flags, all_flags = self._allocate((_MAX_PROGRAMS, 2, self._size), torch.int32)
+        flags, all_flags = self._allocate((_MAX_ROWS_OF_A_RANK, 2, self._size), torch.int32)
         addresses = torch.tensor([peer.data_ptr() for peer in all_flags], device=self._device)
-        num_calls = torch.zeros(_MAX_PROGRAMS, dtype=torch.int32, device=self._device)
+        num_calls = torch.zeros(_MAX_ROWS_OF_A_RANK, dtype=torch.int32, device=self._device)
         return TwoShotBuffers(self._rank, inputs, normed, sums, flags, addresses, num_calls, self._wait)
 
     def _allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor, ...]]:

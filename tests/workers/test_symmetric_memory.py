@@ -1,0 +1,83 @@
+"""Which kernel sums what. What the kernels compute is tested with them; here memory that GPUs would share is plain."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from octavo.workers import symmetric_memory
+from octavo.workers.symmetric_memory import SymmetricMemory
+
+
+@pytest.fixture
+def make_memory(monkeypatch):
+    """make_memory(world_size) -> rank 0's memory, and the calls that it makes of its kernels: (name, arguments)."""
+
+    def rendezvous(mine, group):
+        return SimpleNamespace(get_buffer=lambda rank, shape, dtype: torch.zeros(shape, dtype=dtype))
+
+    def make(world_size):
+        calls = []
+        monkeypatch.setattr(symmetric_memory.symm_mem, "empty", torch.empty)
+        monkeypatch.setattr(symmetric_memory.symm_mem, "rendezvous", rendezvous)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+        for name in ("ll_add_rms_norm", "two_shot_add_rms_norm"):
+            monkeypatch.setattr(symmetric_memory, name, lambda *args, name=name: calls.append((name, args)))
+        group = SimpleNamespace(rank=lambda: 0, size=lambda: world_size, group_name="")
+        return SymmetricMemory(group, torch.device("cpu")), calls
+
+    return make
+
+
+def _sum(memory, partial):
+    memory.all_reduce_add_rms_norm(partial, partial, partial[0], 1e-5)
+
+
+@pytest.mark.parametrize(("world_size", "max_small"), [(2, 64), (4, 32), (8, 16)])
+def test_few_rows_are_pushed_and_more_are_dealt(make_memory, world_size, max_small):
+    memory, calls = make_memory(world_size)
+    for num_rows in (1, max_small, max_small + 1, 1024):
+        partial = torch.empty(num_rows, 4096, dtype=torch.bfloat16)
+        assert memory.takes_norm(partial)
+        _sum(memory, partial)
+    assert [name for name, _ in calls] == ["ll_add_rms_norm"] * 2 + ["two_shot_add_rms_norm"] * 2
+
+
+@pytest.mark.parametrize(
+    "partial",
+    [
+        torch.empty(2048, 4096, dtype=torch.bfloat16, device="meta"),
+        torch.empty(4, 4096, dtype=torch.float16),
+        torch.empty(4, 4096).T,
+        torch.empty(0, 4096),
+        torch.empty(4096),
+    ],
+)
+def test_what_no_kernel_sums_faster_is_left_to_nccl(make_memory, partial):
+    memory, _ = make_memory(2)
+    assert not memory.takes_norm(partial)
+
+
+def test_a_product_may_write_where_it_is_summed(make_memory):
+    memory, calls = make_memory(2)
+    buffer = memory.input_buffer(100, 4096, torch.bfloat16)
+    assert buffer.shape == (100, 4096)
+    assert buffer.dtype == torch.bfloat16
+    _sum(memory, buffer)
+    _, (*_, buffers) = calls[0]
+    assert buffers.input_like(buffer).data_ptr() == buffer.data_ptr()
+
+
+@pytest.mark.parametrize("num_rows", [1, 2000])
+def test_no_product_writes_to_a_buffer_that_would_not_be_summed(make_memory, num_rows):
+    memory, _ = make_memory(2)
+    assert memory.input_buffer(num_rows, 4096, torch.bfloat16) is None
+
+
+@pytest.mark.parametrize("num_rows", [1, 1000])
+def test_a_wait_that_was_given_up_is_seen(make_memory, num_rows):
+    memory, calls = make_memory(2)
+    _sum(memory, torch.empty(num_rows, 4096, dtype=torch.bfloat16))
+    assert not memory.has_failed()
+    _, (*_, buffers) = calls[0]
+    buffers.wait.seen_by_host.fill_(1)
+    assert memory.has_failed()
