@@ -17,11 +17,25 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 DTYPES = (torch.bfloat16, torch.float16)
 HEAD_DIMS = (64, 128)
-_QUERIES = 128  # of a tile: 64 for each 4 warps
-# Keys of a tile. With 8 warps and 128 registers a thread, two programs share a multiprocessor: one multiplies while the
-# other takes exponents.
-_KEYS = 64
-_NUM_WARPS, _NUM_STAGES, _MAX_REGISTERS = 8, 2, 128
+# Two for each multiprocessor of an H200: with fewer programs, smaller ones fill it better.
+_FILLING_PROGRAMS = 264
+
+
+@dataclass(frozen=True, slots=True)
+class TileConfig:
+    """How the kernel is cut: Hopper's tensor cores want 64 queries for each 4 warps."""
+
+    queries: int
+    keys: int
+    num_warps: int
+    num_stages: int
+    max_registers: int | None  # a thread's
+
+
+# Either way two programs share a multiprocessor: one multiplies while the other takes exponents. 128 queries read each
+# key half as often; their 8 warps fit twice with 128 registers a thread.
+_LARGE = TileConfig(128, 64, 8, 2, 128)
+_SMALL = TileConfig(64, 64, 4, 2, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,20 +49,33 @@ class Chunk:
     num_keys: int
 
 
-def query_tiles(chunks: Sequence[Chunk]) -> torch.Tensor:
-    """The work of `contiguous_attention`: [num_tiles, 5] int32 on the CPU, the tiles with the most keys first.
+@dataclass(frozen=True, slots=True)
+class QueryTiles:
+    """The work of one call of `contiguous_attention` for each head."""
 
-    A tile's columns: its first query token, how many queries it has, its row's first key, the position of its first
-    query among the row's keys, and the number of the row's keys.
-    """
+    # [num_tiles, 5] int32, those with the most keys first: the tile's first query token, how many queries it has, its
+    # row's first key, the position of its first query among the row's keys, the number of the row's keys.
+    table: torch.Tensor
+    config: TileConfig
+
+
+def query_tiles(chunks: Sequence[Chunk], num_heads: int) -> QueryTiles:
+    """The tiles of a step's chunks, on the CPU. num_heads: query heads of this rank."""
+    large = num_heads * sum(-(-chunk.query_len // _LARGE.queries) for chunk in chunks)
+    return cut(chunks, _LARGE if large >= _FILLING_PROGRAMS else _SMALL)
+
+
+def cut(chunks: Sequence[Chunk], config: TileConfig) -> QueryTiles:
+    """As query_tiles, into tiles of one's own choice."""
+    step = config.queries
     tiles = [
-        (chunk.query_start + i, min(_QUERIES, chunk.query_len - i), chunk.key_start, position + i, chunk.num_keys)
+        (chunk.query_start + i, min(step, chunk.query_len - i), chunk.key_start, position + i, chunk.num_keys)
         for chunk in chunks
         for position in (chunk.num_keys - chunk.query_len,)
-        for i in range(0, chunk.query_len, _QUERIES)
+        for i in range(0, chunk.query_len, step)
     ]
     tiles.sort(key=lambda tile: -tile[3])
-    return torch.tensor(tiles, dtype=torch.int32).view(-1, 5)
+    return QueryTiles(torch.tensor(tiles, dtype=torch.int32).view(-1, 5), config)
 
 
 @triton.jit
@@ -125,38 +152,39 @@ def _contiguous_kernel(
 
 
 def contiguous_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tiles: torch.Tensor, scale: float, out: torch.Tensor
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tiles: QueryTiles, scale: float, out: torch.Tensor
 ) -> torch.Tensor:
     """Causal attention of the queries that `tiles` names, written to their places in `out`; others are left alone.
 
     q, out: [num_tokens, num_heads, head_dim]; k, v: [num_keys, num_kv_heads, head_dim]; tokens any multiple of 16 bytes
-    apart, so that views of a QKV product will do. tiles: what `query_tiles` made, on the device; scale: above 0.
+    apart, so that views of a QKV product will do. tiles: their table on the device; scale: above 0.
     Returns `out`. Raises ValueError for shapes that the kernel does not take.
     """
     _check(q, k, v, out)
-    if tiles.dtype != torch.int32 or tiles.dim() != 2 or tiles.shape[1] != 5 or not tiles.is_contiguous():
-        raise ValueError(f"tiles {tuple(tiles.shape)} of {tiles.dtype} are not what query_tiles makes")
-    if not len(tiles):
+    table, config = tiles.table, tiles.config
+    if table.dtype != torch.int32 or table.dim() != 2 or table.shape[1] != 5 or not table.is_contiguous():
+        raise ValueError(f"tiles {tuple(table.shape)} of {table.dtype} are not what query_tiles makes")
+    if not len(table):
         return out
     _, num_heads, head_dim = q.shape
     with torch.cuda.device_of(q):
-        _contiguous_kernel[(num_heads, len(tiles))](
+        _contiguous_kernel[(num_heads, len(table))](
             out,
-            _box(q, _QUERIES),
-            _box(k, _KEYS),
-            _box(v, _KEYS),
+            _box(q, config.queries),
+            _box(k, config.keys),
+            _box(v, config.keys),
             v,
-            tiles,
+            table,
             scale * math.log2(math.e),
             out.stride(0),
             v.stride(0),
             group=num_heads // k.shape[1],
             head_dim=head_dim,
-            queries_per_tile=_QUERIES,
-            keys_per_tile=_KEYS,
-            num_warps=_NUM_WARPS,
-            num_stages=_NUM_STAGES,
-            maxnreg=_MAX_REGISTERS,
+            queries_per_tile=config.queries,
+            keys_per_tile=config.keys,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+            maxnreg=config.max_registers,
         )
     return out
 

@@ -5,12 +5,12 @@ queries for each key attend faster to a copy in token order (kernels/contiguous_
 block tables (kernels/chunk_attention.py).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from .batch import AttentionBatch
-from .contiguous_attention import DTYPES, HEAD_DIMS, Chunk, contiguous_attention, query_tiles
+from .contiguous_attention import DTYPES, HEAD_DIMS, Chunk, QueryTiles, contiguous_attention, query_tiles
 
 # Below this many chunk tokens, launching the gathers costs what they save.
 _MIN_TOKENS = 1024
@@ -23,7 +23,7 @@ class GatherPlan:
     """What all layers of a step share."""
 
     block_ids: torch.Tensor  # [num_blocks] int32: the chunks' blocks, row after row
-    tiles: torch.Tensor  # what query_tiles makes, on the device; queries counted from the step's first token
+    tiles: QueryTiles  # on the device; queries counted from the step's first token
 
 
 def is_worth_gathering(batch: AttentionBatch, head_dim: int, dtype: torch.dtype) -> bool:
@@ -34,8 +34,8 @@ def is_worth_gathering(batch: AttentionBatch, head_dim: int, dtype: torch.dtype)
     return takes and num_tokens >= _MIN_TOKENS and num_keys <= _MAX_KEYS_PER_TOKEN * num_tokens
 
 
-def plan_gather(batch: AttentionBatch, block_size: int) -> GatherPlan:
-    """For all chunk rows of `batch`. One transfer; the device is not asked for anything."""
+def plan_gather(batch: AttentionBatch, num_heads: int, block_size: int) -> GatherPlan:
+    """For all chunk rows of `batch`, with one transfer to the device. num_heads: query heads of this rank."""
     rows = range(batch.num_decode_rows, batch.num_rows)
     num_blocks = torch.tensor([-(-batch.host_seq_lens[row] // block_size) for row in rows])
     first_blocks = num_blocks.cumsum(0) - num_blocks
@@ -48,15 +48,16 @@ def plan_gather(batch: AttentionBatch, block_size: int) -> GatherPlan:
         )
         for row, first_block in zip(rows, first_blocks.tolist(), strict=True)
     ]
-    tiles = query_tiles(chunks)
+    tiles = query_tiles(chunks, num_heads)
     block_rows = torch.tensor(rows).repeat_interleave(num_blocks)
     block_columns = torch.arange(len(block_rows)) - first_blocks.repeat_interleave(num_blocks)
-    packed = torch.cat((tiles.flatten(), block_rows, block_columns)).to(torch.int32)
+    packed = torch.cat((tiles.table.flatten(), block_rows, block_columns)).to(torch.int32)
     if batch.slots.is_cuda:
         packed = packed.pin_memory()
     packed = packed.to(batch.slots.device, non_blocking=True)
-    flat_tiles, block_rows, block_columns = packed.split((tiles.numel(), len(block_rows), len(block_rows)))
-    return GatherPlan(batch.block_tables[batch.slots[block_rows], block_columns], flat_tiles.view(tiles.shape))
+    flat_table, block_rows, block_columns = packed.split((tiles.table.numel(), len(block_rows), len(block_rows)))
+    block_ids = batch.block_tables[batch.slots[block_rows], block_columns]
+    return GatherPlan(block_ids, replace(tiles, table=flat_table.view(-1, 5)))
 
 
 def attend_gathered(

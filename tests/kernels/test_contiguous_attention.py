@@ -1,5 +1,6 @@
 """Contiguous attention against plain float32 attention: odd chunks, views of a product, rows between poison."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -7,7 +8,14 @@ import torch
 
 pytest.importorskip("triton")
 
-from octavo.kernels.contiguous_attention import Chunk, contiguous_attention, query_tiles
+from octavo.kernels.contiguous_attention import (
+    Chunk,
+    QueryTiles,
+    TileConfig,
+    contiguous_attention,
+    cut,
+    query_tiles,
+)
 
 # The output is rounded once (a unit of its last place), and so are the weights of the values (half a unit, of about the
 # values' mean size, 0.8). Triton's interpreter truncates to bfloat16, which is twice as much.
@@ -15,6 +23,8 @@ TOLERANCES = {
     torch.float16: {"rtol": 2**-10, "atol": 2**-11},
     torch.bfloat16: {"rtol": 2**-6, "atol": 2**-7},
 }
+
+SMALL, LARGE = TileConfig(64, 64, 4, 2, None), TileConfig(128, 64, 8, 2, 128)
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +50,11 @@ def attend(q, k, v, scale):
     return torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v)
 
 
-def check(chunks, num_heads, num_kv_heads, head_dim, dtype, device):
+def on(device, tiles: QueryTiles) -> QueryTiles:
+    return replace(tiles, table=tiles.table.to(device))
+
+
+def check(chunks, num_heads, num_kv_heads, head_dim, dtype, device, config=SMALL):
     last = chunks[-1]
     num_tokens, num_keys = last.query_start + last.query_len + 3, last.key_start + last.num_keys + 1
     # Keys of no row are poison, and other heads lie between a token's and the next one's.
@@ -59,10 +73,11 @@ def check(chunks, num_heads, num_kv_heads, head_dim, dtype, device):
             for start, length in ((chunk.query_start, chunk.query_len), (chunk.key_start, chunk.num_keys))
         )
         expected[queries] = attend(q[queries], k[keys], v[keys], 0.1)
-    assert contiguous_attention(q, k, v, query_tiles(chunks).to(device), 0.1, out) is out
+    assert contiguous_attention(q, k, v, on(device, cut(chunks, config)), 0.1, out) is out
     torch.testing.assert_close(out.float(), expected, **TOLERANCES[dtype])
 
 
+@pytest.mark.parametrize("config", [SMALL, LARGE], ids=["small", "large"])
 @pytest.mark.parametrize(
     "lengths",
     [
@@ -73,8 +88,8 @@ def check(chunks, num_heads, num_kv_heads, head_dim, dtype, device):
     ],
     ids=["one token", "whole prompts", "around tiles of keys", "several tiles behind a prefix"],
 )
-def test_equals_plain_attention(lengths, device):
-    check(make_chunks(lengths), 2, 1, 64, torch.float16, device)
+def test_equals_plain_attention(lengths, config, device):
+    check(make_chunks(lengths), 2, 1, 64, torch.float16, device, config)
 
 
 @pytest.mark.parametrize(
@@ -85,9 +100,10 @@ def test_heads_and_dtypes(num_heads, num_kv_heads, head_dim, dtype, device):
     check(make_chunks(((0, 40), (60, 20)), first_query=5), num_heads, num_kv_heads, head_dim, dtype, device)
 
 
-def test_tiles_cover_each_query_once_and_the_longest_come_first():
+@pytest.mark.parametrize("num_heads", [1, 128])
+def test_tiles_cover_each_query_once_and_the_longest_come_first(num_heads):
     chunks = make_chunks(((0, 300), (1000, 129), (0, 1), (5, 128)), first_query=2)
-    tiles = query_tiles(chunks).tolist()
+    tiles = query_tiles(chunks, num_heads).table.tolist()
     assert all(left[3] >= right[3] for left, right in pairwise(tiles))
     row_of = {chunk.key_start: chunk for chunk in chunks}
     seen = []
@@ -99,9 +115,15 @@ def test_tiles_cover_each_query_once_and_the_longest_come_first():
     assert sorted(seen) == list(range(2, 2 + 300 + 129 + 1 + 128))
 
 
+def test_few_programs_are_cut_smaller():
+    chunks = make_chunks(((0, 2048),))
+    assert query_tiles(chunks, 32).config == LARGE
+    assert query_tiles(chunks, 8).config == SMALL
+
+
 def test_no_chunks_do_nothing(device):
     out = torch.ones(2, 2, 64, dtype=torch.bfloat16, device=device)
-    contiguous_attention(out, out, out, query_tiles(()).to(device), 0.1, out)
+    contiguous_attention(out, out, out, on(device, query_tiles((), 2)), 0.1, out)
     assert (out == 1).all()
 
 
@@ -113,8 +135,8 @@ def test_no_chunks_do_nothing(device):
         ({"v": torch.zeros(3, 2, 64, dtype=torch.bfloat16)}, "shapes"),
         ({"q": torch.zeros(4, 64, 4, dtype=torch.bfloat16).mT}, "heads of a token lie apart"),
         ({"k": torch.zeros(4 * 129, dtype=torch.bfloat16).as_strided((4, 2, 64), (129, 64, 1))}, "k with strides"),
-        ({"tiles": torch.zeros(1, 5)}, "query_tiles"),
-        ({"tiles": torch.zeros(1, 4, dtype=torch.int32)}, "query_tiles"),
+        ({"table": torch.zeros(1, 5)}, "query_tiles"),
+        ({"table": torch.zeros(1, 4, dtype=torch.int32)}, "query_tiles"),
     ],
 )
 def test_refuses_what_it_does_not_take(changes, message, device):
@@ -123,8 +145,9 @@ def test_refuses_what_it_does_not_take(changes, message, device):
         "q": torch.zeros(4, 4, 64, **half),
         "k": torch.zeros(4, 2, 64, **half),
         "v": torch.zeros(4, 2, 64, **half),
-        "tiles": torch.zeros(1, 5, dtype=torch.int32),
+        "table": torch.zeros(1, 5, dtype=torch.int32),
     } | changes
     given = {name: x.to(device) for name, x in given.items()}
+    tiles = QueryTiles(given.pop("table"), SMALL)
     with pytest.raises(ValueError, match=message):
-        contiguous_attention(**given, scale=0.1, out=torch.zeros_like(given["q"]).contiguous())
+        contiguous_attention(**given, tiles=tiles, scale=0.1, out=torch.zeros_like(given["q"]).contiguous())

@@ -34,7 +34,7 @@ def test_equals_the_reference_behind_decodes_and_poison(block_size, make_rows, d
     batch = make_batch(seq_lens, query_lens, rows)
     q = torch.randn(sum(query_lens), 4, 64).half().to(device)
     out = torch.full_like(q, 7.0)
-    plan = plan_gather(batch, block_size)
+    plan = plan_gather(batch, 4, block_size)
     assert attend_gathered(q, rows.k_cache, rows.v_cache, plan, 0.1, out) is out
     expected = rows.attend(q, query_lens, 0.1)
     # As in test_contiguous_attention.py.
