@@ -4,6 +4,9 @@ The interpreter runs one program at a time, so a kernel that waits for others is
 sends what it has and gives up, its count of calls is put back, and so on until a pass finds everything there.
 """
 
+import threading
+from dataclasses import replace
+
 import pytest
 import torch
 from octavo.kernels import reference
@@ -103,6 +106,26 @@ def test_a_peer_that_never_sends_is_given_up_and_reported():
     assert not inbox.wait.has_failed()
     ll_add_rms_norm(torch.ones(1, 64), torch.ones(1, 64), torch.ones(64), _EPS, inbox)
     assert inbox.wait.has_failed()
+
+
+def _patient(side):
+    return replace(side, wait=replace(side.wait, max_polls=1_000_000))
+
+
+def test_ll_waits_for_words_that_come_late():
+    torch.manual_seed(0)
+    ranks = _LLRanks(2, 64)
+    partials, residual, weight = _inputs(2, 1, 64, torch.float32)
+    ll_add_rms_norm(partials[1], residual, weight, _EPS, ranks.inboxes[1], 1)
+    inbox = ranks.inboxes[0].words[0]
+    words = inbox.clone()
+    inbox.zero_()
+    late = threading.Timer(0.1, lambda: inbox[:, :, 1].copy_(words[:, :, 1]))
+    late.start()
+    result = ll_add_rms_norm(partials[0], residual, weight, _EPS, _patient(ranks.inboxes[0]), 1)
+    late.join()
+    assert not ranks.inboxes[0].wait.has_failed()
+    _check([result], partials, residual, weight)
 
 
 def test_three_ranks_are_refused():
@@ -237,6 +260,27 @@ def test_two_shot_gives_up_a_peer_that_never_comes():
     x = torch.ones(1, 64)
     two_shot_add_rms_norm(x, x, x[0], _EPS, ranks.buffers[0])
     assert ranks.buffers[0].wait.has_failed()
+
+
+def test_two_shot_waits_for_flags_that_come_late():
+    torch.manual_seed(0)
+    ranks = _TwoShotRanks(2, 1, 4096)
+    partials, residual, weight = _inputs(2, 1, 64, torch.float32)
+    mine, peer = ranks.buffers
+    mine.input_like(partials[0]).copy_(partials[0])
+    flags = mine.flags[0, :, 1]
+
+    def come() -> None:
+        peer.input_like(partials[1]).copy_(partials[1])
+        flags[0] = 1
+        flags[1] = 1
+
+    late = threading.Timer(0.1, come)
+    late.start()
+    result = two_shot_add_rms_norm(partials[0], residual, weight, _EPS, _patient(mine))
+    late.join()
+    assert not mine.wait.has_failed()
+    _check([result], partials, residual, weight)
 
 
 def test_two_shot_waits_for_every_input_and_every_result():
