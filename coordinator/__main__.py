@@ -15,17 +15,16 @@ import grpc
 import uvloop
 from google.protobuf import json_format
 
+from ..internal_channel import CHANNEL_OPTIONS
 from ..proto import engine_pb2, engine_pb2_grpc
 from .shell.engine import Engine
 from .shell.service import EngineService
-
-_SERVER_OPTIONS = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
 
 
 async def serve(config: engine_pb2.EngineConfig) -> None:
     """Serves `config.address` until a signal or the end of stdin."""
     engine = Engine(config)
-    server = grpc.aio.server(options=_SERVER_OPTIONS)
+    server = grpc.aio.server(options=CHANNEL_OPTIONS)
     engine_pb2_grpc.add_EngineServicer_to_server(EngineService(engine), server)
     server.add_insecure_port(config.address)
     stop = asyncio.Event()

@@ -13,8 +13,8 @@ import grpc
 import numpy as np
 
 from ..errors import OctavoError, UnavailableError
+from ..internal_channel import CHANNEL_OPTIONS
 from ..proto import admin_pb2, engine_pb2, engine_pb2_grpc, sampling_pb2
-from .config import MAX_MESSAGE_BYTES
 from .engine_outbox import EngineOutbox
 from .engine_stream import EngineStream
 from .errors import from_engine_failure, raise_from_rpc
@@ -27,9 +27,7 @@ _MAX_BACKOFF_S = 2.0
 _STATUS_TIMEOUT_S = 5.0
 _MAX_HANDLE = 2**32 - 1
 _CHANNEL_OPTIONS = [
-    # A step's message has all sequences' tokens and prompt logprobs; the bound is only against a broken peer.
-    ("grpc.max_receive_message_length", 8 * MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", 8 * MAX_MESSAGE_BYTES),
+    *CHANNEL_OPTIONS,
     ("grpc.initial_reconnect_backoff_ms", round(_MIN_BACKOFF_S * 1000)),
     ("grpc.max_reconnect_backoff_ms", round(_MAX_BACKOFF_S * 1000)),
 ]

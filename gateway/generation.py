@@ -7,6 +7,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..errors import InvalidArgumentError
 from ..proto import sampling_pb2
@@ -28,7 +29,7 @@ class CheckedRequest:
     """A request that the engine may take: nothing in it can be refused for its form any more."""
 
     request_id: str
-    prompt_token_ids: Sequence[int]
+    prompt_token_ids: NDArray[np.int32]  # little-endian
     sampling_params: sampling_pb2.SamplingParams
     options: OutputOptions
     priority: int = 0
@@ -89,8 +90,8 @@ class GenerationService:
             raise InvalidArgumentError(f"request_id takes at most {MAX_REQUEST_ID_BYTES} bytes", "request_id")
         if not -(2**31) <= priority < 2**31:
             raise InvalidArgumentError(f"priority must be a 32-bit integer, got {priority}", "priority")
-        check_prompt(prompt_token_ids, self.limits)
-        params = resolve_sampling(sampling, len(prompt_token_ids), self.limits, self._draw_seed)
+        prompt = check_prompt(prompt_token_ids, self.limits)
+        params = resolve_sampling(sampling, len(prompt), self.limits, self._draw_seed)
         named = frozenset(sampling.stop_token_ids)
         options = OutputOptions(
             stop=tuple(sampling.stop),
@@ -99,7 +100,7 @@ class GenerationService:
             min_tokens=sampling.min_tokens,
             named_stop_token_ids=named if sampling.ignore_eos else named - self.limits.eos_token_ids,
         )
-        return CheckedRequest(request_id or secrets.token_hex(12), prompt_token_ids, params, options, priority)
+        return CheckedRequest(request_id or secrets.token_hex(12), prompt, params, options, priority)
 
     async def stream(self, request: CheckedRequest, only_end: bool = False) -> AsyncGenerator[OutputDelta]:
         """Output as it comes, the last with a finish reason. Closing the generator early cancels the request.
@@ -109,7 +110,7 @@ class GenerationService:
         """
         detokenizer = self._text.new_detokenizer(request.options.skip_special_tokens) if self._text else None
         assembler = OutputAssembler(request.options, detokenizer)
-        packed = np.asarray(request.prompt_token_ids, "<i4").tobytes()
+        packed = request.prompt_token_ids.tobytes()
         quiet = only_end and not request.options.stop  # a stop string must be seen when it comes
         stream = self.engine.submit(packed, request.sampling_params, request.priority, quiet)
         try:

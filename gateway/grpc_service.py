@@ -92,7 +92,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
     async def _prompt_token_ids(self, request: generation_pb2.GenerateRequest) -> Sequence[int]:
         kind = request.WhichOneof("prompt")
         if kind == "token_ids":
-            return list(request.token_ids.ids)
+            return request.token_ids.ids  # not copied: numpy reads it as a buffer
         if kind == "text":
             return await self._service.encode_prompt(request.text, "text")
         if kind == "chat":
@@ -160,7 +160,7 @@ class _ResponseBuilder:
     def __init__(self, checked: CheckedRequest, text: TextModel | None, return_prompt_token_ids: bool) -> None:
         self._checked = checked
         self._text = text
-        self._prompt_token_ids = checked.prompt_token_ids if return_prompt_token_ids else ()
+        self._prompt_token_ids = checked.prompt_token_ids.tolist() if return_prompt_token_ids else []
         self._wants_prompt_logprobs = checked.sampling_params.HasField("num_prompt_logprobs")
 
     def build(self, delta: OutputDelta) -> generation_pb2.GenerateResponse:
@@ -173,7 +173,7 @@ class _ResponseBuilder:
         if delta.finish_reason:
             response.usage.prompt_tokens = len(self._checked.prompt_token_ids)
             response.usage.completion_tokens = delta.num_output_tokens
-        self._prompt_token_ids = ()
+        self._prompt_token_ids = []
         return response
 
     def _prompt_rows(self, delta: OutputDelta) -> list[generation_pb2.TokenLogprobs]:

@@ -95,7 +95,7 @@ class _Chat:
         if self._body.prompt_logprobs is not None:
             about["prompt_logprobs"] = prompt_logprobs(delta.prompt_logprobs, self._service.limits.text)
         if self._body.return_token_ids:
-            about["prompt_token_ids"] = list(self._checked.prompt_token_ids)
+            about["prompt_token_ids"] = self._checked.prompt_token_ids.tolist()
         return about
 
     @staticmethod

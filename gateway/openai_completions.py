@@ -176,7 +176,7 @@ class _Choice:
         if self._body.prompt_logprobs is not None:
             about["prompt_logprobs"] = prompt_logprobs(delta.prompt_logprobs, self._text)
         if self._body.return_token_ids:
-            about["prompt_token_ids"] = list(self._prompt_token_ids)
+            about["prompt_token_ids"] = self._prompt_token_ids.tolist()
         return about
 
     def _prompt_text(self) -> str:
@@ -190,5 +190,5 @@ class _Choice:
             return None
         rows: list[PositionLogprobs | int] = [] if self._drops_output else list(delta.logprobs)
         if echo:
-            rows[:0] = [self._prompt_token_ids[0], *delta.prompt_logprobs]
+            rows[:0] = [int(self._prompt_token_ids[0]), *delta.prompt_logprobs]
         return self._logprobs.build(rows)

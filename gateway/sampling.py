@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..errors import InvalidArgumentError
 from ..proto import sampling_pb2
@@ -61,8 +62,11 @@ class ModelLimits:
     text: TextModel | None
 
 
-def check_prompt(token_ids: Sequence[int], limits: ModelLimits) -> None:
-    """Raises InvalidArgumentError naming `prompt` for no tokens, an id out of range, or no room for an output token."""
+def check_prompt(token_ids: Sequence[int], limits: ModelLimits) -> NDArray[np.int32]:
+    """The prompt as an array, little-endian as it goes to the engine: prompts are long, and Python looks at no token.
+
+    Raises InvalidArgumentError naming `prompt` for no tokens, an id out of range, or no room for an output token.
+    """
     if not len(token_ids):
         raise InvalidArgumentError("prompt must have at least one token", "prompt")
     if len(token_ids) >= limits.max_model_len:
@@ -70,7 +74,14 @@ def check_prompt(token_ids: Sequence[int], limits: ModelLimits) -> None:
         raise InvalidArgumentError(
             f"{message} {limits.max_model_len - 1} (max_model_len {limits.max_model_len})", "prompt"
         )
-    check_token_ids("prompt", token_ids, limits.vocab_size)
+    try:
+        packed = np.asarray(token_ids, "<i4")  # a protobuf field by its buffer
+    except OverflowError:  # over 32 bits, as no vocabulary is
+        check_token_ids("prompt", token_ids, limits.vocab_size)
+        raise
+    if packed.min() < 0 or packed.max() >= limits.vocab_size:
+        check_token_ids("prompt", packed.tolist(), limits.vocab_size)
+    return packed
 
 
 def resolve_sampling(

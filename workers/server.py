@@ -10,14 +10,12 @@ import torch
 import uvloop
 
 from ..errors import FailedPreconditionError, InvalidArgumentError
+from ..internal_channel import CHANNEL_OPTIONS
 from ..proto import worker_pb2_grpc
 from .gpu_support import GpuSupport
 from .rendezvous import bind_collectives_to, create_store, leave_group
 from .service import WorkerService
 from .step_pipeline import StepPipeline
-
-# A join carries a whole prompt, a result its logprobs.
-_OPTIONS = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +60,7 @@ class WorkerServer:
         return WorkerEndpoints(f"{self._host}:{port}", f"{self._host}:{store.port}" if store else "")
 
     async def _serve(self, service: WorkerService) -> int:
-        self._server = grpc.aio.server(options=_OPTIONS)
+        self._server = grpc.aio.server(options=CHANNEL_OPTIONS)
         worker_pb2_grpc.add_WorkerServicer_to_server(service, self._server)
         port: int = self._server.add_insecure_port(f"{self._host}:0")
         if not port:

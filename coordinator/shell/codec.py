@@ -3,6 +3,7 @@
 from array import array
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ...errors import InvalidArgumentError
 from ...proto import engine_pb2, sampling_pb2, worker_pb2
@@ -16,10 +17,14 @@ def pack(values: list[int], dtype: str) -> bytes:
 
 def unpack(data: bytes, dtype: str, what: str) -> list[int]:
     """Raises InvalidArgumentError naming `what` if `data` is not a whole number of items."""
+    values: list[int] = _unpack(data, dtype, what).tolist()
+    return values
+
+
+def _unpack(data: bytes, dtype: str, what: str) -> NDArray[np.integer]:
     if len(data) % np.dtype(dtype).itemsize:
         raise InvalidArgumentError(f"{what} is not a packed {dtype} array: {len(data)} bytes", field=what)
-    values: list[int] = np.frombuffer(data, dtype=dtype).tolist()
-    return values
+    return np.frombuffer(data, dtype=dtype)
 
 
 def encode_plan(plan: BatchPlan, epoch: int) -> bytes:
@@ -53,15 +58,15 @@ def _encode_join(join: SlotJoin) -> worker_pb2.SlotJoin:
 
 def decode_submit(session_id: int, submit: engine_pb2.Submit, vocab_size: int) -> Request:
     """Raises InvalidArgumentError for what no gateway of ours would send."""
-    prompt = array("i")
-    prompt.fromlist(unpack(submit.prompt_token_ids, "<i4", "prompt_token_ids"))
-    if prompt and not (min(prompt) >= 0 and max(prompt) < vocab_size):
+    token_ids = _unpack(submit.prompt_token_ids, "<i4", "prompt_token_ids")
+    if len(token_ids) and not (token_ids.min() >= 0 and token_ids.max() < vocab_size):
         raise InvalidArgumentError(f"a token id is out of range; it must be in [0, {vocab_size})", field="prompt")
     sampling = submit.sampling_params
     if sampling.max_tokens < 1:
         raise InvalidArgumentError("max_tokens must be at least 1", field="max_tokens")
     stops = frozenset(unpack(sampling.stop_token_ids, "<i4", "stop_token_ids"))
     conditions = StopConditions(sampling.max_tokens, sampling.min_tokens, stops)
+    prompt = array("i", token_ids.astype("=i4", copy=False).tobytes())
     return Request(RequestKey(session_id, submit.handle), prompt, conditions, submit.priority, sampling)
 
 

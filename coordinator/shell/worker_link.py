@@ -8,12 +8,10 @@ from typing import Any
 import grpc
 
 from ...errors import InternalError, OctavoError, UnavailableError
+from ...internal_channel import CHANNEL_OPTIONS
 from ...proto import engine_pb2, worker_pb2, worker_pb2_grpc
 
 _log = logging.getLogger(__name__)
-
-# A join carries a whole prompt, a result its logprobs.
-_CHANNEL_OPTIONS = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
 
 
 class WorkerError(OctavoError):
@@ -33,7 +31,7 @@ class WorkerLink:
         self.endpoints: Sequence[engine_pb2.WorkerEndpoint] = list(request.workers)
         self._config = request.config
         self._epoch = epoch
-        self._channels = [grpc.aio.insecure_channel(w.address, options=_CHANNEL_OPTIONS) for w in self.endpoints]
+        self._channels = [grpc.aio.insecure_channel(w.address, options=CHANNEL_OPTIONS) for w in self.endpoints]
         self._streams: list[grpc.aio.StreamStreamCall] = []
         self._readers: list[asyncio.Task[None]] = []
 
