@@ -97,10 +97,10 @@ def test_ll_calls_of_all_shapes_follow_one_another(device):
     """Buffers alternate, rows count their own calls, and the number of programs may change."""
     torch.manual_seed(0)
     ranks = _LLRanks(device, 2, 64)
-    for num_rows, width, splits in [(1, 64, 4), (3, 64, 1), (1, 32, 2), (4, 64, 8), (2, 60, 2), (4, 64, 4)]:
+    for num_rows, width, splits in [(1, 64, 4), (3, 64, 1), (1, 32, 2), (2, 60, 8), (3, 64, 4)]:
         inputs = _inputs(device, 2, num_rows, width, torch.float32)
         _check(ranks.add_rms_norm(*inputs, splits), *inputs)
-    assert ranks.inboxes[0].num_calls[:, 0].tolist() == [6, 4, 3, 2]
+    assert ranks.inboxes[0].num_calls[:, 0].tolist() == [5, 3, 2, 0]
     assert torch.equal(ranks.inboxes[0].num_calls, ranks.inboxes[0].num_calls[:, :1].expand(-1, MAX_SPLITS))
 
 
@@ -108,7 +108,7 @@ def test_ll_epochs_wrap_round(device):
     torch.manual_seed(0)
     ranks = _LLRanks(device, 2, 64, num_calls=2**32 - 3)
     for _ in range(5):
-        inputs = _inputs(device, 2, 2, 64, torch.float32)
+        inputs = _inputs(device, 2, 1, 64, torch.float32)
         _check(ranks.add_rms_norm(*inputs, 2), *inputs)
 
 
