@@ -1,10 +1,10 @@
 """A few rows times a weight in Triton, for decodes of a small batch: y[m, n] = sum_k x[m, k] * weight[n, k] + bias[n].
 
 Such a product is bound by reading the weight. The operands are swapped, so that 64 output features fill the tensor
-cores' long side and 8 to 64 rows lie on the other, and both come through the copy engine (TMA) in a pipeline. Where
-there are too few tiles of features to keep every multiprocessor reading, the inner dimension is split over several
-programs: each leaves its float32 sums in a workspace, and the last to arrive adds them up in their order (split-K as of
-Osama et al., "Stream-K", PPoPP 2023, section 3). The twins are `linear` and `silu_and_mul` of kernels/reference.py.
+cores' long side and the rows lie on the other, and both come through the copy engine (TMA) in a pipeline. Where there
+are too few tiles of features to keep every multiprocessor reading, the inner dimension is split over several programs:
+each leaves its float32 sums in a workspace, and the last to arrive adds them up in their order (split-K, as in Osama et
+al., "Stream-K", PPoPP 2023, section 3). The twins are `linear` and `silu_and_mul` of kernels/reference.py.
 """
 
 from dataclasses import dataclass
