@@ -21,7 +21,11 @@ class TritonAttentionPlan:
     def __init__(self, batch: AttentionBatch) -> None:
         self.batch = batch
         self.num_decodes = batch.num_decode_rows
-        chunk_starts = batch.host_query_starts[self.num_decodes :]
+        # Sliced here once: a slice costs the host 1 us, and layers are many.
+        self.decodes = batch.slots[: self.num_decodes], batch.seq_lens[: self.num_decodes]
+        behind = slice(self.num_decodes, None)
+        self.chunks = batch.slots[behind], batch.seq_lens[behind], batch.query_starts[behind]
+        chunk_starts = batch.host_query_starts[behind]
         self.max_query_len = max((end - start for start, end in pairwise(chunk_starts)), default=0)  # of the chunks
         self._workspace: DecodeWorkspace | None = None
 
@@ -75,8 +79,7 @@ class TritonOperations(Operations):
                 k_cache,
                 v_cache,
                 batch.block_tables,
-                batch.slots[:num_decodes],
-                batch.seq_lens[:num_decodes],
+                *plan.decodes,
                 scale,
                 plan.workspace(q[:num_decodes], k_cache),
                 out[:num_decodes],
@@ -87,9 +90,7 @@ class TritonOperations(Operations):
                 k_cache,
                 v_cache,
                 batch.block_tables,
-                batch.slots[num_decodes:],
-                batch.seq_lens[num_decodes:],
-                batch.query_starts[num_decodes:],
+                *plan.chunks,
                 plan.max_query_len,
                 scale,
                 out,
