@@ -253,3 +253,11 @@ def test_a_slot_forgets_its_last_sequence(run_ranks):
     assert batch.is_plain
     assert batch.random is None
     assert batch.logprobs is None
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_ranks_merge_candidates_into_each_rows_greatest(run_ranks, size):
+    keys = torch.randint(-(2**63), 2**63 - 1, (5, size, 3), generator=torch.Generator().manual_seed(size))
+    merged = run_ranks(size, lambda tp: VocabSlice(tp, tp.rank * 6, 6, VOCAB_SIZE).merge(keys[:, tp.rank].clone()))
+    for found in merged:
+        assert torch.equal(found.amax(dim=1), keys.flatten(1).amax(dim=1))

@@ -89,20 +89,19 @@ def build_batch(
 def _build_columns(table: SamplingTable, slots: NDArray[np.int64], device: torch.device) -> DrawColumns:
     temperature = table.temperature[slots]
     draws = temperature > 0
-    min_p, top_k, top_p = table.min_p[slots], table.top_k[slots], table.top_p[slots]
-    uses_min_p, uses_top_k, uses_top_p = draws & (min_p > 0), draws & (top_k > 0), draws & (top_p < 1)
-    log_min_p = np.log(min_p, out=np.full_like(min_p, -np.inf), where=uses_min_p)
+    log_min_p = top_k = top_p = None
+    if draws.any():
+        min_p = np.where(draws, table.min_p[slots], np.float32(0))
+        if min_p.any():
+            log_min_p = to_device(np.log(min_p, out=np.full_like(min_p, -np.inf), where=min_p > 0), device)
+        top_k = _send_unless_off(np.where(draws, table.top_k[slots], 0), 0, device)
+        top_p = _send_unless_off(np.where(draws, table.top_p[slots], np.float32(1)), 1, device)
+    seeds = to_device(_halves(table.seed[slots]), device)
+    return DrawColumns(to_device(temperature, device), seeds, log_min_p, top_k, top_p)
 
-    def send(values: NDArray[Any], used: NDArray[np.bool_], off: float) -> torch.Tensor | None:
-        return to_device(np.where(used, values, values.dtype.type(off)), device) if used.any() else None
 
-    return DrawColumns(
-        temperature=to_device(temperature, device),
-        seeds=to_device(_halves(table.seed[slots]), device),
-        log_min_p=send(log_min_p, uses_min_p, -np.inf),
-        top_k=send(top_k, uses_top_k, 0),
-        top_p=send(top_p, uses_top_p, 1),
-    )
+def _send_unless_off(values: NDArray[Any], off: float, device: torch.device) -> torch.Tensor | None:
+    return to_device(values, device) if (values != off).any() else None
 
 
 def _halves(seeds: NDArray[np.uint64]) -> NDArray[np.int64]:
