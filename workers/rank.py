@@ -73,11 +73,7 @@ def _stages(
     graphs = None
     if device.type == "cuda" and not config.enforce_eager:
         graphs = SegmentGraphs(model, config.max_num_batched_tokens, GraphRecorder(device))
-    budget, memory = builder.budget(), None
-    if device.type == "cuda":
-        activation_bytes, memory = builder.rehearse(graphs)
-        budget = replace(budget, activation_bytes=activation_bytes)
-    runner = builder.runner(builder.kv_cache(tp.min_int(num_blocks_that_fit(device, budget, memory))))
+    runner = builder.runner(builder.kv_cache(builder.num_blocks(graphs)))
     yield Stage("kv cache")
     if graphs is not None:
         runner.capture_graphs(graphs)
@@ -127,7 +123,16 @@ class _RunnerBuilder:
         )
         return ModelRunner(self.model, cache, shape, self.tp)
 
-    def rehearse(self, graphs: SegmentGraphs | None) -> tuple[int, DeviceMemory]:
+    def num_blocks(self, graphs: SegmentGraphs | None) -> int:
+        """Blocks that the KV cache of every rank can have. Captures `graphs`."""
+        device, budget = self.tp.device, self._budget()
+        if device.type != "cuda":
+            return self.tp.min_int(num_blocks_that_fit(device, budget))
+        activation_bytes, memory = self._rehearse(graphs)
+        budget = replace(budget, activation_bytes=activation_bytes)
+        return self.tp.min_int(num_blocks_that_fit(device, budget, memory))
+
+    def _rehearse(self, graphs: SegmentGraphs | None) -> tuple[int, DeviceMemory]:
         """Brings up a runner with a KV cache of few blocks, has it do all that takes GPU memory, and measures that.
 
         Captures `graphs`, which stay. Those of decodes know the cache, so they are captured only to see what they take;
@@ -150,7 +155,7 @@ class _RunnerBuilder:
         free_bytes, total_bytes = torch.cuda.mem_get_info(self.tp.device)
         return activation_bytes, DeviceMemory(total_bytes, free_bytes + cache.keys.nbytes + cache.values.nbytes)
 
-    def budget(self) -> BlockBudget:
+    def _budget(self) -> BlockBudget:
         return BlockBudget(
             bytes_per_block=KVCache.bytes_per_block(
                 num_layers=self.model.config.num_layers,

@@ -95,7 +95,7 @@ class SegmentGraphs:
                 token_ids = torch.zeros_like(batch.positions)
                 # Kernels compile, and libraries make their workspaces, before the recording.
                 self._model.forward(token_ids, batch, kv_cache)
-                self._model.forward(token_ids, batch, kv_cache, _Recording(self.recorder, self._places, bucket))
+                self._model.forward(token_ids, batch, kv_cache, _BucketRecorder(self.recorder, self._places, bucket))
 
     def runner(self, num_tokens: int) -> SegmentRunner:
         """Runs the segments of one step of `num_tokens`: from graphs, or as they are called if none is large enough."""
@@ -103,7 +103,7 @@ class SegmentGraphs:
         return partial(self._buckets[index].run, num_tokens) if index < len(self._buckets) else run_now
 
 
-class _Recording:
+class _BucketRecorder:
     """The runner that records one bucket."""
 
     def __init__(self, recorder: Recorder, places: _Places, bucket: _Bucket) -> None:
