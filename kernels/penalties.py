@@ -29,7 +29,7 @@ def _cells(
     return index, columns, known & (columns >= 0) & (columns < size)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width"])  # it grows with the sequences, which must not compile anything
 def _count_kernel(
     tokens_ptr: tl.tensor,  # [num_penalised, width] int32
     rows_ptr: tl.tensor,  # [num_penalised] int64
@@ -50,7 +50,7 @@ def _count_kernel(
     tl.atomic_add(cells, 1, known & is_output, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width"])
 def _penalise_kernel(
     logits_ptr: tl.tensor,  # [num_rows, size] float32, rows `row_stride` apart
     tokens_ptr: tl.tensor,  # [num_penalised, width] int32

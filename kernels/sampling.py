@@ -21,6 +21,7 @@ from .scores import GROUP, Kept, ordered, temper
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _BLOCK = 1024  # tokens that a program looks at together: 8 a thread at 4 warps
 _NUM_WARPS = 4
+_TAKE_BLOCK = 128  # keys: 4 a thread
 # Programs that fill an H200 about twice (132 multiprocessors of nine each, at 55 registers a thread).
 _ENOUGH_PROGRAMS = 2048
 _MAX_BLOCKS = 16
@@ -47,7 +48,7 @@ def _key(score: tl.tensor, token_id: tl.tensor) -> tl.tensor:
     return (ordered(score).to(tl.int64) << 32) | (0xFFFFFFFF - token_id.to(tl.int64))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks"])  # it depends on the batch, which must not compile anything
 def _candidates_kernel(
     logits_ptr: tl.tensor,  # [num_rows, size], rows `row_stride` apart
     temperature_ptr: tl.tensor,  # [num_rows] float32
@@ -103,22 +104,25 @@ def _candidates_kernel(
     tl.store(keys_ptr + row * tl.num_programs(1) + tl.program_id(1), _key(highest, token_id))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_parts"])
 def _take_kernel(
     keys_ptr: tl.tensor,  # [num_rows, num_parts] int64
     token_ids_ptr: tl.tensor,  # [num_rows] int32 or int64
     token_table_ptr: tl.tensor,  # [num_cells] int32, if there is one
     cells_ptr: tl.tensor,  # [num_rows] int64
     vocab_size: tl.tensor,
+    num_parts: tl.tensor,
     has_table: tl.constexpr,
-    num_parts: tl.constexpr,
     block: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
-    parts = tl.arange(0, block)
-    keys = tl.load(keys_ptr + row * num_parts + parts, parts < num_parts, other=-0x8000000000000000)
-    best = tl.max(keys, axis=0)
-    token_id = tl.minimum(0xFFFFFFFF - (best & 0xFFFFFFFF), vocab_size - 1)
+    best = tl.full([block], -0x8000000000000000, tl.int64)
+    for start in range(0, num_parts, block):
+        parts = start + tl.arange(0, block)
+        best = tl.maximum(
+            best, tl.load(keys_ptr + row * num_parts + parts, parts < num_parts, other=-0x8000000000000000)
+        )
+    token_id = tl.minimum(0xFFFFFFFF - (tl.max(best, axis=0) & 0xFFFFFFFF), vocab_size - 1)
     tl.store(token_ids_ptr + row, token_id)
     if has_table:
         tl.store(token_table_ptr + tl.load(cells_ptr + row), token_id)
@@ -187,17 +191,16 @@ def take_tokens(
     """
     num_rows, num_parts = keys.shape
     if num_rows:
-        block = triton.next_power_of_2(num_parts)
         _take_kernel[(num_rows,)](
             keys,
             out,
             out if token_table is None else token_table,
             keys if cells is None else cells,
             vocab_size,
+            num_parts,
             has_table=token_table is not None,
-            num_parts=num_parts,
-            block=block,
-            num_warps=min(max(block // 128, 1), 8),
+            block=_TAKE_BLOCK,
+            num_warps=1,
         )
 
 

@@ -26,6 +26,7 @@ _BLOCK = 512  # columns that are counted, or skipped, together
 _ENOUGH_PROGRAMS = 2048  # some more than an H200 holds at once
 # Shift and width of each digit of the key, and the sign bit in the first, which counts from the bottom.
 _PASSES = ((21, 11, 1 << 10), (10, 11, 0), (0, 10, 0))
+_NUM_BINS = 1 << 11  # that a histogram has room for
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]
 
@@ -52,7 +53,7 @@ def _raise_threshold(threshold_ptr: tl.tensor, key: tl.tensor) -> None:
     tl.store(threshold_ptr, tl.where(threshold > earlier, threshold, earlier))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks"])  # it depends on the batch, which must not compile anything
 def _maxima_kernel(
     logits_ptr: tl.tensor,  # [num_rows, size], rows `row_stride` apart
     temperature_ptr: tl.tensor,  # [num_rows] float32
@@ -98,7 +99,7 @@ def _bound_kernel(
         _raise_threshold(thresholds_ptr + row, (place - 0x8000) << 16)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks"])
 def _histogram_kernel(
     logits_ptr: tl.tensor,  # [num_rows, size], rows `row_stride` apart
     temperature_ptr: tl.tensor,  # [num_rows] float32
@@ -116,11 +117,12 @@ def _histogram_kernel(
     shift: tl.constexpr,
     width: tl.constexpr,
     sign: tl.constexpr,
+    num_bins: tl.constexpr,
     group: tl.constexpr,
     block: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
-    bins_ptr = histogram_ptr + (row << width)
+    bins_ptr = histogram_ptr + row * num_bins
     limit = tl.load(limits_ptr + row)
     if _is_used(limit, is_mass):
         inverse_temperature = tl.div_rn(1.0, tl.load(temperature_ptr + row))
@@ -169,13 +171,14 @@ def _pick_kernel(
     shift: tl.constexpr,
     width: tl.constexpr,
     sign: tl.constexpr,
+    num_bins: tl.constexpr,
 ) -> None:
     """Finds the greatest digit at which the weight from the top reaches the target."""
     row = tl.program_id(0).to(tl.int64)
     limit = tl.load(limits_ptr + row)
     if _is_used(limit, is_mass):
         bins = tl.arange(0, 1 << width)
-        weights = tl.load(histogram_ptr + (row << width) + bins).to(tl.int64)
+        weights = tl.load(histogram_ptr + row * num_bins + bins).to(tl.int64)
         if sign != 0:
             prefix = 0
             if is_mass:
@@ -267,8 +270,8 @@ class _Scores:
         targets = torch.empty(num_rows, dtype=torch.int64, device=thresholds.device)
         dtype = torch.int64 if is_mass else torch.int32
         num_blocks, grid = self._split(_BLOCK)
-        for shift, width, sign in _PASSES:
-            histogram = torch.zeros((num_rows, 1 << width), dtype=dtype, device=thresholds.device)
+        histograms = torch.zeros((len(_PASSES), num_rows, _NUM_BINS), dtype=dtype, device=thresholds.device)
+        for histogram, (shift, width, sign) in zip(histograms, _PASSES, strict=True):
             _histogram_kernel[grid](
                 self._logits,
                 self._temperature,
@@ -286,6 +289,7 @@ class _Scores:
                 shift=shift,
                 width=width,
                 sign=sign,
+                num_bins=_NUM_BINS,
                 group=GROUP,
                 block=_BLOCK,
                 num_warps=4,
@@ -300,5 +304,6 @@ class _Scores:
                 shift=shift,
                 width=width,
                 sign=sign,
+                num_bins=_NUM_BINS,
                 num_warps=4,
             )
