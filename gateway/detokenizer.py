@@ -30,7 +30,7 @@ class ByteLevelVocabulary:
         self._tokenizer = tokenizer
         self._bytes: dict[int, bytes] = {}
         self._special = special
-        self._byte_of_character = _byte_of_character()
+        self._latin1_of_character = _Latin1OfCharacter()
 
     def bytes_of(self, token_id: int, skip_special_tokens: bool) -> bytes:
         """What the token adds to the output; nothing for an id that the tokenizer does not know."""
@@ -46,17 +46,23 @@ class ByteLevelVocabulary:
         if token is None:  # vocabularies are often padded beyond the tokenizer's
             return b""
         try:
-            return bytes(self._byte_of_character[character] for character in token)
-        except KeyError:  # an added token, which is plain text
+            return token.translate(self._latin1_of_character).encode("latin-1")
+        except UnicodeEncodeError:  # an added token, which is plain text
             return token.encode()
 
 
-def _byte_of_character() -> dict[str, int]:
-    """GPT-2's table: printable Latin-1 stands for itself, the other bytes for the characters from U+0100 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    table = {chr(byte): byte for byte in printable}
-    others = (byte for byte in range(256) if chr(byte) not in table)
-    return table | {chr(0x100 + index): byte for index, byte in enumerate(list(others))}
+class _Latin1OfCharacter(dict[int, int]):
+    """GPT-2's table, for str.translate: printable Latin-1 stands for itself, the other bytes for the characters from
+    U+0100 on. What is not in it goes where Latin-1 has nothing."""
+
+    def __init__(self) -> None:
+        printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+        others = sorted(set(range(0x100)).difference(printable))
+        super().__init__(zip(printable, printable, strict=True))
+        self.update((0x100 + index, byte) for index, byte in enumerate(others))
+
+    def __missing__(self, character: int) -> int:
+        return 0xFFFF
 
 
 class ByteLevelDetokenizer:

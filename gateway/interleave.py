@@ -13,6 +13,17 @@ async def interleave(streams: Sequence[AsyncGenerator[T]]) -> AsyncGenerator[tup
 
     One item of each stream waits at most, so a slow reader slows the streams.
     """
+    if len(streams) == 1:  # needs no task between it and its reader
+        async with aclosing(streams[0]) as only:
+            async for item in only:
+                yield 0, item
+        return
+    async with aclosing(_interleave_several(streams)) as pairs:
+        async for pair in pairs:
+            yield pair
+
+
+async def _interleave_several(streams: Sequence[AsyncGenerator[T]]) -> AsyncGenerator[tuple[int, T]]:
     items: asyncio.Queue[tuple[int, T] | Exception | None] = asyncio.Queue(maxsize=1)
 
     async def pump(index: int, stream: AsyncGenerator[T]) -> None:

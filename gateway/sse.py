@@ -92,9 +92,9 @@ class EventStream(_UntilDisconnect):
             return
         await send({"type": "http.response.start", "status": 200, "headers": self._start_headers()})
         try:
-            while event is not None:
+            await send(_body(_encode(event)))
+            async for event in self._events:
                 await send(_body(_encode(event)))
-                event = await anext(self._events, None)
             await send(_body(_DONE))
         except OSError:
             logger.debug("a client went away while its events were sent")
