@@ -96,10 +96,11 @@ def penalise(
 
     The logits are of the vocabulary's slice that begins at `vocab_start`. tokens: [m, width] int32, of which row i has
     positions[rows[i]] and its prompt the first num_prompt[i]; positions: [num_rows] int64; num_prompt: [m] int64;
-    repetition, presence, frequency: [m] float32.
+    repetition, presence, frequency: m float32 values each.
     """
     assert logits.dtype == torch.float32, "penalties are of float32 logits"
     assert logits.stride(1) == 1, "each row is contiguous"
+    assert tokens.is_contiguous(), "rows lie one behind the other"
     size, (num_entries, width) = logits.shape[1], tokens.shape
     grid = (num_entries, triton.cdiv(width, _BLOCK))
     counts = torch.zeros((num_entries, size), dtype=torch.int32, device=logits.device)
