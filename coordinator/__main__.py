@@ -5,6 +5,7 @@ closes: then the launcher is gone, and nothing may be left behind.
 """
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -33,6 +34,8 @@ async def serve(config: engine_pb2.EngineConfig) -> None:
     loop.add_signal_handler(signal.SIGINT, stop.set)
     _watch_stdin(loop, stop)
     await server.start()
+    gc.collect()
+    gc.freeze()  # modules: a collection need not look at them again
     await stop.wait()
     await engine.close()
     await server.stop(grace=0.5)

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -127,6 +128,8 @@ async def serve(settings: GatewaySettings) -> None:
         loop.add_signal_handler(signal_number, gateway.stop)
     if sys.stdin is not None and stat.S_ISFIFO(os.fstat(sys.stdin.fileno()).st_mode):
         _watch_launcher(loop, sys.stdin.fileno(), gateway)
+    gc.collect()
+    gc.freeze()  # modules and the tokenizer: a collection that looked at them all would hold streams up
     await gateway.run()
 
 

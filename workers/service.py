@@ -56,10 +56,14 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
                     progress.num_blocks = stage.runner.shape.num_blocks
                 yield progress
                 started_at = now
+            # What is there now stays: a collection that looked at it all would hold every thread up for long.
+            gc.collect()
+            gc.freeze()
 
     def release(self) -> None:
         """Drops the runner, and with it CUDA graphs: the group's communicator does not end before them."""
         self._runner = None
+        gc.unfreeze()
         gc.collect()
 
     async def _next(self, stages: Iterator[Stage]) -> Stage | None:
