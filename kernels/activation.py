@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .pdl import has_pdl, wait_for_earlier_kernels
+from .pdl import starts_early, wait_for_earlier_kernels
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _BLOCK = 1024  # elements of one program: at 4 warps one load of 16 bytes a thread for each half, in half precision
@@ -49,6 +49,6 @@ def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
     out = torch.empty((*gate_up.shape[:-1], width), dtype=gate_up.dtype, device=gate_up.device)
     if out.numel():
         grid = (out.numel() // width, triton.cdiv(width, _BLOCK))
-        pdl = has_pdl(gate_up.device)
+        pdl = starts_early(gate_up.device, grid[0])
         _silu_and_mul_kernel[grid](gate_up, out, width=width, block=_BLOCK, pdl=pdl, num_warps=4, launch_pdl=pdl)
     return out

@@ -86,7 +86,8 @@ def _attend_keys(
     return top, total, acc
 
 
-@triton.jit
+# Where a step's chunk rows start in its tensors changes with the number of decodes; the kernel must not.
+@triton.jit(do_not_specialize_on_alignment=["slots_ptr", "seq_lens_ptr", "query_starts_ptr"])
 def _chunk_kernel(
     out_ptr: tl.tensor,
     q_ptr: tl.tensor,

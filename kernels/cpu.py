@@ -55,5 +55,8 @@ class CpuOperations(Operations):
     def pack_weight(self, weight: torch.Tensor) -> torch.Tensor:
         return pack_weight(weight)
 
-    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def linear(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        del out  # products with packed weights make their own
         return linear(x, weight, bias)

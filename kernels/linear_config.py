@@ -18,8 +18,16 @@ class LinearKernel(enum.Enum):
     SMALL_MATMUL = "small_matmul"  # kernels/small_matmul.py
 
 
-def linear_kernel(num_rows: int, out_size: int, in_size: int, dtype: torch.dtype) -> LinearKernel:
-    """For x [num_rows, in_size] and a weight [out_size, in_size], both of `dtype`. Float32 is cuBLAS's."""
-    if not takes_weight(in_size, dtype) or not 0 < num_rows <= MAX_ROWS or not out_size:
+# From this many rows on only large weights keep cuBLAS from being as fast.
+_SOME_ROWS = 33
+_LARGE_WEIGHT = 32 * 1024 * 1024  # elements
+
+
+def linear_kernel(num_rows: int, weight: torch.Tensor) -> LinearKernel:
+    """For x [num_rows, in_size] and a weight [out_size, in_size] of one dtype. Float32 is cuBLAS's."""
+    if not 0 < num_rows <= MAX_ROWS or not weight.numel() or not takes_weight(weight.shape[1], weight.dtype):
         return LinearKernel.CUBLAS
-    return LinearKernel.GEMV if num_rows == 1 else LinearKernel.SMALL_MATMUL
+    if num_rows == 1:
+        return LinearKernel.GEMV
+    is_close = num_rows >= _SOME_ROWS and weight.numel() < _LARGE_WEIGHT
+    return LinearKernel.CUBLAS if is_close else LinearKernel.SMALL_MATMUL

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .pdl import has_pdl, wait_for_earlier_kernels
+from .pdl import starts_early, wait_for_earlier_kernels
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # A row is held in registers: beyond this many elements they spill.
@@ -75,7 +75,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     out = torch.empty_like(x)
     if x.numel():
         grid = (x.numel() // len(weight),)
-        _rms_norm_kernel[grid](x, weight, out, eps, **_launch_options(weight))
+        _rms_norm_kernel[grid](x, weight, out, eps, **_launch_options(weight, grid[0]))
     return out
 
 
@@ -95,7 +95,7 @@ def add_rms_norm(
     out, total = torch.empty_like(x), torch.empty_like(x)
     if x.numel():
         grid = (x.numel() // len(weight),)
-        _add_rms_norm_kernel[grid](x, residual, weight, out, total, eps, **_launch_options(weight))
+        _add_rms_norm_kernel[grid](x, residual, weight, out, total, eps, **_launch_options(weight, grid[0]))
     return out, total
 
 
@@ -112,9 +112,9 @@ def _check(x: torch.Tensor, weight: torch.Tensor) -> None:
         )
 
 
-def _launch_options(weight: torch.Tensor) -> dict[str, Any]:
+def _launch_options(weight: torch.Tensor, num_rows: int) -> dict[str, Any]:
     block = triton.next_power_of_2(len(weight))
-    pdl = has_pdl(weight.device)
+    pdl = starts_early(weight.device, num_rows)
     return {
         "width": len(weight),
         "block": block,

@@ -21,9 +21,10 @@ class Operations:
         """Of a loaded weight [out_size, in_size], once: what this implementation's products take. Here: as it is."""
         return weight
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """x @ weight.T + bias: [num_tokens, in_size] to [num_tokens, out_size]."""
-        return reference.linear(x, weight, bias)
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+        """x @ weight.T + bias: [num_tokens, in_size] to [num_tokens, out_size]. The result lies in `out` if one is given
+        and the product can be written there."""
+        return reference.linear(x, weight, bias, out)
 
     def silu_and_mul(self, gate_up: Tensor) -> Tensor:
         """silu(gate) * up: [num_tokens, 2 * n] to [num_tokens, n]."""
@@ -100,4 +101,4 @@ def operations_for(device: torch.device) -> Operations:
         return CpuOperations()
     from .triton_ops import TritonOperations  # Triton comes with a CUDA build of torch, and is needed with no other
 
-    return TritonOperations()
+    return TritonOperations(device)

@@ -241,12 +241,3 @@ def _check(
                 f"candidate_keys: {name} must be {list(shape)}, {dtype} and contiguous, "
                 f"not {list(tensor.shape)}, {tensor.dtype}, strides {tensor.stride()}"
             )
-
-
-def sample_tokens(
-    logits: torch.Tensor, temperature: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor, vocab_start: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each row's best score [num_rows] float32 and its token [num_rows] int64, as `candidate_keys` finds them."""
-    best = candidate_keys(logits, temperature, seeds, positions, vocab_start).amax(dim=1)
-    ordered = (best >> 32).int()
-    return (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).view(torch.float32), 0xFFFFFFFF - (best & 0xFFFFFFFF)

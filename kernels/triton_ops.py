@@ -1,22 +1,37 @@
-"""The operations of a GPU: Triton kernels, put together as layers call them."""
+"""The operations of a GPU: Triton kernels, put together as layers call them, and cuBLAS for large matrix products."""
 
+import logging
+from collections.abc import Callable
 from itertools import pairwise
+from typing import TypeVar
 
 import torch
 
 from .activation import silu_and_mul
 from .batch import AttentionBatch
 from .chunk_attention import paged_chunk_attention
-from .decode_attention import DecodeWorkspace, decode_workspace, paged_decode_attention
+from .decode_attention import (
+    DecodeWorkspace,
+    decode_workspace,
+    paged_decode_attention,
+    paged_decode_attention_qkv,
+)
+from .gathered_chunks import GatherPlan, attend_gathered, is_worth_gathering, plan_gather
+from .gemv import MAX_NORM_SIZE, add_norm_gemv, gemv, gemv_silu_and_mul
+from .linear_config import LinearKernel, linear_kernel
 from .norm import add_rms_norm, rms_norm
 from .ops import Operations
 from .rope_cache import rope_and_cache
+from .small_matmul import SplitWorkspace, small_matmul, small_matmul_silu_and_mul
+
+_log = logging.getLogger(__name__)
 
 Tensor = torch.Tensor
+T = TypeVar("T")
 
 
 class TritonAttentionPlan:
-    """What the layers of one step share. The first layer makes the decodes' workspace: it knows the shapes."""
+    """What the layers of one step share. The first layer completes it: it knows the shapes."""
 
     def __init__(self, batch: AttentionBatch) -> None:
         self.batch = batch
@@ -28,30 +43,74 @@ class TritonAttentionPlan:
         chunk_starts = batch.host_query_starts[behind]
         self.max_query_len = max((end - start for start, end in pairwise(chunk_starts)), default=0)  # of the chunks
         self._workspace: DecodeWorkspace | None = None
+        self._gather: GatherPlan | None = None
+        self._has_gather = False  # whether _gather says what to do
 
-    def workspace(self, q: torch.Tensor, k_cache: torch.Tensor) -> DecodeWorkspace:
-        """For decodes of queries [num_decodes, num_heads, head_dim]."""
+    def workspace(self, num_heads: int, k_cache: Tensor) -> DecodeWorkspace:
+        """For the decodes' attention, of `num_heads` query heads."""
         if self._workspace is None:
-            _, num_heads, head_dim = q.shape
-            _, block_size, num_kv_heads, _ = k_cache.shape
+            _, block_size, num_kv_heads, head_dim = k_cache.shape
             max_keys = self.batch.block_tables.shape[1] * block_size
             self._workspace = decode_workspace(
-                self.num_decodes, num_heads, num_kv_heads, head_dim, q.dtype, max_keys, q.device
+                self.num_decodes, num_heads, num_kv_heads, head_dim, k_cache.dtype, max_keys, k_cache.device
             )
         return self._workspace
 
+    def gather(self, num_heads: int, k_cache: Tensor) -> GatherPlan | None:
+        """For the chunks' attention; None where it reads the cache through the block tables."""
+        if not self._has_gather:
+            _, block_size, _, head_dim = k_cache.shape
+            if is_worth_gathering(self.batch, head_dim, k_cache.dtype):
+                self._gather = plan_gather(self.batch, num_heads, block_size)
+            self._has_gather = True
+        return self._gather
+
 
 class TritonOperations(Operations):
-    """Triton kernels, and cuBLAS for matrix products."""
+    """Triton kernels; what they refuse, the reference does, which the log says once."""
+
+    def __init__(self, device: torch.device) -> None:
+        """For one stream of `device`: launches share a workspace."""
+        self._split_workspace = SplitWorkspace(device)
+        self._refusals: set[str] = set()
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+        match linear_kernel(len(x), weight):
+            case LinearKernel.GEMV:
+                return gemv(x, weight, bias)
+            case LinearKernel.SMALL_MATMUL:
+                return small_matmul(x, weight, bias, self._split_workspace)
+        return super().linear(x, weight, bias, out)
+
+    def gated_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        match linear_kernel(len(x), weight):
+            case LinearKernel.GEMV:
+                return gemv_silu_and_mul(x, weight, bias)
+            case LinearKernel.SMALL_MATMUL:
+                return small_matmul_silu_and_mul(x, weight, bias, self._split_workspace)
+        return super().gated_linear(x, weight, bias)
+
+    def add_rms_norm_linear(
+        self,
+        x: Tensor,
+        residual: Tensor,
+        norm: tuple[Tensor, float],
+        weight: Tensor,
+        bias: Tensor | None,
+        gated: bool,
+    ) -> tuple[Tensor, Tensor]:
+        if linear_kernel(len(x), weight) is LinearKernel.GEMV and x.shape[1] <= MAX_NORM_SIZE:
+            return add_norm_gemv(x, residual, *norm, weight, bias, gated)
+        return super().add_rms_norm_linear(x, residual, norm, weight, bias, gated)
 
     def silu_and_mul(self, gate_up: Tensor) -> Tensor:
-        return silu_and_mul(gate_up)
+        return self._or_reference(silu_and_mul, super().silu_and_mul, gate_up)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        return rms_norm(x, weight, eps)
+        return self._or_reference(rms_norm, super().rms_norm, x, weight, eps)
 
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        return add_rms_norm(x, residual, weight, eps)
+        return self._or_reference(add_rms_norm, super().add_rms_norm, x, residual, weight, eps)
 
     def rope_and_cache(
         self,
@@ -70,29 +129,50 @@ class TritonOperations(Operations):
         del block_size, dtype
         return TritonAttentionPlan(batch)
 
+    def attention(
+        self,
+        qkv: Tensor,
+        rope: tuple[Tensor, Tensor],
+        cache: tuple[Tensor, Tensor],
+        kv_indices: Tensor,
+        plan: TritonAttentionPlan,
+        num_heads: int,
+        scale: float,
+    ) -> Tensor:
+        if plan.max_query_len:
+            return super().attention(qkv, rope, cache, kv_indices, plan, num_heads, scale)
+        # Decodes alone: one kernel does all of it.
+        workspace = plan.workspace(num_heads, cache[0])
+        return paged_decode_attention_qkv(
+            qkv, *rope, kv_indices, *cache, plan.batch.block_tables, *plan.decodes, num_heads, scale, workspace
+        )
+
     def attend(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: TritonAttentionPlan, scale: float) -> Tensor:
-        batch, num_decodes = plan.batch, plan.num_decodes
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        if num_decodes:
+        if n := plan.num_decodes:
+            workspace = plan.workspace(q.shape[1], k_cache)
             paged_decode_attention(
-                q[:num_decodes],
-                k_cache,
-                v_cache,
-                batch.block_tables,
-                *plan.decodes,
-                scale,
-                plan.workspace(q[:num_decodes], k_cache),
-                out[:num_decodes],
+                q[:n], k_cache, v_cache, plan.batch.block_tables, *plan.decodes, scale, workspace, out[:n]
             )
         if plan.max_query_len:
-            paged_chunk_attention(
-                q,
-                k_cache,
-                v_cache,
-                batch.block_tables,
-                *plan.chunks,
-                plan.max_query_len,
-                scale,
-                out,
-            )
+            self._attend_chunks(q, k_cache, v_cache, plan, scale, out)
         return out
+
+    def _attend_chunks(
+        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: TritonAttentionPlan, scale: float, out: Tensor
+    ) -> None:
+        if (gather := plan.gather(q.shape[1], k_cache)) is not None:
+            attend_gathered(q, k_cache, v_cache, gather, scale, out)
+            return
+        paged_chunk_attention(
+            q, k_cache, v_cache, plan.batch.block_tables, *plan.chunks, plan.max_query_len, scale, out
+        )
+
+    def _or_reference(self, kernel: Callable[..., T], slower: Callable[..., T], *args: object) -> T:
+        try:
+            return kernel(*args)
+        except ValueError as refusal:
+            if kernel.__name__ not in self._refusals:
+                self._refusals.add(kernel.__name__)
+                _log.warning("torch does in several launches what a kernel refuses: %s", refusal)
+            return slower(*args)

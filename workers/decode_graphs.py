@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ..kernels.batch import AttentionBatch
-from ..kernels.sampling import sample_tokens
+from ..kernels.sampling import candidate_keys, take_tokens
 from .graph_recorder import Recorder, Recording, Tensors
 from .kv_cache import KVCache
 from .models.registry import Model
@@ -41,7 +41,7 @@ def bucket_sizes(max_num_seqs: int) -> list[int]:
 class _Graph:
     """One bucket: its forward pass with logits, and the plain sampling that may follow."""
 
-    forward: Recording  # its one output are logits, [size, local_vocab_size] float32
+    forward: Recording  # its one output are logits, [size, local_vocab_size]
     sample: Recording
 
 
@@ -49,7 +49,7 @@ class _Graph:
 class DecodeOutput:
     """What a forward graph leaves for the sampler. The next step overwrites it."""
 
-    logits: torch.Tensor  # [num_rows, local_vocab_size] float32
+    logits: torch.Tensor  # [num_rows, local_vocab_size]
     samples: SampleRows
 
 
@@ -123,11 +123,10 @@ class DecodeGraphs:
         self._inputs[: len(sent)].copy_(sent, non_blocking=True)
 
     def _write_sampling(self, batch: SamplingBatch) -> None:
-        self._temperature.zero_()
-        if batch.random is not None:
-            rows = batch.random.rows
-            self._temperature.index_copy_(0, rows, batch.random.temperature.squeeze(1))
-            self._seeds.index_copy_(0, rows, batch.random.seeds)
+        num_rows = len(batch.slots)
+        self._temperature[:num_rows].copy_(batch.columns.temperature)
+        self._temperature[num_rows:].zero_()  # padding needs no noise
+        self._seeds[:num_rows].copy_(batch.columns.seeds)
         self._sampling = batch
 
     def _capture(self, size: int) -> _Graph:
@@ -159,12 +158,9 @@ class DecodeGraphs:
     def _sample(self, size: int, logits: torch.Tensor) -> Tensors:
         *_, seq_lens, cells = self._views(size)
         # A decode samples at the position behind its newest token, which is what it has computed by then.
-        scores, token_ids = sample_tokens(
-            logits, self._temperature[:size], self._seeds[:size], seq_lens, self._vocab.start
-        )
-        chosen = self._vocab.best(scores, token_ids).int()
-        self._token_ids[:size].copy_(chosen)
-        self._slots.token_ids.view(-1).index_copy_(0, cells, chosen)
+        keys = candidate_keys(logits, self._temperature[:size], self._seeds[:size], seq_lens, self._vocab.start)
+        token_table = self._slots.token_ids.view(-1)
+        take_tokens(self._vocab.merge(keys), self._vocab.vocab_size, self._token_ids[:size], token_table, cells)
         return ()
 
 

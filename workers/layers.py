@@ -81,6 +81,9 @@ class RMSNorm:
 
     def add(self, share: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The norm of x + residual, and that sum, x being the sum of `share` over the ranks."""
+        memory = self._tp.symmetric_memory
+        if memory is not None and memory.takes_norm(share):
+            return memory.all_reduce_add_rms_norm(share, residual, self.weight, self.eps)
         x = self._tp.all_reduce_transient(share)
         return self._ops.add_rms_norm(x, residual, self.weight, self.eps)
 
@@ -149,6 +152,7 @@ class RowParallelLinear:
 
     def __init__(self, ctx: LayerContext, in_size: int, out_size: int, bias: bool) -> None:
         self._ctx = ctx
+        self._out_size = out_size
         self._shard = even_shard(in_size, ctx.tp, dim=1)
         self._weight = LinearWeight(ctx, out_size, self._shard.stop - self._shard.start)
         self._bias = ctx.empty(out_size) if bias else None
@@ -161,7 +165,9 @@ class RowParallelLinear:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         # The sum must hold the bias once.
         bias = self._bias if self._ctx.tp.rank == 0 else None
-        return self._ctx.ops.linear(x, self._weight.packed, bias)
+        memory = self._ctx.tp.symmetric_memory
+        out = None if memory is None else memory.input_buffer(len(x), self._out_size, x.dtype)
+        return self._ctx.ops.linear(x, self._weight.packed, bias, out)
 
 
 class VocabParallelTable:
@@ -221,8 +227,8 @@ class ParallelLMHead:
         self._table = table
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[n, hidden_size] to float32 [n, num_rows]; rows behind the vocabulary's end are -inf."""
-        logits = self._table.product(hidden).float()
+        """[n, hidden_size] to [n, num_rows]; columns behind the vocabulary's end are -inf."""
+        logits = self._table.product(hidden)
         if self._table.num_tokens < self._table.num_rows:
             logits[:, self._table.num_tokens :] = -torch.inf
         return logits

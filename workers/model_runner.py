@@ -63,7 +63,7 @@ class ModelRunner:
         self._slots.apply(plan)
         rows = take_step(self._slots, plan)
         if rows is None:
-            return PendingResult(clock, None, None, [])
+            return PendingResult(self._tp, clock, None, None, [])
         if self._decode_graphs is not None and not rows.chunks:
             return self._replay(clock, rows, self._decode_graphs)
         batch = send_step(rows, self._slots)
@@ -72,20 +72,20 @@ class ModelRunner:
         hidden = self._model.forward(token_ids, batch.attention, self._kv_cache, run)
         chunks = self._prompt_logprobs(hidden, rows)
         if not len(rows.sampling):
-            return PendingResult(clock, None, None, chunks)
+            return PendingResult(self._tp, clock, None, None, chunks)
         indices = batch.samples.token_indices
         logits = self._model.logits(hidden if indices is None else hidden.index_select(0, indices))
         sampled, wanted = self._sample(logits, rows, batch.samples)
-        return PendingResult(clock, sampled.token_ids, wanted, chunks)
+        return PendingResult(self._tp, clock, sampled.token_ids, wanted, chunks)
 
     def _replay(self, clock: StepClock, rows: StepRows, graphs: "DecodeGraphs") -> PendingResult:
         """A step of decodes alone, by CUDA graphs; what sampling needs beyond a temperature runs without one."""
         output = graphs.forward(rows)
         sampling = self._sampling_batch(rows.sample_slots)
         if sampling.is_plain and sampling.logprobs is None:
-            return PendingResult(clock, graphs.sample(len(rows.slots), sampling), None, [])
+            return PendingResult(self._tp, clock, graphs.sample(len(rows.slots), sampling), None, [])
         sampled, wanted = self._sample(output.logits, rows, output.samples)
-        return PendingResult(clock, sampled.token_ids, wanted, [])
+        return PendingResult(self._tp, clock, sampled.token_ids, wanted, [])
 
     def _sample(self, logits: torch.Tensor, rows: StepRows, samples: SampleRows) -> tuple[Sampled, RowLogprobs | None]:
         sampling = self._sampling_batch(rows.sample_slots)

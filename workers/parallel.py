@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
+from ..errors import UnavailableError
+
 if TYPE_CHECKING:
     from .symmetric_memory import SymmetricMemory
 
@@ -48,6 +50,12 @@ class TensorParallel:
         gathered = tensor.new_empty((self.size * len(tensor), *tensor.shape[1:]))
         dist.all_gather_into_tensor(gathered, tensor.contiguous(), group=self.process_group)
         return gathered.view(self.size, *tensor.shape)
+
+    def check(self) -> None:
+        """Raises UnavailableError if a rank has waited for another beyond reason: sums mean nothing from then on. Waits
+        for nothing: what a finished step summed is well if this passes behind it."""
+        if self.symmetric_memory is not None and self.symmetric_memory.has_failed():
+            raise UnavailableError("a rank of the group does not answer the others")
 
     def min_int(self, value: int) -> int:
         """The least of the ranks' values. Waits for the device."""

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from ..proto import sampling_pb2, worker_pb2
+from .parallel import TensorParallel
 from .sampler.logprobs import Logprobs
 from .step_clock import StepClock
 
@@ -33,6 +34,7 @@ class PendingResult:
 
     def __init__(
         self,
+        tp: TensorParallel,
         clock: StepClock,
         token_ids: torch.Tensor | None,
         rows: RowLogprobs | None,
@@ -41,12 +43,13 @@ class PendingResult:
         self._token_ids = None if token_ids is None else _to_host(token_ids.int())
         self._rows = None if rows is None else (rows, _logprobs_to_host(rows.logprobs))
         self._chunks = [(chunk, _logprobs_to_host(chunk.logprobs)) for chunk in chunks]
-        self._clock = clock
+        self._tp, self._clock = tp, clock
         clock.stop()
 
     def wait(self) -> worker_pb2.StepResult:
-        """Waits for the device. The caller fills in epoch and step_id."""
+        """Waits for the device; the caller fills in epoch and step_id. Raises UnavailableError if ranks lost touch."""
         model_time_us = self._clock.wait_us()
+        self._tp.check()
         result = worker_pb2.StepResult(model_time_us=model_time_us)
         if self._token_ids is not None:
             result.token_ids = self._token_ids.numpy().tobytes()

@@ -275,7 +275,8 @@ def test_config_fills_the_gpu_once_and_no_row_takes_one_program_forever(dtype, n
         assert config.min_keys_per_split % config.keys_per_tile == 0
         for size in (config.keys_per_tile, config.splits_per_tile, config.num_warps):
             assert size & (size - 1) == 0
-    assert decode_config(1, 32, 8, 128, dtype, 16384).num_splits == 64
+    assert decode_config(1, 8, 2, 128, dtype, 16384).num_splits == 64
+    assert decode_config(1, 32, 8, 128, dtype, 16384).num_splits == 33
     assert decode_config(256, 32, 8, 128, dtype, 16384).num_splits == 1
 
 

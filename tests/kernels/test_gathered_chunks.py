@@ -45,12 +45,12 @@ def test_equals_the_reference_behind_decodes_and_poison(block_size, make_rows, d
 @pytest.mark.parametrize(
     ("seq_lens", "query_lens", "expected"),
     [
-        ((2048,), (2048,), True),
-        ((9000,) * 64 + (1024,), (1,) * 64 + (1024,), True),
-        ((700, 800), (700, 324), True),
-        ((4096,), (1024,), True),
-        ((4097,), (1024,), False),
-        ((1023,), (1023,), False),
+        ((4096,), (4096,), True),
+        ((9000,) * 64 + (4096,), (1,) * 64 + (4096,), True),
+        ((3700, 800), (3700, 396), True),
+        ((16384,), (4096,), True),
+        ((16385,), (4096,), False),
+        ((4095,), (4095,), False),
         ((9000,) * 64, (1,) * 64, False),
     ],
 )
@@ -59,6 +59,6 @@ def test_gathers_for_many_queries_to_a_key(seq_lens, query_lens, expected):
 
 
 def test_gathers_only_what_the_kernel_takes():
-    batch = make_batch((2048,), (2048,))
+    batch = make_batch((4096,), (4096,))
     assert not is_worth_gathering(batch, 80, torch.bfloat16)
     assert not is_worth_gathering(batch, 128, torch.float32)

@@ -17,7 +17,7 @@ DTYPES = (torch.bfloat16, torch.float16)
 CLOSE = {torch.bfloat16: {"rtol": 2**-7, "atol": 2e-6}, torch.float16: {"rtol": 2**-10, "atol": 2e-6}}
 # num_rows, out_size, in_size: ragged on all sides, one tile and several.
 SHAPES = [(2, 6, 8), (1, 64, 128), (5, 130, 264), (33, 66, 520), (64, 64, 256)]
-CONFIGS = [None, MatmulConfig(num_splits=1, block_k=64), MatmulConfig(num_splits=3, block_k=64, preload=False)]
+CONFIGS = [None, MatmulConfig(1, 64, 4), MatmulConfig(3, 64, 2)]
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_small_matmul_silu_and_mul(make_operands, workspace, shape, config, dtyp
 
 def test_a_used_workspace_does_not_matter(make_operands, workspace):
     x, weight, bias = make_operands(5, 130, 264, torch.bfloat16)
-    config = MatmulConfig(num_splits=3, block_k=64)
+    config = MatmulConfig(3, 64, 4)
     first = small_matmul(x, weight, bias, workspace, config)
     workspace.partials.fill_(torch.nan)
     assert torch.equal(small_matmul(x, weight, bias, workspace, config), first)
@@ -75,7 +75,7 @@ def test_a_used_workspace_does_not_matter(make_operands, workspace):
 def test_more_parts_than_the_workspace_holds_are_refused(make_operands, workspace):
     x, weight, _ = make_operands(2, 64 * 257, 128, torch.bfloat16)
     with pytest.raises(ValueError, match="514 parts"):
-        small_matmul(x, weight, None, workspace, MatmulConfig(num_splits=2, block_k=64))
+        small_matmul(x, weight, None, workspace, MatmulConfig(2, 64, 4))
 
 
 @pytest.mark.parametrize(
@@ -100,33 +100,35 @@ def test_gates_without_ups_are_named(workspace):
 
 
 @pytest.mark.parametrize(
-    ("out_size", "in_size", "silu", "num_splits"),
+    ("num_rows", "out_size", "silu", "config"),
     [
-        (6144, 4096, False, 1),
-        (4096, 4096, False, 2),
-        (4096, 14336, False, 4),
-        (14336, 4096, True, 1),
-        (1536, 4096, False, 4),
-        (128256, 4096, False, 1),
-        (64, 128, False, 8),
-        (128 * 256, 16384, False, 1),
+        (8, 6144, False, MatmulConfig(1, 256, 3)),
+        (8, 4096, False, MatmulConfig(2, 256, 3)),
+        (64, 4096, False, MatmulConfig(2, 128, 6)),
+        (32, 14336, True, MatmulConfig(1, 128, 3)),
+        (33, 3584, True, MatmulConfig(2, 64, 5)),
+        (2, 1536, False, MatmulConfig(4, 256, 3)),
+        (2, 128256, False, MatmulConfig(1, 128, 4)),
+        (2, 64, False, MatmulConfig(96, 256, 3)),
     ],
 )
-def test_a_product_is_split_until_enough_programs_read(out_size, in_size, silu, num_splits):
-    assert matmul_config(out_size, in_size, silu).num_splits == num_splits
+def test_a_product_is_split_until_enough_programs_read(num_rows, out_size, silu, config):
+    assert matmul_config(num_rows, out_size, silu) == config
 
 
 @pytest.mark.parametrize(
-    ("num_rows", "in_size", "dtype", "kernel"),
+    ("num_rows", "out_size", "in_size", "dtype", "kernel"),
     [
-        (1, 4096, torch.bfloat16, LinearKernel.GEMV),
-        (2, 4096, torch.float16, LinearKernel.SMALL_MATMUL),
-        (64, 4096, torch.bfloat16, LinearKernel.SMALL_MATMUL),
-        (65, 4096, torch.bfloat16, LinearKernel.CUBLAS),
-        (1, 4096, torch.float32, LinearKernel.CUBLAS),
-        (1, 4100, torch.bfloat16, LinearKernel.CUBLAS),
-        (0, 4096, torch.bfloat16, LinearKernel.CUBLAS),
+        (1, 4096, 4096, torch.bfloat16, LinearKernel.GEMV),
+        (2, 4096, 4096, torch.float16, LinearKernel.SMALL_MATMUL),
+        (32, 4096, 4096, torch.bfloat16, LinearKernel.SMALL_MATMUL),
+        (33, 4096, 4096, torch.bfloat16, LinearKernel.CUBLAS),
+        (64, 28672, 4096, torch.bfloat16, LinearKernel.SMALL_MATMUL),
+        (65, 28672, 4096, torch.bfloat16, LinearKernel.CUBLAS),
+        (1, 4096, 4096, torch.float32, LinearKernel.CUBLAS),
+        (1, 4096, 4100, torch.bfloat16, LinearKernel.CUBLAS),
+        (0, 4096, 4096, torch.bfloat16, LinearKernel.CUBLAS),
     ],
 )
-def test_the_kernel_of_a_product(num_rows, in_size, dtype, kernel):
-    assert linear_kernel(num_rows, 4096, in_size, dtype) is kernel
+def test_the_kernel_of_a_product(num_rows, out_size, in_size, dtype, kernel):
+    assert linear_kernel(num_rows, torch.empty(out_size, in_size, dtype=dtype, device="meta")) is kernel

@@ -32,7 +32,7 @@ def test_attention_of_a_step_equals_the_reference(seq_lens, query_lens, make_row
         query_starts=torch.tensor(starts, dtype=torch.int32, device=device),
     )  # fmt: skip
     q = torch.randn(starts[-1], NUM_HEADS, HEAD_DIM, device=device)
-    ops = TritonOperations()
+    ops = TritonOperations(device)
     plan = ops.plan_attention(batch, BLOCK_SIZE, torch.float32)
     for _ in range(2):  # layers share the plan
         out = ops.attend(q, rows.k_cache, rows.v_cache, plan, SCALE)

@@ -193,6 +193,6 @@ class LlamaForCausalLM:
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
-        """[n, hidden_size] to float32 [n, local_vocab_size]: columns are tokens from vocab_start on; those behind the
+        """[n, hidden_size] to [n, local_vocab_size]: columns are tokens from vocab_start on; those behind the
         vocabulary's end are -inf."""
         return self.lm_head(hidden)

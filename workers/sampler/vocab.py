@@ -33,12 +33,9 @@ class VocabSlice:
         Always a valid token id, also for rows of NaN or -inf.
         """
         best, columns = scores.max(dim=-1)
-        return self.best(best, columns + self.start)
-
-    def best(self, scores: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
-        """Each row's best score here [n] float32 and its token [n] int64 to the best over all ranks, [n] int64."""
+        token_ids = columns + self.start
         if self.tp.size > 1:
-            token_ids = _token_ids(self.tp.all_reduce_max(_keys(scores, token_ids)))
+            token_ids = _token_ids(self.tp.all_reduce_max(_keys(best, token_ids)))
         return token_ids.clamp_(max=self.vocab_size - 1)
 
     def merge(self, keys: torch.Tensor) -> torch.Tensor:
