@@ -22,8 +22,8 @@ class Operations:
         return weight
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
-        """x @ weight.T + bias: [num_tokens, in_size] to [num_tokens, out_size]. The result lies in `out` if one is given
-        and the product can be written there."""
+        """x @ weight.T + bias: [num_tokens, in_size] to [num_tokens, out_size]. It lies in `out` if one is given and
+        the product can be written there."""
         return reference.linear(x, weight, bias, out)
 
     def silu_and_mul(self, gate_up: Tensor) -> Tensor:

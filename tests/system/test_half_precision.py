@@ -4,6 +4,8 @@ The tokens that the engine chose are given to transformers, so that one early di
 differ. On GPUs the model is wide enough for the kernels that serve small batches in half precision.
 """
 
+from itertools import chain
+
 import numpy as np
 import pytest
 import torch
@@ -47,7 +49,7 @@ def check(path, device, options, prompts, run_engine, sampling_params) -> None:
     result = run_engine(path, options, prompts, lambda i: sampling_params(num_output_tokens(i), num_logprobs=0))
     assert [len(tokens) for tokens in result.tokens] == [num_output_tokens(i) for i in range(len(prompts))]
     expected = torch.cat(transformers_logprobs(path, device, prompts, result.tokens))
-    differences = (torch.tensor(sum(result.logprobs, [])) - expected).abs()
+    differences = (torch.tensor(list(chain.from_iterable(result.logprobs))) - expected).abs()
     worst, mean = float(differences.max()), float(differences.mean())
     print(f"TP {options.tensor_parallel_size}: at most {worst:.4f}, mean {mean:.5f}")
     assert worst < MAX_DIFFERENCE
