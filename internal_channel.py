@@ -1,4 +1,6 @@
-"""Options of the gRPC channels between Octavo's own processes, the same at both ends."""
+"""How Octavo's own processes speak gRPC to each other: the options of both ends, and who reads the sockets."""
+
+import os
 
 _WINDOW_BYTES = 4 * 1024 * 1024  # what a peer may send before it is read: joins of many prompts, a step's logprobs
 
@@ -12,3 +14,12 @@ CHANNEL_OPTIONS = [
     ("grpc.http2.lookahead_bytes", _WINDOW_BYTES),
     ("grpc.http2.max_frame_size", _WINDOW_BYTES),
 ]
+
+
+def read_on_waiting_threads() -> None:
+    """Has gRPC read sockets on the thread that waits for its events. To be called before the first channel or server.
+
+    By default each read is made on another thread first, and handed over: a round trip of a stream takes 205 us so, and
+    130 us without, at two thirds of the CPU time. What the user has set stays.
+    """
+    os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_client,-event_engine_listener")

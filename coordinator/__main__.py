@@ -16,7 +16,7 @@ import grpc
 import uvloop
 from google.protobuf import json_format
 
-from ..internal_channel import CHANNEL_OPTIONS
+from ..internal_channel import CHANNEL_OPTIONS, read_on_waiting_threads
 from ..proto import engine_pb2, engine_pb2_grpc
 from .shell.engine import Engine
 from .shell.service import EngineService
@@ -56,6 +56,7 @@ def _watch_stdin(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     config = json_format.Parse(Path(sys.argv[1]).read_text(), engine_pb2.EngineConfig())
+    read_on_waiting_threads()
     uvloop.run(serve(config))
 
 

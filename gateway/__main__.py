@@ -8,6 +8,7 @@ from pathlib import Path
 import uvloop
 
 from ..errors import OctavoError
+from ..internal_channel import read_on_waiting_threads
 from .config import load_config
 from .server import serve
 
@@ -18,6 +19,7 @@ def main() -> int:
     parser.add_argument("config", type=Path, help="octavo.internal.v1.GatewayConfig as protobuf JSON")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s gateway %(levelname)s %(message)s")
+    read_on_waiting_threads()
     try:
         uvloop.run(serve(load_config(arguments.config)))
     except OctavoError as error:

@@ -10,7 +10,7 @@ import torch
 import uvloop
 
 from ..errors import FailedPreconditionError, InvalidArgumentError
-from ..internal_channel import CHANNEL_OPTIONS
+from ..internal_channel import CHANNEL_OPTIONS, read_on_waiting_threads
 from ..proto import worker_pb2_grpc
 from .gpu_support import GpuSupport
 from .rendezvous import bind_collectives_to, create_store, leave_group
@@ -51,6 +51,7 @@ class WorkerServer:
 
     def start(self) -> WorkerEndpoints:
         """Serves until `stop`. Raises FailedPreconditionError if no port can be had."""
+        read_on_waiting_threads()
         bind_collectives_to(self._host)
         store = create_store(self._host) if self._create_store else None
         self._thread.start()
