@@ -4,7 +4,7 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from octavo.gateway.detokenizer import WindowDetokenizer
+from octavo.gateway.detokenizer import ByteLevelVocabulary, WindowDetokenizer
 from octavo.gateway.text import TextModel
 from tokenizers import decoders, models, normalizers
 
@@ -85,6 +85,24 @@ def test_a_character_waits_for_its_last_byte(byte_level):
     assert len(token_ids) == 4
     assert streamed(text_model.new_detokenizer(True), token_ids, []) == ["", "", "", "👩", ""]
     assert "".join(streamed(text_model.new_detokenizer(True), token_ids[:3], [])) == ""
+
+
+@pytest.mark.parametrize(
+    ("token", "expected"),
+    [
+        ("Ġfox", b" fox"),
+        ("Ã©", "é".encode()),
+        ("\xad", "\xad".encode()),  # no character of the byte alphabet: an added token, which is plain text
+        ("<漢>", "<漢>".encode()),
+        (None, b""),
+    ],
+)
+def test_bytes_of_a_byte_level_token(token, expected):
+    class OneToken:
+        def id_to_token(self, token_id):
+            return token
+
+    assert ByteLevelVocabulary(OneToken(), frozenset()).bytes_of(0, skip_special_tokens=True) == expected
 
 
 def test_the_window_stays_short(sentencepiece):
