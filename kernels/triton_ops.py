@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 
 class TritonAttentionPlan:
-    """What the layers of one step share. The first layer completes it: it knows the shapes."""
+    """What the layers of one step share."""
 
     def __init__(self, batch: AttentionBatch) -> None:
         self.batch = batch
@@ -42,19 +42,8 @@ class TritonAttentionPlan:
         self.chunks = batch.slots[behind], batch.seq_lens[behind], batch.query_starts[behind]
         chunk_starts = batch.host_query_starts[behind]
         self.max_query_len = max((end - start for start, end in pairwise(chunk_starts)), default=0)  # of the chunks
-        self._workspace: DecodeWorkspace | None = None
         self._gather: GatherPlan | None = None
         self._has_gather = False  # whether _gather says what to do
-
-    def workspace(self, num_heads: int, k_cache: Tensor) -> DecodeWorkspace:
-        """For the decodes' attention, of `num_heads` query heads."""
-        if self._workspace is None:
-            _, block_size, num_kv_heads, head_dim = k_cache.shape
-            max_keys = self.batch.block_tables.shape[1] * block_size
-            self._workspace = decode_workspace(
-                self.num_decodes, num_heads, num_kv_heads, head_dim, k_cache.dtype, max_keys, k_cache.device
-            )
-        return self._workspace
 
     def gather(self, num_heads: int, k_cache: Tensor) -> GatherPlan | None:
         """For the chunks' attention; None where it reads the cache through the block tables."""
@@ -72,6 +61,7 @@ class TritonOperations(Operations):
     def __init__(self, device: torch.device) -> None:
         """For one stream of `device`: launches share a workspace."""
         self._split_workspace = SplitWorkspace(device)
+        self._decode_workspaces: dict[tuple[object, ...], DecodeWorkspace] = {}
         self._refusals: set[str] = set()
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
@@ -142,7 +132,7 @@ class TritonOperations(Operations):
         if plan.max_query_len:
             return super().attention(qkv, rope, cache, kv_indices, plan, num_heads, scale)
         # Decodes alone: one kernel does all of it.
-        workspace = plan.workspace(num_heads, cache[0])
+        workspace = self._decode_workspace(plan.batch.block_tables, num_heads, cache[0])
         return paged_decode_attention_qkv(
             qkv, *rope, kv_indices, *cache, plan.batch.block_tables, *plan.decodes, num_heads, scale, workspace
         )
@@ -150,13 +140,23 @@ class TritonOperations(Operations):
     def attend(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: TritonAttentionPlan, scale: float) -> Tensor:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         if n := plan.num_decodes:
-            workspace = plan.workspace(q.shape[1], k_cache)
+            workspace = self._decode_workspace(plan.batch.block_tables, q.shape[1], k_cache)
             paged_decode_attention(
                 q[:n], k_cache, v_cache, plan.batch.block_tables, *plan.decodes, scale, workspace, out[:n]
             )
         if plan.max_query_len:
             self._attend_chunks(q, k_cache, v_cache, plan, scale, out)
         return out
+
+    def _decode_workspace(self, block_tables: Tensor, num_heads: int, k_cache: Tensor) -> DecodeWorkspace:
+        """One for all steps of a slot table, whose rows are as many as can decode: captured graphs keep it in use."""
+        key = (*block_tables.shape, num_heads, *k_cache.shape[1:], k_cache.dtype)
+        if key not in self._decode_workspaces:
+            (num_slots, max_blocks), (_, block_size, num_kv_heads, head_dim) = block_tables.shape, k_cache.shape
+            self._decode_workspaces[key] = decode_workspace(
+                num_slots, num_heads, num_kv_heads, head_dim, k_cache.dtype, max_blocks * block_size, k_cache.device
+            )
+        return self._decode_workspaces[key]
 
     def _attend_chunks(
         self, q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: TritonAttentionPlan, scale: float, out: Tensor

@@ -1,4 +1,4 @@
-"""In bfloat16 logprobs are transformers' own within a stated tolerance, at every batch size and rank count.
+"""In bfloat16 the engine is as near to the float32 model as transformers is, at every batch size and rank count.
 
 The tokens that the engine chose are given to transformers, so that one early difference does not make all that follows
 differ. On GPUs the model is wide enough for the kernels that serve small batches in half precision.
@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-# Of logprobs with a standard deviation near 1.3: sums in another order, each rounded to 8 bits, some forty times.
-MAX_DIFFERENCE = 0.12
-MEAN_DIFFERENCE = 0.015
+# Distances of logprobs from the float32 model's, beside those of transformers in bfloat16: sums in another order.
+MEAN_RATIO = 1.15
+MAX_RATIO = 1.6
 
 SMALL = {"max_position_embeddings": 256, "eos_token_id": None}
 WIDE = SMALL | {
@@ -33,27 +33,28 @@ def random_prompts(num_prompts: int, vocab_size: int) -> list[list[int]]:
     return [generator.integers(0, vocab_size, length).tolist() for length in lengths]
 
 
-def transformers_logprobs(path, device, prompts, outputs) -> list[torch.Tensor]:
-    """For each request the logprobs of its output tokens, each after what came before it."""
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).to(device).eval()
+def transformers_logprobs(path, dtype, device, prompts, outputs) -> torch.Tensor:
+    """Of all requests' output tokens, each after what came before it."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
     found = []
     with torch.inference_mode():
         for prompt, output in zip(prompts, outputs, strict=True):
             logits = model(torch.tensor([prompt + output], device=device)).logits[0, len(prompt) - 1 : -1]
             chosen = torch.tensor(output, device=device)[:, None]
             found.append(logits.float().log_softmax(-1).gather(1, chosen).squeeze(1).cpu())
-    return found
+    return torch.cat(found)
 
 
 def check(path, device, options, prompts, run_engine, sampling_params) -> None:
     result = run_engine(path, options, prompts, lambda i: sampling_params(num_output_tokens(i), num_logprobs=0))
     assert [len(tokens) for tokens in result.tokens] == [num_output_tokens(i) for i in range(len(prompts))]
-    expected = torch.cat(transformers_logprobs(path, device, prompts, result.tokens))
-    differences = (torch.tensor(list(chain.from_iterable(result.logprobs))) - expected).abs()
-    worst, mean = float(differences.max()), float(differences.mean())
-    print(f"TP {options.tensor_parallel_size}: at most {worst:.4f}, mean {mean:.5f}")
-    assert worst < MAX_DIFFERENCE
-    assert mean < MEAN_DIFFERENCE
+    exact = transformers_logprobs(path, torch.float32, device, prompts, result.tokens)
+    theirs = (transformers_logprobs(path, torch.bfloat16, device, prompts, result.tokens) - exact).abs()
+    ours = (torch.tensor(list(chain.from_iterable(result.logprobs))) - exact).abs()
+    for name, errors in (("octavo", ours), ("transformers", theirs)):
+        print(f"TP {options.tensor_parallel_size}: {name} at most {errors.max():.4f}, mean {errors.mean():.5f}")
+    assert ours.mean() < MEAN_RATIO * theirs.mean()
+    assert ours.max() < MAX_RATIO * theirs.max()
 
 
 @pytest.mark.parametrize("tensor_parallel_size", [1, 2])
