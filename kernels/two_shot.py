@@ -3,7 +3,8 @@
     sum = round(residual + x_0 + x_1 + ...);  normed = sum / sqrt(mean(sum^2) + eps) * weight
 
 Rows are dealt to the ranks like cards. A rank reads its rows from every rank's input buffer, in rank order, and writes
-the results into every rank's output buffers: all ranks have the same bits, because one rank made them. Program p of
+their norm into every rank's output buffer: all ranks have the same bits, because one rank made them. The sum it keeps:
+it is the residual of the same rows in the next call. Program p of
 each rank exchanges two flags with program p of every other, and waits for no other program: "my input is whole" before
 it reads, "my results are with you" before it ends. A flag is the program's own count of calls, so nothing is reset.
 
@@ -36,7 +37,6 @@ class TwoShotBuffers:
     rank: int
     inputs: tuple[torch.Tensor, ...]  # [max_bytes] uint8 each
     normed: tuple[torch.Tensor, ...]  # [max_bytes] uint8
-    sums: tuple[torch.Tensor, ...]  # [max_bytes] uint8
     flags: torch.Tensor  # [max_programs, 2, world_size] int32, this rank's: input whole, results there; zero at first
     flag_addresses: torch.Tensor  # [world_size] int64: of every rank's flags
     num_calls: torch.Tensor  # [max_programs] int32: calls in which a program took part
@@ -100,11 +100,11 @@ def _release(on_gpu: tl.constexpr) -> None:
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _two_shot_add_rms_norm_kernel(
-    residual_ptr: tl.tensor,  # [num_rows, width]
+    residual_ptr: tl.tensor,  # [num_rows, width], if there is one
     weight_ptr: tl.tensor,  # [width]
     inputs: tl.tuple,  # of every rank: [num_rows, width]
     normed: tl.tuple,
-    sums: tl.tuple,
+    sum_ptr: tl.tensor,  # [num_rows, width]
     own_flags_ptr: tl.tensor,  # [max_programs, 2, world_size] int32
     flag_addresses_ptr: tl.tensor,  # [world_size] int64
     num_calls_ptr: tl.tensor,  # [max_programs] int32
@@ -117,7 +117,7 @@ def _two_shot_add_rms_norm_kernel(
     world_size: tl.constexpr,
     width: tl.constexpr,
     block: tl.constexpr,  # the power of two that holds a row
-    share_sum: tl.constexpr,
+    has_residual: tl.constexpr,
     on_gpu: tl.constexpr,
 ) -> None:
     program = tl.program_id(0)
@@ -135,7 +135,7 @@ def _two_shot_add_rms_norm_kernel(
     # The input was whole before this kernel began. Flags are written through: they are not to wait for anything.
     tl.store(peer_flags, count, cache_modifier=".wt")
     weight = tl.load(weight_ptr + columns, columns < width, other=0.0).to(tl.float32)
-    residual = tl.load(residual_ptr + cells, mask, other=0.0).to(tl.float32)
+    residual = tl.load(residual_ptr + cells, mask & has_residual, other=0.0).to(tl.float32)
     _await_flags(own_flags, count, failed_ptr, seen_by_host_ptr, max_polls, on_gpu)
 
     total = tl.zeros([block], tl.float32)
@@ -149,8 +149,8 @@ def _two_shot_add_rms_norm_kernel(
     for distance in tl.static_range(1, world_size + 1):
         # From the next rank round to this one, so that not all write to one at once.
         tl.store(normed[(rank + distance) % world_size] + cells, result, mask)
-        if share_sum or distance == world_size:
-            tl.store(sums[(rank + distance) % world_size] + cells, rounded, mask)
+    # The next call's residual: nobody else needs it.
+    tl.store(sum_ptr + cells, rounded, mask)
 
     _release(on_gpu)
     tl.store(peer_flags + world_size, count, cache_modifier=".wt")
@@ -160,30 +160,31 @@ def _two_shot_add_rms_norm_kernel(
 
 def two_shot_add_rms_norm(
     x: torch.Tensor,
-    residual: torch.Tensor,
+    residual: torch.Tensor | None,
     weight: torch.Tensor,
     eps: float,
     buffers: TwoShotBuffers,
-    share_sum: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The norm of the ranks' x and the residual added up, and that sum rounded to x's dtype, in `buffers`.
+    """The norm of the ranks' x and the residual added up, in `buffers`, and that sum rounded to x's dtype.
 
-    x, residual: [num_rows, width] contiguous, of which `buffers` takes x; weight: [width]. x is copied unless it is
-    `buffers.input_like(x)`. All ranks call it in the same order with the same shapes, residual and weight, and get the
-    same bits. The next call with these buffers overwrites the results; `residual` may be that sum.
-    Without `share_sum` each rank has the sums of its own rows alone, which is all that the next call with as many rows
-    reads of its residual. Raises ValueError for tensors that the kernel does not take.
+    x, residual: [num_rows, width] contiguous, of which `buffers` takes x; residual may be None, for zeros; weight:
+    [width]. x is copied unless it is `buffers.input_like(x)`. All ranks call it in the same order with the same shapes, residual and weight, and get the
+    same bits. The next call with these buffers overwrites the norm.
+    Each rank has the sums of its own rows alone (row i is rank i % world_size's), which is all that the next call with
+    as many rows reads of its residual. Raises ValueError for tensors that the kernel does not take.
     """
     _check(x, residual, weight, buffers)
     mine = buffers.input_like(x)
     if mine.data_ptr() != x.data_ptr():
         mine.copy_(x)
     world_size, width = len(buffers.inputs), x.shape[1]
+    total = torch.empty_like(x)
     block = triton.next_power_of_2(width)
     _two_shot_add_rms_norm_kernel[(triton.cdiv(len(x), world_size),)](
-        residual,
+        x if residual is None else residual,
         weight,
-        *(tuple(_view(rank, x) for rank in ranks) for ranks in (buffers.inputs, buffers.normed, buffers.sums)),
+        *(tuple(_view(rank, x) for rank in ranks) for ranks in (buffers.inputs, buffers.normed)),
+        total,
         buffers.flags,
         buffers.flag_addresses,
         buffers.num_calls,
@@ -196,18 +197,22 @@ def two_shot_add_rms_norm(
         world_size=world_size,
         width=width,
         block=block,
-        share_sum=share_sum,
+        has_residual=residual is not None,
         on_gpu=x.is_cuda,
         num_warps=min(max(block * x.itemsize // (32 * _VECTOR_BYTES), 1), 32),
         maxnreg=_NUM_REGISTERS,
     )
-    return _view(buffers.normed[buffers.rank], x), _view(buffers.sums[buffers.rank], x)
+    return _view(buffers.normed[buffers.rank], x), total
 
 
-def _check(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, buffers: TwoShotBuffers) -> None:
+def _is_like(residual: torch.Tensor, x: torch.Tensor) -> bool:
+    return residual.shape == x.shape and residual.dtype == x.dtype and residual.is_contiguous()
+
+
+def _check(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, buffers: TwoShotBuffers) -> None:
     if not buffers.takes(x):
         raise ValueError(f"two_shot_add_rms_norm: rows [{list(x.shape)}, {x.dtype}, strides {x.stride()}] do not fit")
-    if residual.shape != x.shape or residual.dtype != x.dtype or not residual.is_contiguous():
+    if residual is not None and not _is_like(residual, x):
         raise ValueError(
             f"two_shot_add_rms_norm: a residual like x ({list(x.shape)}, {x.dtype}, contiguous) is needed, "
             f"not {list(residual.shape)}, {residual.dtype}, strides {residual.stride()}"

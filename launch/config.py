@@ -64,7 +64,8 @@ class ServeConfig:
         default=8192, metadata=_help("Most requests that wait for a place in a batch; more are refused.")
     )
     num_inflight_steps: int = field(
-        default=2, metadata=_help("Steps that are sent to the ranks ahead of their results.")
+        default=2,
+        metadata=_help("Steps that are sent to the ranks ahead of their results; up to 2 more of short ones."),
     )
     itl_target_ms: float = field(
         default=10.0,

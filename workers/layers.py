@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F  # noqa: N812 (torch's own name for it)
 
 from ..kernels.ops import Operations
 from .parallel import TensorParallel
@@ -26,6 +25,11 @@ class LayerContext:
 
     def empty(self, *shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=self.dtype, device=self.tp.device)
+
+    def share_buffer(self, num_tokens: int, size: int) -> torch.Tensor | None:
+        """Where this rank's share of a sum over the ranks is best written; None if that does not matter."""
+        memory = self.tp.symmetric_memory
+        return None if memory is None else memory.input_buffer(num_tokens, size, self.dtype)
 
 
 def even_shard(size: int, tp: TensorParallel, dim: int = 0) -> Shard:
@@ -79,12 +83,23 @@ class RMSNorm:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self._ops.rms_norm(x, self.weight, self.eps)
 
+    def of_sum(self, share: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `add` where there is no residual yet: the norm of the sum of `share` over the ranks, and that sum."""
+        memory = self._tp.symmetric_memory
+        if memory is not None and memory.takes_norm(share):
+            return memory.all_reduce_add_rms_norm(share, None, self.weight, self.eps)
+        x = self._tp.all_reduce(share)
+        return self(x), x
+
     def add(self, share: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The norm of x + residual, and that sum, x being the sum of `share` over the ranks."""
         memory = self._tp.symmetric_memory
         if memory is not None and memory.takes_norm(share):
             return memory.all_reduce_add_rms_norm(share, residual, self.weight, self.eps)
-        x = self._tp.all_reduce_transient(share)
+        return self.add_sum(self._tp.all_reduce_transient(share), residual)
+
+    def add_sum(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The norm of x + residual, and that sum, x being summed over the ranks already."""
         return self._ops.add_rms_norm(x, residual, self.weight, self.eps)
 
 
@@ -114,6 +129,11 @@ class ColumnParallelLinear:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         product = self._ctx.ops.gated_linear if self._gated else self._ctx.ops.linear
         return product(x, self._weight.packed, self._bias)
+
+    @property
+    def out_size(self) -> int:
+        """Columns of this rank's product."""
+        return sum(self._sizes)
 
     def after(self, norm: RMSNorm, share: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """This layer of what `norm.add` gives, and the new residual stream."""
@@ -165,8 +185,7 @@ class RowParallelLinear:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         # The sum must hold the bias once.
         bias = self._bias if self._ctx.tp.rank == 0 else None
-        memory = self._ctx.tp.symmetric_memory
-        out = None if memory is None else memory.input_buffer(len(x), self._out_size, x.dtype)
+        out = self._ctx.share_buffer(len(x), self._out_size)
         return self._ctx.ops.linear(x, self._weight.packed, bias, out)
 
 
@@ -191,9 +210,11 @@ class VocabParallelTable:
             rows[: self.num_tokens].copy_(weights.read(f"{name}.weight", shard))
         self._rows = rows if self._has_lookups else self._ctx.ops.pack_weight(rows)
 
-    def lookup(self, rows: torch.Tensor) -> torch.Tensor:
+    def lookup(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """[n] int32 or int64 to [n, hidden_size]: rows of the tokens that are here, zeros for others."""
         assert self._has_lookups, "a packed table has no rows to look up"
-        return F.embedding(rows, self._loaded)
+        out = self._ctx.share_buffer(len(token_ids), self._hidden_size)
+        return self._ctx.ops.embed(token_ids, self._loaded, self.start, out)
 
     def product(self, hidden: torch.Tensor) -> torch.Tensor:
         """[n, hidden_size] to [n, num_rows]: hidden @ table.T."""
@@ -206,18 +227,13 @@ class VocabParallelTable:
 
 
 class VocabParallelEmbedding:
-    """Each rank looks up the tokens it holds; the sum over the ranks has them all."""
+    """Each rank looks up the tokens it holds: its share of a sum over the ranks, which has them all."""
 
-    def __init__(self, ctx: LayerContext, table: VocabParallelTable) -> None:
-        self._tp, self._table = ctx.tp, table
+    def __init__(self, table: VocabParallelTable) -> None:
+        self._table = table
 
     def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
-        if self._tp.size == 1:
-            return self._table.lookup(token_ids)
-        rows = token_ids - self._table.start
-        elsewhere = (rows < 0) | (rows >= self._table.num_rows)
-        hidden = self._table.lookup(rows.masked_fill(elsewhere, 0))
-        return self._tp.all_reduce(hidden.masked_fill_(elsewhere.unsqueeze(-1), 0))
+        return self._table.lookup(token_ids)
 
 
 class ParallelLMHead:

@@ -1,5 +1,6 @@
 """The tensor-parallel group of one worker: its rank and its collectives."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,11 @@ from ..errors import UnavailableError
 
 if TYPE_CHECKING:
     from .symmetric_memory import SymmetricMemory
+
+
+# Measured on 4 H200s, a layer of 8,192 tokens: 2.26 ms with its sums between the products and 2.01 in halves (8B), 6.97
+# and 6.48 (70B); of 2,048 tokens nothing is gained.
+_HALVES_BYTES = 32 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +41,23 @@ class TensorParallel:
             return self.symmetric_memory.all_reduce(tensor)
         dist.all_reduce(tensor, group=self.process_group)
         return tensor
+
+    def sums_in_halves(self, tensor: torch.Tensor) -> bool:
+        """Whether work on a tensor like this is faster in two halves, each summed beside the other's products."""
+        return self.size > 1 and tensor.nbytes > _HALVES_BYTES
+
+    def start_all_reduce(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Begins to sum `tensor` over the ranks, in place, beside what is queued next. Calling what is returned gives
+        the sum to what is queued after that."""
+        if self.size == 1:
+            return lambda: tensor
+        work = dist.all_reduce(tensor, group=self.process_group, async_op=True)
+
+        def finish() -> torch.Tensor:
+            work.wait()
+            return tensor
+
+        return finish
 
     def all_reduce_max(self, tensor: torch.Tensor) -> torch.Tensor:
         """Elementwise maximum over the ranks, in place."""

@@ -34,6 +34,7 @@ def join_group(store: dist.Store, epoch: int, rank: int, size: int, device: torc
             world_size=size,
             timeout=_TIMEOUT,
             device_id=device if device.type == "cuda" else None,
+            pg_options=_nccl_options() if device.type == "cuda" else None,
         )
     except (RuntimeError, dist.DistError) as error:
         raise UnavailableError(f"the {size} ranks did not meet; is one unreachable, or its GPU taken?") from error
@@ -47,6 +48,12 @@ def join_group(store: dist.Store, epoch: int, rank: int, size: int, device: torc
     memory = open_symmetric_memory(group, device)
     # Ranks that sum in different ways would wait for each other for ever.
     return replace(tp, symmetric_memory=memory) if tp.min_int(int(memory is not None)) else tp
+
+
+def _nccl_options() -> "dist.ProcessGroupNCCL.Options":
+    options = dist.ProcessGroupNCCL.Options()
+    options.is_high_priority_stream = True  # sums that run beside products are waited for sooner than these
+    return options
 
 
 def connect_store(address: str) -> dist.TCPStore:

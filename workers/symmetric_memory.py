@@ -1,7 +1,7 @@
 """Sums over the ranks of a host through memory that its GPUs share over NVLink. No multicast is used.
 
 Sums on the way to a norm are fused with it: small ones by kernels/ll_all_reduce.py, larger ones by kernels/two_shot.py.
-Others go through torch's kernels.
+Others go through torch's kernels. Sampled candidates meet here too, in kernels/ll_take_tokens.py.
 """
 
 import logging
@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.distributed._symmetric_memory as symm_mem
 
 from ..kernels.ll_all_reduce import MAX_SPLITS, LLInbox, ll_add_rms_norm
+from ..kernels.ll_take_tokens import KeyInbox, ll_take_tokens
 from ..kernels.peer_wait import PeerWait
 from ..kernels.two_shot import TwoShotBuffers, two_shot_add_rms_norm
 
@@ -29,8 +30,9 @@ _MAX_TWO_SHOT_BYTES = 4 * 1024 * 1024  # above, NCCL is as fast
 _MAX_LL_BYTES = 1024 * 1024
 _MAX_LL_ROWS = 64
 _MAX_LL_WORDS = 4096  # of a row, 4 bytes each
-_MAX_FUSED_BYTES = 8 * 1024 * 1024  # above, NCCL is as fast
-_MAX_ROWS_OF_A_RANK = 1024
+_MAX_FUSED_BYTES = 32 * 1024 * 1024  # above, NCCL beside other work is faster
+_MAX_ROWS_OF_A_RANK = 2048
+_MAX_KEY_ROWS = 2048  # above, NCCL merges candidates
 
 
 class SymmetricMemory:
@@ -45,6 +47,7 @@ class SymmetricMemory:
         self._wait = PeerWait.on(device)
         self._ll_inbox = self._make_ll_inbox()
         self._two_shot = self._make_two_shot_buffers()
+        self._key_inbox = self._make_key_inbox()
 
     def has_failed(self) -> bool:
         """Whether a rank has waited for another beyond reason. Sums are worthless from then on."""
@@ -74,12 +77,12 @@ class SymmetricMemory:
         return self._is_small(partial) or self._two_shot.takes(partial)
 
     def all_reduce_add_rms_norm(
-        self, partial: Tensor, residual: Tensor, weight: Tensor, eps: float
+        self, partial: Tensor, residual: Tensor | None, weight: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
-        """The norm of the ranks' `partial` and `residual` added up, and that sum: the same bits on every rank.
+        """The norm of the ranks' `partial` and `residual` added up: the same bits on every rank. And that sum, for the
+        next call with as many rows to take as its residual: a rank may have only those rows that it will read.
 
-        partial, residual: [num_rows, width]; weight: [width]. The next call may overwrite both results, and may have
-        the sum as its residual.
+        partial, residual: [num_rows, width], None for a residual of zeros; weight: [width]. The next call may overwrite the norm.
         """
         if self._is_small(partial):
             return ll_add_rms_norm(partial, residual, weight, eps, self._ll_inbox)
@@ -95,6 +98,16 @@ class SymmetricMemory:
             return None
         return self._two_shot.input_like(like)
 
+    def takes_keys(self, keys: Tensor) -> bool:
+        """Whether `take_tokens` can merge them."""
+        return self._key_inbox.takes(keys)
+
+    def take_tokens(
+        self, keys: Tensor, vocab_size: int, out: Tensor, token_table: Tensor | None = None, cells: Tensor | None = None
+    ) -> None:
+        """As kernels.sampling.take_tokens, of the keys of all ranks."""
+        ll_take_tokens(keys, vocab_size, self._key_inbox, out, token_table, cells)
+
     def _is_small(self, partial: Tensor) -> bool:
         return partial.nbytes * self._size <= _MAX_LL_BYTES and self._ll_inbox.takes(partial)
 
@@ -103,12 +116,17 @@ class SymmetricMemory:
         cells = torch.zeros(2, _MAX_LL_ROWS, MAX_SPLITS, dtype=torch.int64, device=self._device)
         return LLInbox(self._rank, words, num_calls=cells[0], squares=cells[1], wait=self._wait)
 
+    def _make_key_inbox(self) -> KeyInbox:
+        _, words = self._allocate(KeyInbox.words_shape(_MAX_KEY_ROWS, self._size), torch.int64)
+        num_calls = torch.zeros(_MAX_KEY_ROWS, dtype=torch.int64, device=self._device)
+        return KeyInbox(self._rank, words, num_calls, self._wait)
+
     def _make_two_shot_buffers(self) -> TwoShotBuffers:
-        inputs, normed, sums = (self._allocate((_MAX_FUSED_BYTES,), torch.uint8)[1] for _ in range(3))
+        inputs, normed = (self._allocate((_MAX_FUSED_BYTES,), torch.uint8)[1] for _ in range(2))
         flags, all_flags = self._allocate((_MAX_ROWS_OF_A_RANK, 2, self._size), torch.int32)
         addresses = torch.tensor([peer.data_ptr() for peer in all_flags], device=self._device)
         num_calls = torch.zeros(_MAX_ROWS_OF_A_RANK, dtype=torch.int32, device=self._device)
-        return TwoShotBuffers(self._rank, inputs, normed, sums, flags, addresses, num_calls, self._wait)
+        return TwoShotBuffers(self._rank, inputs, normed, flags, addresses, num_calls, self._wait)
 
     def _allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Zeros: this rank's, and those of all ranks in their order."""

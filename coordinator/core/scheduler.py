@@ -152,7 +152,7 @@ class Scheduler:
     def schedule(self, group_id: int) -> BatchPlan | None:
         """The group's next step; None if enough are in flight or there is nothing to compute."""
         group = self.groups[group_id]
-        if len(group.inflight) >= self.config.num_inflight_steps:
+        if not group.has_room_in_flight(self.config.num_inflight_steps):
             return None
         plan = group.begin_step()
         preempted = self._schedule_decodes(group, plan)

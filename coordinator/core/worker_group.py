@@ -1,5 +1,6 @@
 """One worker group as the scheduler sees it: its blocks, its slots, the sequences in them, the steps in flight."""
 
+import math
 from collections import deque
 
 from .batch_plan import BatchPlan, SlotJoin
@@ -7,6 +8,10 @@ from .block_manager import BlockManager
 from .ordered_sequences import OrderedSequences
 from .sequence import Sequence
 from .step_time import StepTimeModel
+
+# From the end of a step on the workers to the start of the one that its result let go: slow, as round trips go.
+_ROUND_TRIP_MS = 3.0
+_MAX_MORE_STEPS = 2
 
 
 class WorkerGroup:
@@ -18,6 +23,7 @@ class WorkerGroup:
         self.running = OrderedSequences()
         self.inflight: deque[BatchPlan] = deque()
         self.step_time = StepTimeModel()
+        self._last_step_ms = 0.0  # 0: not measured
         self._max_num_seqs = max_num_seqs
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
         self._left_slots: list[int] = []  # to be told to the workers with the next plan
@@ -27,6 +33,14 @@ class WorkerGroup:
     @property
     def num_free_slots(self) -> int:
         return len(self._free_slots)
+
+    def has_room_in_flight(self, num_inflight_steps: int) -> bool:
+        """Whether one more step may be sent. More than `num_inflight_steps` are, while steps are so short that the
+        workers would otherwise be done with them before the next one is there."""
+        enough = 0
+        if self._last_step_ms:
+            enough = min(1 + math.ceil(_ROUND_TRIP_MS / self._last_step_ms), num_inflight_steps + _MAX_MORE_STEPS)
+        return len(self.inflight) < max(num_inflight_steps, enough)
 
     def begin_step(self) -> BatchPlan:
         """An empty plan, to be filled and then given to `dispatch` or forgotten."""
@@ -75,6 +89,7 @@ class WorkerGroup:
     def take_result(self, model_time_us: int) -> BatchPlan:
         """The oldest plan in flight has been computed, in so many microseconds; 0: not measured."""
         plan = self.inflight.popleft()
+        self._last_step_ms = model_time_us / 1e3
         if plan.chunk_slots and model_time_us:
             self.step_time.observe(len(plan.decode_slots), sum(plan.chunk_num_tokens), model_time_us / 1e3)
         return plan

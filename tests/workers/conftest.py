@@ -41,6 +41,10 @@ class ThreadParallel(TensorParallel):
     def all_reduce_transient(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.copy_(sum(self.meeting.exchange(self.rank, tensor)))
 
+    def start_all_reduce(self, tensor: torch.Tensor):
+        self.all_reduce_transient(tensor)
+        return lambda: tensor
+
     def all_reduce_max(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.copy_(reduce(torch.maximum, self.meeting.exchange(self.rank, tensor)))
 

@@ -76,6 +76,20 @@ def test_logits_equal_transformers(name, make_llama, run_ranks, paged_sequences)
             assert (whole[:, vocab_size:] == -torch.inf).all()
 
 
+def test_sums_in_halves_change_nothing(make_llama, run_ranks, paged_sequences, monkeypatch):
+    path = make_llama()
+    tokens = random_tokens(128, [sum(steps) for steps in SCHEDULE])
+
+    def run(tp):
+        return paged_sequences(load(path, tp), tokens).run(SCHEDULE)
+
+    whole = run_ranks(2, run)
+    monkeypatch.setattr("octavo.workers.parallel._HALVES_BYTES", 1024)  # four tokens
+    for rank, halves in enumerate(run_ranks(2, run)):
+        for logits, expected in zip(halves, whole[rank], strict=True):
+            torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+
+
 def test_dynamic_rope_beyond_the_context_equals_transformers_token_by_token(make_llama, paged_sequences):
     path = make_llama(max_position_embeddings=16, rope_scaling={"rope_type": "dynamic", "factor": 2.0})
     tokens = random_tokens(128, [40])

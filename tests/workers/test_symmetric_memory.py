@@ -45,7 +45,7 @@ def test_few_rows_are_pushed_and_more_are_dealt(make_memory, world_size, max_sma
 @pytest.mark.parametrize(
     "partial",
     [
-        torch.empty(2048, 4096, dtype=torch.bfloat16, device="meta"),
+        torch.empty(8192, 4096, dtype=torch.bfloat16, device="meta"),
         torch.empty(4, 4096, dtype=torch.float16),
         torch.empty(4, 4096).T,
         torch.empty(0, 4096),

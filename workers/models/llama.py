@@ -1,6 +1,6 @@
 """Llama (arXiv 2302.13971, 2307.09288, 2407.21783): one rank's share of the decoder, over a paged KV cache."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -110,18 +110,18 @@ class LlamaForCausalLM:
         """Allocates the shard on tp.device. Raises InvalidArgumentError if the model does not split over the ranks."""
         config.validate_tensor_parallel(tp.size)
         self.config, self.dtype = config, dtype
-        self.ops = operations_for(tp.device)
+        self.ops, self._tp = operations_for(tp.device), tp
         ctx = LayerContext(tp, dtype, self.ops)
         table_size = config.vocab_size, config.hidden_size
         self._embedding_table = VocabParallelTable(ctx, *table_size, has_lookups=True)
         self._head_table = self._embedding_table
         if not config.tie_word_embeddings:
             self._head_table = VocabParallelTable(ctx, *table_size, has_lookups=False)
-        self.embed_tokens = VocabParallelEmbedding(ctx, self._embedding_table)
+        self.embed_tokens = VocabParallelEmbedding(self._embedding_table)
         self.layers = [DecoderLayer(ctx, config) for _ in range(config.num_layers)]
         self.norm = RMSNorm(ctx, config.hidden_size, config.rms_norm_eps)
         self.lm_head = ParallelLMHead(self._head_table)
-        self.rope = RotaryEmbedding(config, max_model_len, dtype, tp.device)
+        self.rope = RotaryEmbedding(config, max_model_len, dtype, tp.device, self.ops)
         self._segments = [partial(self._middle_segment, i) for i in range(config.num_layers - 1)]
 
     @staticmethod
@@ -157,7 +157,7 @@ class LlamaForCausalLM:
     def forward(
         self, token_ids: Tensor, batch: AttentionBatch, kv_cache: KVCache, run: SegmentRunner = run_now
     ) -> Tensor:
-        """One step. token_ids: [num_tokens] int64. Writes their KV to the cache; returns the normed hidden states,
+        """One step. token_ids: [num_tokens] int32 or int64. Writes their KV to the cache; returns the normed hidden states,
         [num_tokens, hidden_size], the same on each rank.
 
         `run` runs what lies between the layers' attention: segments that depend on the number of tokens alone.
@@ -167,29 +167,61 @@ class LlamaForCausalLM:
             self.rope(batch.positions),
             batch.kv_indices,
         )
-        qkv, residual = run(self._first_segment, token_ids)
+        qkv, *stream = run(self._first_segment, token_ids)
         for i in range(len(self.layers) - 1):
             attended = self.layers[i].attention.attend(qkv, step, kv_cache.layer(i))
-            qkv, residual = run(self._segments[i], attended, residual)
+            qkv, *stream = run(self._segments[i], attended, *stream)
         attended = self.layers[-1].attention.attend(qkv, step, kv_cache.layer(len(self.layers) - 1))
-        (hidden,) = run(self._last_segment, attended, residual)
+        (hidden,) = run(self._last_segment, attended, *stream)
         return hidden
 
+    # The residual stream goes from segment to segment whole, or in two halves whose sums over the ranks are hidden
+    # behind each other's work.
+
     def _first_segment(self, token_ids: Tensor) -> tuple[Tensor, ...]:
-        """From tokens to the first layer's QKV product."""
-        residual = self.embed_tokens(token_ids)
+        """From tokens to the first layer's QKV product, and the stream."""
         first = self.layers[0]
-        return first.attention.qkv_proj(first.input_norm(residual)), residual
+        normed, residual = first.input_norm.of_sum(self.embed_tokens(token_ids))
+        qkv = first.attention.qkv_proj(normed)
+        return qkv, *(residual.chunk(2) if self._tp.sums_in_halves(residual) else (residual,))
 
-    def _middle_segment(self, layer: int, attended: Tensor, residual: Tensor) -> tuple[Tensor, ...]:
-        """From one layer's attention to the next one's QKV product."""
-        share, residual = self.layers[layer].after_attention(attended, residual)
-        return self.layers[layer + 1].project_qkv(share, residual)
+    def _middle_segment(self, layer: int, attended: Tensor, *stream: Tensor) -> tuple[Tensor, ...]:
+        """From one layer's attention to the next one's QKV product, and the stream."""
+        following = self.layers[layer + 1]
+        if len(stream) == 1:
+            share, residual = self.layers[layer].after_attention(attended, *stream)
+            return following.project_qkv(share, residual)
+        project = following.attention.qkv_proj
+        return self._in_halves(self.layers[layer], following.input_norm, project, attended, stream)
 
-    def _last_segment(self, attended: Tensor, residual: Tensor) -> tuple[Tensor, ...]:
+    def _last_segment(self, attended: Tensor, *stream: Tensor) -> tuple[Tensor, ...]:
         """From the last layer's attention to the hidden states."""
-        share, residual = self.layers[-1].after_attention(attended, residual)
-        return (self.norm.add(share, residual)[0],)
+        if len(stream) == 1:
+            return (self.norm.add(*self.layers[-1].after_attention(attended, *stream))[0],)
+        return self._in_halves(self.layers[-1], self.norm, lambda hidden: hidden, attended, stream)[:1]
+
+    def _in_halves(
+        self,
+        layer: DecoderLayer,
+        next_norm: RMSNorm,
+        project: Callable[[Tensor], Tensor],
+        attended: Tensor,
+        stream: tuple[Tensor, ...],
+    ) -> tuple[Tensor, ...]:
+        """From attention to `project` behind the next norm, and the stream: one half's sums run beside the other's
+        products."""
+        sums = [self._tp.start_all_reduce(layer.attention.o_proj(half)) for half in attended.chunk(2)]
+        shares = []
+        for finish, residual in zip(sums, stream, strict=True):
+            x, residual = layer.post_attention_norm.add_sum(finish(), residual)
+            share = layer.mlp.down_proj(layer.mlp.gate_up_proj(x))
+            shares.append((self._tp.start_all_reduce(share), residual))
+        outputs, stream = [], ()
+        for finish, residual in shares:
+            x, residual = next_norm.add_sum(finish(), residual)
+            outputs.append(project(x))
+            stream = (*stream, residual)
+        return torch.cat(outputs), *stream
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
