@@ -3,10 +3,9 @@ low-latency protocol).
 
     sum = round(residual + x_0 + x_1 + ...);  normed = sum / sqrt(mean(sum^2) + eps) * weight
 
-Each rank stores its row x_r into every rank's inbox as words of 8 bytes: 4 of data (one float32 or two bfloat16) and 4
-of the call's number, the epoch. A store of 8 aligned bytes arrives whole, so a word with the right epoch has its data,
-and a receiver polls the words themselves: one trip over NVLink, nothing to fence. Every rank, the sender too, reads its
-own inbox, so all add the same numbers in the same order and get the same bits.
+Each rank stores its row x_r into every rank's inbox as words (kernels/ll_words.py) of one float32 or two bfloat16, and
+the call's number, the epoch. A receiver polls the words themselves: one trip over NVLink, nothing to fence. Every rank,
+the sender too, reads its own inbox, so all add the same numbers in the same order and get the same bits.
 
 A row is split over programs, which tell each other their sums of squares in the same kind of words.
 
@@ -27,7 +26,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .peer_wait import PeerWait, polls_allowed, report_missing
+from .ll_words import await_words, make_words
+from .peer_wait import PeerWait, polls_allowed
 
 _DTYPES = (torch.float32, torch.bfloat16)
 _WORD_BYTES = 4  # of data
@@ -84,40 +84,9 @@ def _pack(first: tl.tensor, second: tl.tensor, paired: tl.constexpr) -> tl.tenso
 
 
 @triton.jit
-def _word(data: tl.tensor, epoch: tl.tensor) -> tl.tensor:
-    return epoch.to(tl.int64) << 32 | (data.to(tl.int64) & 0xFFFFFFFF)
-
-
-@triton.jit
-def _any_missing(words: tl.tensor, mask: tl.tensor, epoch: tl.tensor) -> tl.tensor:
-    return tl.max((((words >> 32).to(tl.int32) != epoch) & mask).to(tl.int32))
-
-
-@triton.jit
-def _await_words(
-    places: tl.tensor,
-    mask: tl.tensor,
-    epoch: tl.tensor,
-    failed_ptr: tl.tensor,
-    seen_by_host_ptr: tl.tensor,
-    max_polls: tl.tensor,
-) -> tl.tensor:
-    """The data, int32, of words that others store at `places`, when all are there."""
-    # Volatile loads of 64-bit elements read each word whole, two in an instruction.
-    words = tl.load(places, mask, other=0, volatile=True)
-    missing = _any_missing(words, mask, epoch)
-    while (missing > 0) & (max_polls > 0):
-        words = tl.load(places, mask, other=0, volatile=True)
-        missing = _any_missing(words, mask, epoch)
-        max_polls -= 1
-    report_missing(missing, failed_ptr, seen_by_host_ptr)
-    return words.to(tl.int32)
-
-
-@triton.jit
 def _ll_add_rms_norm_kernel(
     x_ptr: tl.tensor,  # [num_rows, num_words] int32, and so all the next but the weight
-    residual_ptr: tl.tensor,
+    residual_ptr: tl.tensor,  # if there is one
     weight_ptr: tl.tensor,  # [num_words] int32
     normed_ptr: tl.tensor,
     sum_ptr: tl.tensor,
@@ -135,6 +104,7 @@ def _ll_add_rms_norm_kernel(
     part_words: tl.constexpr,  # a power of two
     splits: tl.constexpr,
     paired: tl.constexpr,
+    has_residual: tl.constexpr,
     max_rows: tl.constexpr,
     max_words: tl.constexpr,
     max_splits: tl.constexpr,
@@ -153,10 +123,11 @@ def _ll_add_rms_norm_kernel(
     cells = row * num_words + columns
     num_calls = tl.load(num_calls_ptr + row * max_splits + part)
     x = tl.load(x_ptr + cells, mask, other=0)
-    residual_first, residual_second = _unpack(tl.load(residual_ptr + cells, mask, other=0), paired)
+    residual = tl.load(residual_ptr + cells, mask & has_residual, other=0)
+    residual_first, residual_second = _unpack(residual, paired)
     max_polls = polls_allowed(failed_ptr, max_polls)
     epoch = (num_calls + 1).to(tl.int32)
-    words = _word(x, epoch)
+    words = make_words(x, epoch)
     buffer = ((num_calls & 1) * max_rows + row) * (world_size * max_words)
     for distance in tl.static_range(1, world_size + 1):
         # From the next rank round to this one, so that not all send to one at once.
@@ -167,7 +138,7 @@ def _ll_add_rms_norm_kernel(
     # Receive.
     senders = tl.arange(0, world_size)[:, None] * max_words
     places = inbox_ptr + buffer + senders + columns[None, :]
-    data = _await_words(places, mask[None, :], epoch, failed_ptr, seen_by_host_ptr, max_polls)
+    data = await_words(places, mask[None, :], epoch, failed_ptr, seen_by_host_ptr, max_polls)
     first, second = _unpack(data, paired)
     total = _pack(tl.sum(first, axis=0) + residual_first, tl.sum(second, axis=0) + residual_second, paired)
     tl.store(sum_ptr + cells, total, mask)
@@ -177,9 +148,9 @@ def _ll_add_rms_norm_kernel(
     squares = tl.sum(first * first + second * second)
     if splits > 1:
         parts = squares_ptr + row * max_splits + tl.arange(0, splits)
-        word = _word(squares.to(tl.int32, bitcast=True), epoch)
+        word = make_words(squares.to(tl.int32, bitcast=True), epoch)
         tl.store(squares_ptr + row * max_splits + part, word, cache_modifier=".wt")
-        data = _await_words(parts, tl.arange(0, splits) < splits, epoch, failed_ptr, seen_by_host_ptr, max_polls)
+        data = await_words(parts, tl.arange(0, splits) < splits, epoch, failed_ptr, seen_by_host_ptr, max_polls)
         squares = tl.sum(data.to(tl.float32, bitcast=True))
     width: tl.constexpr = num_words * (2 if paired else 1)
     scale = tl.rsqrt(squares / width + eps)
@@ -191,13 +162,19 @@ def _ll_add_rms_norm_kernel(
 
 
 def ll_add_rms_norm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, inbox: LLInbox, splits: int | None = None
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
+    inbox: LLInbox,
+    splits: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The norm of the ranks' x and the residual added up, and that sum rounded to x's dtype: new tensors.
 
-    x, residual: [num_rows, width] contiguous, of which `inbox` takes x; weight: [width]. All ranks call it in the same
-    order with the same shapes, residual and weight, and get the same bits. `splits`: programs of a row, a power of two
-    up to MAX_SPLITS. Raises ValueError for tensors that the kernel does not take.
+    x, residual: [num_rows, width] contiguous, of which `inbox` takes x; residual may be None, for zeros; weight:
+    [width]. All ranks call it in the same order with the same shapes, residual and weight, and get the same bits.
+    `splits`: programs of a row, a power of two up to MAX_SPLITS. Raises ValueError for tensors that the kernel does not
+    take.
     """
     _check(x, residual, weight, inbox)
     normed, total = torch.empty_like(x), torch.empty_like(x)
@@ -207,7 +184,7 @@ def ll_add_rms_norm(
     splits = min(splits or _DEFAULT_SPLITS, block)
     launch = {"launch_pdl": True} if x.is_cuda else {}
     _ll_add_rms_norm_kernel[(len(x) * splits,)](
-        *(tensor.view(torch.int32) for tensor in (x, residual, weight, normed, total)),
+        *(tensor.view(torch.int32) for tensor in (x, x if residual is None else residual, weight, normed, total)),
         inbox.words,
         inbox.words[inbox.rank],
         inbox.num_calls,
@@ -222,6 +199,7 @@ def ll_add_rms_norm(
         part_words=block // splits,
         splits=splits,
         paired=x.itemsize < _WORD_BYTES,
+        has_residual=residual is not None,
         max_rows=max_rows,
         max_words=max_words,
         max_splits=MAX_SPLITS,
@@ -236,10 +214,14 @@ def ll_add_rms_norm(
 _DEFAULT_SPLITS = 4
 
 
-def _check(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, inbox: LLInbox) -> None:
+def _is_like(residual: torch.Tensor, x: torch.Tensor) -> bool:
+    return residual.shape == x.shape and residual.dtype == x.dtype and residual.is_contiguous()
+
+
+def _check(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, inbox: LLInbox) -> None:
     if not inbox.takes(x):
         raise ValueError(f"ll_add_rms_norm: rows [{list(x.shape)}, {x.dtype}, strides {x.stride()}] do not fit")
-    if residual.shape != x.shape or residual.dtype != x.dtype or not residual.is_contiguous():
+    if residual is not None and not _is_like(residual, x):
         raise ValueError(
             f"ll_add_rms_norm: a residual like x ({list(x.shape)}, {x.dtype}, contiguous) is needed, "
             f"not {list(residual.shape)}, {residual.dtype}, strides {residual.stride()}"

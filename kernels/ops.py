@@ -26,6 +26,16 @@ class Operations:
         the product can be written there."""
         return reference.linear(x, weight, bias, out)
 
+    def embed(self, token_ids: Tensor, table: Tensor, start: int, out: Tensor | None = None) -> Tensor:
+        """Rows of a table of tokens [start, start + num_rows), zeros for others: [num_tokens] to [num_tokens, width].
+        They lie in `out` if one is given and they can be written there."""
+        del out
+        return reference.embed(token_ids, table, start)
+
+    def rope_rows(self, positions: Tensor, cos_table: Tensor, sin_table: Tensor) -> tuple[Tensor, Tensor]:
+        """The tables' rows of the positions: [num_tokens] to [num_tokens, 1, head_dim] each."""
+        return reference.rope_rows(positions, cos_table, sin_table)
+
     def silu_and_mul(self, gate_up: Tensor) -> Tensor:
         """silu(gate) * up: [num_tokens, 2 * n] to [num_tokens, n]."""
         return reference.silu_and_mul(gate_up)

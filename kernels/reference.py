@@ -36,6 +36,23 @@ def linear(
     return torch.addmm(bias, x, weight.t(), out=out)
 
 
+def embed(token_ids: torch.Tensor, table: torch.Tensor, start: int) -> torch.Tensor:
+    """Rows of tokens [start, start + num_rows) of the vocabulary; zeros for others, which another rank has.
+
+    token_ids: [num_tokens] int32 or int64; table: [num_rows, width]. Returns [num_tokens, width].
+    """
+    rows = token_ids - start
+    elsewhere = (rows < 0) | (rows >= len(table))
+    return F.embedding(rows.masked_fill(elsewhere, 0), table).masked_fill_(elsewhere.unsqueeze(-1), 0)
+
+
+def rope_rows(
+    positions: torch.Tensor, cos_table: torch.Tensor, sin_table: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tables [max_positions, head_dim] at positions [num_tokens]: two tensors [num_tokens, 1, head_dim]."""
+    return cos_table[positions].unsqueeze(1), sin_table[positions].unsqueeze(1)
+
+
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension. Half precisions are computed in float32."""
     return F.rms_norm(x, weight.shape, weight, eps)

@@ -16,12 +16,13 @@ import torch
 import triton
 import triton.language as tl
 
+from .pdl import starts_early, wait_for_earlier_kernels
 from .scores import GROUP, Kept, ordered, temper
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _BLOCK = 1024  # tokens that a program looks at together: 8 a thread at 4 warps
 _NUM_WARPS = 4
-_TAKE_BLOCK = 128  # keys: 4 a thread
+TAKE_BLOCK = 128  # keys of a row that a program looks at together: 4 a thread
 # Programs that fill an H200 about twice (132 multiprocessors of nine each, at 55 registers a thread).
 _ENOUGH_PROGRAMS = 2048
 _MAX_BLOCKS = 16
@@ -66,8 +67,10 @@ def _candidates_kernel(
     is_truncated: tl.constexpr,
     group: tl.constexpr,
     block: tl.constexpr,
+    pdl: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
+    wait_for_earlier_kernels(pdl)
     temperature = tl.load(temperature_ptr + row)
     inverse_temperature = tl.div_rn(1.0, tl.where(temperature > 0, temperature, 1.0))
     seed = (tl.load(seeds_ptr + 2 * row + 1) << 32) | tl.load(seeds_ptr + 2 * row)
@@ -104,6 +107,33 @@ def _candidates_kernel(
     tl.store(keys_ptr + row * tl.num_programs(1) + tl.program_id(1), _key(highest, token_id))
 
 
+@triton.jit
+def greatest_key(keys_ptr: tl.tensor, num_parts: tl.tensor, block: tl.constexpr) -> tl.tensor:
+    """Of the `num_parts` int64 keys of a row, read `block` at a time."""
+    best = tl.full([block], -0x8000000000000000, tl.int64)
+    for start in range(0, num_parts, block):
+        parts = start + tl.arange(0, block)
+        best = tl.maximum(best, tl.load(keys_ptr + parts, parts < num_parts, other=-0x8000000000000000))
+    return tl.max(best, axis=0)
+
+
+@triton.jit
+def hand_out_token(
+    key: tl.tensor,
+    row: tl.tensor,
+    token_ids_ptr: tl.tensor,  # [num_rows] int32 or int64
+    token_table_ptr: tl.tensor,  # [num_cells] int32, if there is one
+    cells_ptr: tl.tensor,  # [num_rows] int64
+    vocab_size: tl.tensor,
+    has_table: tl.constexpr,
+) -> None:
+    """Writes the key's token to where the row's goes."""
+    token_id = tl.minimum(0xFFFFFFFF - (key & 0xFFFFFFFF), vocab_size - 1)
+    tl.store(token_ids_ptr + row, token_id)
+    if has_table:
+        tl.store(token_table_ptr + tl.load(cells_ptr + row), token_id)
+
+
 @triton.jit(do_not_specialize=["num_parts"])
 def _take_kernel(
     keys_ptr: tl.tensor,  # [num_rows, num_parts] int64
@@ -114,18 +144,12 @@ def _take_kernel(
     num_parts: tl.tensor,
     has_table: tl.constexpr,
     block: tl.constexpr,
+    pdl: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
-    best = tl.full([block], -0x8000000000000000, tl.int64)
-    for start in range(0, num_parts, block):
-        parts = start + tl.arange(0, block)
-        best = tl.maximum(
-            best, tl.load(keys_ptr + row * num_parts + parts, parts < num_parts, other=-0x8000000000000000)
-        )
-    token_id = tl.minimum(0xFFFFFFFF - (tl.max(best, axis=0) & 0xFFFFFFFF), vocab_size - 1)
-    tl.store(token_ids_ptr + row, token_id)
-    if has_table:
-        tl.store(token_table_ptr + tl.load(cells_ptr + row), token_id)
+    wait_for_earlier_kernels(pdl)
+    best = greatest_key(keys_ptr + row * num_parts, num_parts, block)
+    hand_out_token(best, row, token_ids_ptr, token_table_ptr, cells_ptr, vocab_size, has_table)
 
 
 def candidate_keys(
@@ -155,6 +179,7 @@ def candidate_keys(
     num_blocks, num_parts = _split(num_rows, lead + size, enough_programs)
     keys = torch.empty((num_rows, num_parts), dtype=torch.int64, device=logits.device)
     if num_rows:
+        pdl = starts_early(logits.device, num_rows)
         _candidates_kernel[(num_rows, num_parts)](
             logits,
             temperature,
@@ -172,7 +197,9 @@ def candidate_keys(
             is_truncated=kept is not None,
             group=GROUP,
             block=_BLOCK,
+            pdl=pdl,
             num_warps=_NUM_WARPS,
+            launch_pdl=pdl,
         )
     return keys
 
@@ -191,6 +218,7 @@ def take_tokens(
     """
     num_rows, num_parts = keys.shape
     if num_rows:
+        pdl = starts_early(keys.device, num_rows)
         _take_kernel[(num_rows,)](
             keys,
             out,
@@ -199,8 +227,10 @@ def take_tokens(
             vocab_size,
             num_parts,
             has_table=token_table is not None,
-            block=_TAKE_BLOCK,
+            block=TAKE_BLOCK,
+            pdl=pdl,
             num_warps=1,
+            launch_pdl=pdl,
         )
 
 

@@ -19,6 +19,7 @@ from .decode_attention import (
 from .gathered_chunks import GatherPlan, attend_gathered, is_worth_gathering, plan_gather
 from .gemv import MAX_NORM_SIZE, add_norm_gemv, gemv, gemv_silu_and_mul
 from .linear_config import LinearKernel, linear_kernel
+from .lookup import embed, rope_rows
 from .norm import add_rms_norm, rms_norm
 from .ops import Operations
 from .rope_cache import rope_and_cache
@@ -92,6 +93,12 @@ class TritonOperations(Operations):
         if linear_kernel(len(x), weight) is LinearKernel.GEMV and x.shape[1] <= MAX_NORM_SIZE:
             return add_norm_gemv(x, residual, *norm, weight, bias, gated)
         return super().add_rms_norm_linear(x, residual, norm, weight, bias, gated)
+
+    def embed(self, token_ids: Tensor, table: Tensor, start: int, out: Tensor | None = None) -> Tensor:
+        return self._or_reference(embed, super().embed, token_ids, table, start, out)
+
+    def rope_rows(self, positions: Tensor, cos_table: Tensor, sin_table: Tensor) -> tuple[Tensor, Tensor]:
+        return self._or_reference(rope_rows, super().rope_rows, positions, cos_table, sin_table)
 
     def silu_and_mul(self, gate_up: Tensor) -> Tensor:
         return self._or_reference(silu_and_mul, super().silu_and_mul, gate_up)

@@ -168,8 +168,8 @@ def two_shot_add_rms_norm(
     """The norm of the ranks' x and the residual added up, in `buffers`, and that sum rounded to x's dtype.
 
     x, residual: [num_rows, width] contiguous, of which `buffers` takes x; residual may be None, for zeros; weight:
-    [width]. x is copied unless it is `buffers.input_like(x)`. All ranks call it in the same order with the same shapes, residual and weight, and get the
-    same bits. The next call with these buffers overwrites the norm.
+    [width]. x is copied unless it is `buffers.input_like(x)`. All ranks call it in the same order with the same shapes,
+    residual and weight, and get the same bits. The next call with these buffers overwrites the norm.
     Each rank has the sums of its own rows alone (row i is rank i % world_size's), which is all that the next call with
     as many rows reads of its residual. Raises ValueError for tensors that the kernel does not take.
     """

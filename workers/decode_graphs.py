@@ -12,18 +12,19 @@ import numpy as np
 import torch
 
 from ..kernels.batch import AttentionBatch
-from ..kernels.sampling import candidate_keys, take_tokens
+from ..kernels.sampling import candidate_keys
 from .graph_recorder import Recorder, Recording, Tensors
 from .kv_cache import KVCache
 from .models.registry import Model
 from .sampler.batch import SamplingBatch
+from .sampler.triton_operations import take_merged_tokens
 from .sampler.vocab import VocabSlice
 from .slot_table import SlotTable
 from .step_batch import SampleRows, StepRows
 
 # Rows of the input tensor.
-_POSITIONS, _KV_INDICES, _TOKEN_CELLS, _SLOTS, _SEQ_LENS, _SAMPLE_CELLS = range(6)
-_NUM_INPUTS = 6
+_POSITIONS, _KV_INDICES, _TOKEN_CELLS, _SLOTS, _SEQ_LENS, _SAMPLE_CELLS, _SHORT_SEQ_LENS = range(7)
+_NUM_INPUTS = 7
 _SMALL_BUCKETS = (1, 2, 4, 8, 16, 24, 32)
 
 
@@ -93,10 +94,12 @@ class DecodeGraphs:
             (_SAMPLE_CELLS, self._slots.cells(rows.slots, rows.seq_lens)),
         ):
             inputs[index, :num_rows] = values
+        # Attention reads them as int32: the first half of a row.
+        inputs[_SHORT_SEQ_LENS].view(np.int32)[:num_rows] = rows.seq_lens
         self._write_inputs(size, inputs)
         forward = self._graphs[size].forward
         forward.replay()
-        *_, seq_lens, cells = self._views(size)
+        *_, seq_lens, cells, _ = self._views(size)
         samples = SampleRows(None, seq_lens[:num_rows], cells[:num_rows])
         return DecodeOutput(forward.outputs[0][:num_rows], samples)
 
@@ -140,27 +143,27 @@ class DecodeGraphs:
         return iter(self._inputs[: _NUM_INPUTS * size].view(_NUM_INPUTS, size))
 
     def _forward(self, size: int) -> Tensors:
-        positions, kv_indices, token_cells, slots, seq_lens, _ = self._views(size)
+        positions, kv_indices, token_cells, slots, *_, short_seq_lens = self._views(size)
         batch = AttentionBatch(
             num_decode_rows=size,
             positions=positions,
             kv_indices=kv_indices,
             block_tables=self._slots.block_tables,
             slots=slots,
-            seq_lens=seq_lens.int(),
+            seq_lens=short_seq_lens.view(torch.int32)[:size],
             query_starts=self._query_starts[: size + 1],
             host_seq_lens=(1,) * size,
             host_query_starts=tuple(range(size + 1)),
         )
-        token_ids = self._slots.token_ids.view(-1).index_select(0, token_cells).long()
+        token_ids = self._slots.token_ids.view(-1).index_select(0, token_cells)
         return (self._model.logits(self._model.forward(token_ids, batch, self._kv_cache)),)
 
     def _sample(self, size: int, logits: torch.Tensor) -> Tensors:
-        *_, seq_lens, cells = self._views(size)
+        *_, seq_lens, cells, _ = self._views(size)
         # A decode samples at the position behind its newest token, which is what it has computed by then.
         keys = candidate_keys(logits, self._temperature[:size], self._seeds[:size], seq_lens, self._vocab.start)
         token_table = self._slots.token_ids.view(-1)
-        take_tokens(self._vocab.merge(keys), self._vocab.vocab_size, self._token_ids[:size], token_table, cells)
+        take_merged_tokens(keys, self._vocab, self._token_ids[:size], token_table, cells)
         return ()
 
 

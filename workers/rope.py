@@ -11,6 +11,7 @@ import math
 
 import torch
 
+from ..kernels.ops import Operations
 from .model_config import ModelConfig
 from .rope_config import RopeConfig
 
@@ -18,17 +19,20 @@ from .rope_config import RopeConfig
 class RotaryEmbedding:
     """Tables [max_model_len, head_dim] of cos and sin, in the model's dtype, the first half of sin negated."""
 
-    def __init__(self, config: ModelConfig, max_model_len: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, config: ModelConfig, max_model_len: int, dtype: torch.dtype, device: torch.device, ops: Operations
+    ) -> None:
         frequencies = inverse_frequencies(config, max_model_len)  # [1 or max_model_len, head_dim / 2]
         angles = torch.arange(max_model_len, dtype=torch.float32)[:, None] * frequencies
         scale = attention_factor(config.rope)
         cos, sin = angles.cos() * scale, angles.sin() * scale
+        self._ops = ops
         self.cos = torch.cat((cos, cos), dim=-1).to(device, dtype)
         self.sin = torch.cat((-sin, sin), dim=-1).to(device, dtype)
 
     def __call__(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[num_tokens] to two tensors [num_tokens, 1, head_dim], which serve every layer of the step."""
-        return self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
+        return self._ops.rope_rows(positions, self.cos, self.sin)
 
 
 def inverse_frequencies(config: ModelConfig, max_model_len: int) -> torch.Tensor:

@@ -82,7 +82,8 @@ class SymmetricMemory:
         """The norm of the ranks' `partial` and `residual` added up: the same bits on every rank. And that sum, for the
         next call with as many rows to take as its residual: a rank may have only those rows that it will read.
 
-        partial, residual: [num_rows, width], None for a residual of zeros; weight: [width]. The next call may overwrite the norm.
+        partial, residual: [num_rows, width], None for a residual of zeros; weight: [width]. The next call may overwrite
+        the norm.
         """
         if self._is_small(partial):
             return ll_add_rms_norm(partial, residual, weight, eps, self._ll_inbox)

@@ -93,6 +93,18 @@ def test_ll_sum_equals_the_reference_with_the_same_bits_on_every_rank(
     _check(_LLRanks(device, world_size, 160).add_rms_norm(*inputs, splits), *inputs)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_residual_is_one_of_zeros(dtype, device):
+    torch.manual_seed(0)
+    partials, residual, weight = _inputs(device, 2, 3, 64, dtype)
+    residual.zero_()
+    pushed = _LLRanks(device, 2, 64).add_rms_norm(partials, None, weight, 2)
+    _check(pushed, partials, residual, weight)
+    dealt = _TwoShotRanks(device, 2, 2, 4096).add_rms_norm(partials, [None] * 2, weight)
+    for (normed, _), (expected, _) in zip(dealt, pushed, strict=True):
+        torch.testing.assert_close(normed, expected, atol=_TOLERANCE[dtype], rtol=_TOLERANCE[dtype])
+
+
 def test_ll_calls_of_all_shapes_follow_one_another(device):
     """Buffers alternate, rows count their own calls, and the number of programs may change."""
     torch.manual_seed(0)

@@ -20,7 +20,7 @@ def make_memory(monkeypatch):
         monkeypatch.setattr(symmetric_memory.symm_mem, "empty", torch.empty)
         monkeypatch.setattr(symmetric_memory.symm_mem, "rendezvous", rendezvous)
         monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-        for name in ("ll_add_rms_norm", "two_shot_add_rms_norm"):
+        for name in ("ll_add_rms_norm", "two_shot_add_rms_norm", "ll_take_tokens"):
             monkeypatch.setattr(symmetric_memory, name, lambda *args, name=name: calls.append((name, args)))
         group = SimpleNamespace(rank=lambda: 0, size=lambda: world_size, group_name="")
         return SymmetricMemory(group, torch.device("cpu")), calls
@@ -67,7 +67,7 @@ def test_a_product_may_write_where_it_is_summed(make_memory):
     assert buffers.input_like(buffer).data_ptr() == buffer.data_ptr()
 
 
-@pytest.mark.parametrize("num_rows", [1, 2000])
+@pytest.mark.parametrize("num_rows", [1, 5000])
 def test_no_product_writes_to_a_buffer_that_would_not_be_summed(make_memory, num_rows):
     memory, _ = make_memory(2)
     assert memory.input_buffer(num_rows, 4096, torch.bfloat16) is None
@@ -81,3 +81,17 @@ def test_a_wait_that_was_given_up_is_seen(make_memory, num_rows):
     _, (*_, buffers) = calls[0]
     buffers.wait.seen_by_host.fill_(1)
     assert memory.has_failed()
+
+
+@pytest.mark.parametrize(("num_rows", "is_taken"), [(1, True), (2048, True), (2049, False)])
+def test_candidates_of_all_rows_of_a_step_meet(make_memory, num_rows, is_taken):
+    memory, calls = make_memory(4)
+    keys, out = torch.zeros(num_rows, 3, dtype=torch.int64), torch.zeros(num_rows, dtype=torch.int32)
+    assert memory.takes_keys(keys) == is_taken
+    if is_taken:
+        memory.take_tokens(keys, 100, out)
+        assert calls[0][0] == "ll_take_tokens"
+        assert not memory.has_failed()
+        _, (_, _, inbox, *_) = calls[0]
+        inbox.wait.seen_by_host.fill_(1)
+        assert memory.has_failed()

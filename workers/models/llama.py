@@ -157,8 +157,8 @@ class LlamaForCausalLM:
     def forward(
         self, token_ids: Tensor, batch: AttentionBatch, kv_cache: KVCache, run: SegmentRunner = run_now
     ) -> Tensor:
-        """One step. token_ids: [num_tokens] int32 or int64. Writes their KV to the cache; returns the normed hidden states,
-        [num_tokens, hidden_size], the same on each rank.
+        """One step. token_ids: [num_tokens] int32 or int64. Writes their KV to the cache; returns the normed hidden
+        states, [num_tokens, hidden_size], the same on each rank.
 
         `run` runs what lies between the layers' attention: segments that depend on the number of tokens alone.
         """

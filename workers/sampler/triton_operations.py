@@ -44,5 +44,20 @@ class TritonSamplerOperations(SamplerOperations):
             kept = find_kept(logits, columns.temperature, cuts, tp.all_reduce, tp.all_reduce_max)
         keys = candidate_keys(logits, columns.temperature, columns.seeds, positions, vocab.start, kept)
         token_ids = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
-        take_tokens(vocab.merge(keys), vocab.vocab_size, token_ids)
+        take_merged_tokens(keys, vocab, token_ids)
         return token_ids
+
+
+def take_merged_tokens(
+    keys: torch.Tensor,
+    vocab: VocabSlice,
+    out: torch.Tensor,
+    token_table: torch.Tensor | None = None,
+    cells: torch.Tensor | None = None,
+) -> None:
+    """As kernels.sampling.take_tokens, of the keys of all ranks: the same tokens on each."""
+    memory = vocab.tp.symmetric_memory
+    if memory is not None and memory.takes_keys(keys):
+        memory.take_tokens(keys, vocab.vocab_size, out, token_table, cells)
+    else:
+        take_tokens(vocab.merge(keys), vocab.vocab_size, out, token_table, cells)
