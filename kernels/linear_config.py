@@ -26,9 +26,9 @@ _LARGE_WEIGHT = 32 * 1024 * 1024  # elements
 def linear_kernel(num_rows: int, weight: torch.Tensor) -> LinearKernel:
     """For x [num_rows, in_size] and a weight [out_size, in_size] of one dtype. Float32 is cuBLAS's.
 
-    Measured on H200s in whole steps of an 8B model, against cuBLAS alone: on one 0.59 ms gained at 1 row, 0.44 at 8 and
-    32, 0.3 at 64; on four 0.55 at 1 row, and 0.12 lost at 64 by the weights that this leaves to cuBLAS. From 128 rows on
-    cuBLAS is faster, and starting early gains nothing.
+    Measured on H200s in whole steps of an 8B model, against cuBLAS alone: on one, 0.59 ms gained at 1 row, 0.44 at 8
+    and 32, 0.3 at 64; on four, 0.55 at 1 row, and 0.12 lost at 64 by the weights that this leaves to cuBLAS. From 128
+    rows on cuBLAS is faster, and starting early gains nothing.
     """
     if not 0 < num_rows <= MAX_ROWS or not weight.numel() or not takes_weight(weight.shape[1], weight.dtype):
         return LinearKernel.CUBLAS
