@@ -1,5 +1,6 @@
 """One rank of a worker group, from rendezvous to a runner that takes plans."""
 
+import gc
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -20,7 +21,7 @@ from .parallel import TensorParallel
 from .rendezvous import connect_store, join_group
 from .segment_graphs import SegmentGraphs
 from .slot_table import SlotTableShape
-from .warm_up import blocks_for_warm_up, warm_up
+from .warm_up import blocks_for_warm_up, run_all_kinds, warm_up
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +63,7 @@ def _stages(
     config = request.config
     tp = _connect(request, device, store)
     yield Stage("connect")
-    dtype: torch.dtype = getattr(torch, config.dtype)
-    model, _ = load_model(config.model_path, config.load_format, dtype, tp, config.max_model_len, config.seed)
+    model = _load(config, tp, num_ranks_on_host)
     # Ranks meet: a kernel that waits for another rank does so for some seconds only, and disks differ by more.
     tp.min_int(0)
     if device.type == "cuda":
@@ -91,6 +91,41 @@ def _connect(request: worker_pb2.ConfigureRequest, device: torch.device, store: 
         return TensorParallel(0, 1, device)
     store = store or connect_store(request.config.store_address)
     return join_group(store, request.epoch, request.rank, request.tensor_parallel_size, device)
+
+
+def _load(config: engine_pb2.WorkerConfig, tp: TensorParallel, num_ranks_on_host: int) -> Model:
+    dtype: torch.dtype = getattr(torch, config.dtype)
+
+    def load() -> Model:
+        return load_model(config.model_path, config.load_format, dtype, tp, config.max_model_len, config.seed)[0]
+
+    if tp.device.type != "cuda":
+        return load()
+    from .kernel_compile import compiled_in_parallel  # Triton is there only beside a CUDA build of torch
+
+    with compiled_in_parallel(num_ranks_on_host):
+        _find_kernels(config, dtype, tp, num_ranks_on_host)
+        gc.collect()  # a model and its segments hold each other
+        torch.cuda.empty_cache()
+        return load()
+
+
+def _find_kernels(
+    config: engine_pb2.WorkerConfig, dtype: torch.dtype, tp: TensorParallel, num_ranks_on_host: int
+) -> None:
+    """Has all kernels of the model's steps compiled."""
+    from .kernel_compile import UnrecordedGraphs, launches_compile, miniature
+
+    num_tokens = config.max_num_batched_tokens
+    with launches_compile():
+        model = miniature(config.model_path, tp, dtype, config.max_model_len)
+        builder = _RunnerBuilder(config, model, tp, num_ranks_on_host)
+        cache = builder.kv_cache(blocks_for_warm_up(1, num_tokens, config.block_size))
+        graphs = SegmentGraphs(model, num_tokens, UnrecordedGraphs())
+        graphs.capture(cache)
+        runner = builder.runner(cache)
+        runner.capture_graphs(graphs)
+        run_all_kinds(runner, num_tokens)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,19 +9,51 @@ from .sampler.table import MAX_LOGPROBS
 from .slot_table import SlotTableShape
 
 _EMPTY: Ints = np.zeros(0, dtype=np.int64)
+_PLAIN = sampling_pb2.SamplingParams(temperature=1.0, top_p=1.0, repetition_penalty=1.0, max_tokens=1)
+_TRUNCATED = sampling_pb2.SamplingParams(
+    temperature=1.0, min_p=0.01, top_k=50, top_p=0.9, repetition_penalty=1.0, max_tokens=1
+)
+_PENALISED = sampling_pb2.SamplingParams(temperature=1.0, top_p=1.0, repetition_penalty=1.1, max_tokens=1)
+# Every option that costs memory by the row, so that a measured step is the largest.
+_ALL_OPTIONS = sampling_pb2.SamplingParams(
+    temperature=1.0,
+    min_p=0.01,
+    top_k=50,
+    top_p=0.9,
+    repetition_penalty=1.1,
+    num_logprobs=MAX_LOGPROBS,
+    num_prompt_logprobs=MAX_LOGPROBS,
+    max_tokens=1,
+)
+# Steps of more tokens attend in other ways than those that graphs are made for.
+_LARGE_STEP = 4096
 
 
-def warm_up(runner: ModelRunner, num_seqs: int, num_tokens: int) -> None:
+def warm_up(
+    runner: ModelRunner, num_seqs: int, num_tokens: int, params: sampling_pb2.SamplingParams = _ALL_OPTIONS
+) -> None:
     """Runs one step of `num_tokens` prompt tokens over `num_seqs` sequences, then one decode of each, and waits.
 
     The slot table is empty before and after. All sequences share blocks: their keys and values mean nothing.
     """
     slots = np.arange(num_seqs, dtype=np.int64)
-    joins = tuple(_join(slot, max(1, num_tokens // num_seqs), runner.shape) for slot in range(num_seqs))
+    joins = tuple(_join(slot, max(1, num_tokens // num_seqs), runner.shape, params) for slot in range(num_seqs))
     lengths = np.array([len(join.token_ids) for join in joins], dtype=np.int64)
     runner.execute(_plan(joins=joins, chunk_slots=slots, chunk_num_tokens=lengths)).wait()
     runner.execute(_plan(decode_slots=slots)).wait()
     runner.execute(_plan(leave_slots=slots, decode_slots=_EMPTY)).wait()
+
+
+def run_all_kinds(runner: ModelRunner, max_num_tokens: int) -> None:
+    """Runs steps of up to `max_num_tokens` that between them use every kernel, beside those that graphs are made of."""
+    for params in (_PLAIN, _TRUNCATED, _PENALISED, _ALL_OPTIONS):
+        # What is sent to the device behind a step's tokens is aligned to 16 bytes for one of them.
+        for num_tokens in (2, 3):
+            warm_up(runner, 1, min(num_tokens, max_num_tokens), params)
+    num_tokens = max_num_tokens
+    while num_tokens >= _LARGE_STEP:
+        warm_up(runner, -(-num_tokens // (runner.shape.max_model_len - 1)), num_tokens)
+        num_tokens //= 2
 
 
 def blocks_for_warm_up(num_seqs: int, num_tokens: int, block_size: int) -> int:
@@ -29,22 +61,12 @@ def blocks_for_warm_up(num_seqs: int, num_tokens: int, block_size: int) -> int:
     return max(1, num_tokens // num_seqs) // block_size + 1
 
 
-def _join(slot: int, num_tokens: int, shape: SlotTableShape) -> Join:
+def _join(
+    slot: int, num_tokens: int, shape: SlotTableShape, params: sampling_pb2.SamplingParams = _ALL_OPTIONS
+) -> Join:
     # One more token than the prompt is decoded, and it must fit too.
     num_tokens = max(1, min(num_tokens, shape.max_model_len - 1, shape.num_blocks * shape.block_size - 1))
     num_blocks = num_tokens // shape.block_size + 1
-    # Every option that costs memory by the row, so that the measured step is the largest.
-    params = sampling_pb2.SamplingParams(
-        temperature=1.0,
-        min_p=0.01,
-        top_k=50,
-        top_p=0.9,
-        repetition_penalty=1.1,
-        num_logprobs=MAX_LOGPROBS,
-        num_prompt_logprobs=MAX_LOGPROBS,
-        max_tokens=1,
-        seed=slot,
-    )
     return Join(
         slot=slot,
         token_ids=np.zeros(num_tokens, dtype=np.int32),

@@ -1,0 +1,105 @@
+"""Compiles a rank's Triton kernels beside each other, while its weights are read: one by one they take longer than all
+else of a start.
+
+What kernels a model needs depends on shapes alone, so they are found by running each kind of step on a miniature of it,
+with two layers and weights of zeros, and launches that compile and do not run.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+import triton
+from torch.overrides import TorchFunctionMode
+from triton.runtime.jit import JITFunction
+
+from .graph_recorder import Recording, Tensors
+from .model_config import ModelConfig
+from .models.registry import Model, model_class, registered_architectures
+from .parallel import TensorParallel
+from .weights import Shard
+
+_NUM_LAYERS = 2  # the first, one behind another, and the last
+# Most of the work leaves Python's lock alone, an eighth does not: more threads would wait for it.
+_MAX_THREADS = 16
+
+
+@contextmanager
+def compiled_in_parallel(num_ranks_on_host: int) -> Iterator[None]:
+    """What `launches_compile` finds inside is compiled by threads, and all is ready at the end.
+
+    Raises what Triton raises for a kernel that it cannot compile.
+    """
+    num_threads = max(1, min(_MAX_THREADS, len(os.sched_getaffinity(0)) // num_ranks_on_host))
+    with ThreadPoolExecutor(num_threads, "compile") as threads, triton.AsyncCompileMode(threads):
+        yield
+
+
+@contextmanager
+def launches_compile() -> Iterator[None]:
+    """Has every launch of a Triton kernel compile it, and run nothing. New memory is zeros meanwhile: what a kernel
+    would have written stays so, and torch's own operations run on that."""
+    run = JITFunction.run
+
+    def compile_only(self: JITFunction[Any], *args: object, grid: object, warmup: bool, **kwargs: object) -> object:
+        del warmup
+        return run(self, *args, grid=grid, warmup=True, **kwargs)
+
+    JITFunction.run = compile_only
+    try:
+        with _ZeroedMemory():
+            yield
+    finally:
+        JITFunction.run = run
+
+
+class _ZeroedMemory(TorchFunctionMode):
+    _ALLOCATIONS = (torch.empty, torch.empty_like, torch.Tensor.new_empty)
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401 (what torch's operations give)
+        made = func(*args, **(kwargs or {}))
+        return made.zero_() if func in self._ALLOCATIONS else made
+
+
+class UnrecordedGraphs:
+    """A recorder of functions that are run once, and replayed as nothing."""
+
+    def session(self) -> nullcontext[None]:
+        return nullcontext()
+
+    def record(self, function: Callable[[], Tensors]) -> tuple[Recording, Tensors]:
+        outputs = function()
+        return Recording(lambda: None, outputs), outputs
+
+
+def miniature(model_path: str, tp: TensorParallel, dtype: torch.dtype, max_model_len: int) -> Model:
+    """A model that needs the kernels of the one in the directory. Raises as load_model does for a bad directory."""
+    config = ModelConfig.from_directory(model_path, registered_architectures())
+    config = replace(config, num_layers=min(config.num_layers, _NUM_LAYERS))
+    cls = model_class(config.architecture)
+    model = cls(config, tp, dtype, max_model_len)
+    model.load_weights(_Zeros(cls.tensor_shapes(config), dtype, tp.device))
+    return model
+
+
+class _Zeros:
+    """Weights of which one number is held."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> None:
+        self._shapes, self._zero = shapes, torch.zeros((), dtype=dtype, device=device)
+
+    def read(self, name: str, shard: Shard | None = None) -> torch.Tensor:
+        shape = list(self._shapes[name])
+        if shard is not None:
+            shape[shard.dim] = shard.stop - shard.start
+        return self._zero.expand(shape)
