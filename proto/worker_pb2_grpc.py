@@ -62,8 +62,9 @@ class WorkerServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Steps(self, request_iterator, context):
-        """One long-lived stream: plans in order, results of rank 0 in the same order. Other ranks answer nothing.
-        Refuses with FAILED_PRECONDITION a plan of another epoch or out of order.
+        """One long-lived stream: plans in order, results of rank 0 in the same order. Other ranks answer nothing, but for failures.
+        Refuses with FAILED_PRECONDITION a plan of another epoch or out of order. A rank that fails says so in a last answer, drops
+        the plans that still come, and ends the call with its status when no more can come.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

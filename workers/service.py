@@ -115,29 +115,51 @@ class _StepStream:
         self._answers: bool = request.rank == 0
         self._runner, self._pipeline, self._context = runner, pipeline, context
         self._next_step_id = 1
+        self._failed = False  # what still comes is dropped
         self._queued: asyncio.Queue[asyncio.Future[worker_pb2.StepResult] | None] = asyncio.Queue()
 
     async def run(self, plans: AsyncIterator[worker_pb2.BatchPlan]) -> None:
-        """Until the coordinator closes the stream, or a plan or step fails: then raises its error."""
+        """Until the coordinator closes the stream. A plan or step that fails ends the answers, and then the call."""
         taking = asyncio.create_task(self._take(plans))
         try:
-            while (result := await self._queued.get()) is not None:
-                answer = await result
-                if self._answers:
-                    await self._context.write(answer)
+            await self._answer()
+        except Exception as error:
+            self._failed = True
+            code, details = _status_of(error)
+            await self._context.write(worker_pb2.StepResult(failure=details))
+            await taking  # a plan written to a call that has ended would lose its status on the other side
+            await _abort(self._context, code, details)
         finally:
             taking.cancel()
+
+    async def _answer(self) -> None:
+        while (result := await self._queued.get()) is not None:
+            answer = await result
+            if self._answers:
+                await self._context.write(answer)
 
     async def _take(self, plans: AsyncIterator[worker_pb2.BatchPlan]) -> None:
         try:
             async for plan in plans:
-                self._check_order(plan)
-                self._queued.put_nowait(asyncio.wrap_future(self._pipeline.step(self._runner, plan)))
-        except Exception as error:  # raised where the answers are written
-            failed: asyncio.Future[worker_pb2.StepResult] = asyncio.get_running_loop().create_future()
-            failed.set_exception(error)
-            self._queued.put_nowait(failed)
+                if not self._failed:
+                    self._queued.put_nowait(self._start(plan))
+        except Exception as error:
+            self._queued.put_nowait(self._refuse(error))
         self._queued.put_nowait(None)
+
+    def _start(self, plan: worker_pb2.BatchPlan) -> asyncio.Future[worker_pb2.StepResult]:
+        try:
+            self._check_order(plan)
+        except FailedPreconditionError as error:
+            return self._refuse(error)
+        return asyncio.wrap_future(self._pipeline.step(self._runner, plan))
+
+    def _refuse(self, error: Exception) -> asyncio.Future[worker_pb2.StepResult]:
+        """A result that raises `error` where the answers are written."""
+        self._failed = True
+        refused: asyncio.Future[worker_pb2.StepResult] = asyncio.get_running_loop().create_future()
+        refused.set_exception(error)
+        return refused
 
     def _check_order(self, plan: worker_pb2.BatchPlan) -> None:
         if (plan.epoch, plan.step_id) != (self._epoch, self._next_step_id):
@@ -153,15 +175,19 @@ async def _status_for_errors(context: grpc.aio.ServicerContext) -> AsyncIterator
     """An OctavoError ends the call with its code and text; another with INTERNAL, and its traceback stays here."""
     try:
         yield
-    except OctavoError as error:
-        await _abort(context, _STATUS_CODES[error.grpc_code], str(error))
+    except grpc.aio.AbortError:
+        raise
     except Exception as error:
-        if isinstance(error, grpc.aio.AbortError):
-            raise
-        if is_lost_peer(error):
-            await _abort(context, grpc.StatusCode.UNAVAILABLE, "the connection to another rank of the group is lost")
-        _log.exception("a call failed by a fault of ours")
-        await _abort(context, grpc.StatusCode.INTERNAL, f"{type(error).__name__}; the worker's log has more")
+        await _abort(context, *_status_of(error))
+
+
+def _status_of(error: Exception) -> tuple[grpc.StatusCode, str]:
+    if isinstance(error, OctavoError):
+        return _STATUS_CODES[error.grpc_code], str(error)
+    if is_lost_peer(error):
+        return grpc.StatusCode.UNAVAILABLE, "the connection to another rank of the group is lost"
+    _log.error("a call failed by a fault of ours", exc_info=error)
+    return grpc.StatusCode.INTERNAL, f"{type(error).__name__}; the worker's log has more"
 
 
 async def _abort(context: grpc.aio.ServicerContext, code: grpc.StatusCode, details: str) -> NoReturn:

@@ -13,6 +13,8 @@ from ...proto import engine_pb2, worker_pb2, worker_pb2_grpc
 
 _log = logging.getLogger(__name__)
 
+_LAST_WORD_S = 1.0  # how long a rank that no longer takes plans may need to say why
+
 
 class WorkerError(OctavoError):
     """A rank answered with an error, or no longer answers."""
@@ -34,6 +36,7 @@ class WorkerLink:
         self._channels = [grpc.aio.insecure_channel(w.address, options=CHANNEL_OPTIONS) for w in self.endpoints]
         self._streams: list[grpc.aio.StreamStreamCall] = []
         self._readers: list[asyncio.Task[None]] = []
+        self._unwritable: set[int] = set()  # ranks to which a write failed
 
     async def configure(self, report: Callable[[str, float], Any]) -> int:
         """Has all ranks load the model at once; calls `report(stage, duration_s)` when the slowest has passed a stage.
@@ -61,7 +64,8 @@ class WorkerLink:
             raise worker_error(rank, error) from error
 
     def open(self, on_result: Callable[[worker_pb2.StepResult], None], on_error: Callable[[OctavoError], None]) -> None:
-        """Opens the `Steps` streams. Calls `on_result` for each result in order, `on_error` when a rank fails."""
+        """Opens the `Steps` streams. Calls `on_result` for each result in order, and `on_error` once for each rank that
+        fails: with what it says itself, or that it is gone, or that its result could not be taken."""
         for rank, channel in enumerate(self._channels):
             call = channel.stream_stream(
                 "/octavo.internal.v1.Worker/Steps",
@@ -81,22 +85,33 @@ class WorkerLink:
     ) -> None:
         try:
             async for result in stream:
+                if result.failure:
+                    on_error(WorkerError(f"rank {rank}: {result.failure}"))
+                    return
                 on_result(result)
             on_error(UnavailableError(f"rank {rank} closed its stream"))
         except grpc.aio.AioRpcError as error:
-            on_error(worker_error(rank, error))
+            on_error(self._lost_rank(rank) if rank in self._unwritable else worker_error(rank, error))
         except Exception as error:  # nobody awaits this task: unheard, the group would wait forever
             _log.exception("rank %d: its result could not be taken", rank)
             on_error(InternalError(f"rank {rank}: its result could not be taken: {error}"))
 
     async def send(self, plan: bytes) -> None:
-        """Writes an encoded plan to every rank. Raises WorkerError if one is gone."""
-        results = await asyncio.gather(*(stream.write(plan) for stream in self._streams), return_exceptions=True)
-        for rank, result in enumerate(results):
-            if isinstance(result, grpc.aio.AioRpcError):
-                raise worker_error(rank, result)
-            if isinstance(result, BaseException):
-                raise WorkerError(f"rank {rank}: its stream is closed") from result
+        """Writes an encoded plan to every rank. Raises WorkerError if one is gone; its reader may say why before."""
+        await asyncio.gather(*(self._write(rank, plan) for rank in range(len(self._streams))))
+        if self._unwritable:
+            await asyncio.wait([self._readers[rank] for rank in self._unwritable], timeout=_LAST_WORD_S)
+            raise self._lost_rank(min(self._unwritable))
+
+    async def _write(self, rank: int, plan: bytes) -> None:
+        """Notes a failure at once: grpc puts an error of its own in the place of the status that the reader is due."""
+        try:
+            await self._streams[rank].write(plan)
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):  # it broke; it has ended
+            self._unwritable.add(rank)
+
+    def _lost_rank(self, rank: int) -> WorkerError:
+        return WorkerError(f"rank {rank}: its stream broke off")
 
     async def close(self) -> None:
         for reader in self._readers:

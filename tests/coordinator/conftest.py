@@ -135,6 +135,7 @@ class CountingWorker(worker_pb2_grpc.WorkerServicer):
         self.rank = rank
         self.plans: list[worker_pb2.BatchPlan] = []
         self.fail_at_step = 0
+        self.abort_at_step = 0  # end the call without a word before, as no worker does that lives
         self.spoil_at_step = 0
         self.spoil = lambda result: None  # what is wrong with that step's result
         self.num_blocks = NUM_BLOCKS
@@ -158,8 +159,13 @@ class CountingWorker(worker_pb2_grpc.WorkerServicer):
             assert plan.step_id == len(self.plans) + 1
             self.plans.append(plan)
             await self.hold.wait()
-            if plan.step_id == self.fail_at_step:
+            if plan.step_id == self.abort_at_step:
                 await context.abort(grpc.StatusCode.INTERNAL, "the forward pass failed")
+            if plan.step_id == self.fail_at_step:
+                yield worker_pb2.StepResult(failure="the forward pass failed")
+                async for _ in requests:
+                    pass
+                return
             tokens = self.apply(plan)
             if self.rank == 0:
                 packed = np.asarray(tokens, "<i4").tobytes()

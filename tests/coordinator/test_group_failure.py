@@ -23,6 +23,36 @@ def test_a_failing_rank_ends_every_request_with_one_clear_error(cluster, submit,
     run(scenario())
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_any_rank_says_why_while_plans_still_come(cluster, submit, run, rank):
+    async def scenario():
+        async with cluster(num_inflight_steps=8) as it:
+            await it.add_group()
+            it.workers[rank].fail_at_step = 2
+            session = await it.session()
+            await session.submit(submit(1, max_tokens=50))
+            await session.read_until_done(1)
+            assert (await it.status()).groups[0].failure == f"rank {rank}: the forward pass failed"
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_ends_without_a_word_is_named_in_our_own(cluster, submit, run, rank):
+    async def scenario():
+        async with cluster(num_inflight_steps=8) as it:
+            await it.add_group()
+            it.workers[rank].abort_at_step = 2
+            session = await it.session()
+            await session.submit(submit(1, max_tokens=50))
+            await session.read_until_done(1)
+            # Its status, or what is said where a write took the status's place: grpc's own words help nobody.
+            failure = (await it.status()).groups[0].failure
+            assert failure in {f"rank {rank}: {why}" for why in ("the forward pass failed", "its stream broke off")}
+
+    run(scenario())
+
+
 def lose_a_token(result):
     result.token_ids = result.token_ids[:-4]
 

@@ -1,5 +1,7 @@
 """A worker over real gRPC: configured once, driven by one stream, and every wrong call refused with its reason."""
 
+import queue
+
 import grpc
 import numpy as np
 import pytest
@@ -78,6 +80,20 @@ def test_configures_in_stages_then_answers_plans_in_order(stub, make_request):
 def test_refuses_stale_and_impossible_plans(stub, make_request, plans, message):
     list(stub.Configure(make_request()))
     assert refusal(stub.Steps(iter(plans))) == (grpc.StatusCode.FAILED_PRECONDITION, message)
+
+
+def test_says_why_before_the_call_ends_and_drops_plans_meanwhile(stub, make_request):
+    list(stub.Configure(make_request()))
+    plans = queue.SimpleQueue()
+    call = stub.Steps(iter(plans.get, None))
+    plans.put(make_plan(1))
+    assert next(call).step_id == 1
+    plans.put(decode_plan(2))
+    why = "cannot decode slots [0]: they are free"
+    assert next(call) == worker_pb2.StepResult(failure=why)
+    for plan in (make_plan(3), make_plan(9), None):
+        plans.put(plan)
+    assert refusal(call) == (grpc.StatusCode.FAILED_PRECONDITION, why)
 
 
 def test_refuses_a_malformed_plan(stub, make_request):
