@@ -4,9 +4,9 @@ softmax(q k^T * scale) v over a row's cached keys, online (FlashAttention, arXiv
 that merge by log-sum-exp (kernels/decode_splits.py). A program serves one KV head of one row with all of its query
 heads, so a key is read once.
 
-Given the QKV product instead of queries, the same launch rotates queries and new keys and caches new keys and values,
-with the rounding of `rope_and_cache`. The split that has a row's last position writes its cell before it reads its
-keys; no other program of the launch reads that cell.
+The same launch rotates queries and new keys and caches new keys and values, with the rounding of `rope_and_cache`. The
+split that has a row's last position writes its cell before it reads its keys; no other program of the launch reads that
+cell.
 
 The grid depends on shapes alone, so a CUDA graph can replay it; which keys a program takes it reads on the device.
 """
@@ -22,7 +22,7 @@ from .paged_cache import check_cache, check_rows, padded
 from .pdl import let_next_kernel_start, starts_early, wait_for_earlier_kernels
 from .rope_cache import check_qkv
 
-__all__ = ["DecodeWorkspace", "decode_workspace", "paged_decode_attention", "paged_decode_attention_qkv"]
+__all__ = ["DecodeWorkspace", "decode_workspace", "paged_decode_attention"]
 
 
 @triton.jit
@@ -74,13 +74,17 @@ def _rotate(heads: tl.tensor, partners: tl.tensor, cos: tl.tensor, sin: tl.tenso
     return tl.fma(partners.to(tl.float32), sin, heads.to(tl.float32) * cos).to(heads.dtype)
 
 
-@triton.jit(do_not_specialize=["num_splits", "min_keys_per_split"])
+# Where a step's rows lie in its tensors changes with their number; the kernel must not.
+@triton.jit(
+    do_not_specialize=["num_splits", "min_keys_per_split"],
+    do_not_specialize_on_alignment=["kv_indices_ptr", "slots_ptr", "seq_lens_ptr"],
+)
 def _decode_kernel(
     out_ptr: tl.tensor,  # [num_rows, num_heads, head_dim]
-    q_ptr: tl.tensor,  # the same; if cos is given [num_rows, num_heads + 2 * num_kv_heads, head_dim]
-    cos_ptr: tl.tensor,  # [num_rows, 1, head_dim], or None: queries are rotated and the new keys cached
+    qkv_ptr: tl.tensor,  # [num_rows, num_heads + 2 * num_kv_heads, head_dim]
+    cos_ptr: tl.tensor,  # [num_rows, 1, head_dim]
     sin_ptr: tl.tensor,  # the same, the first half negated
-    kv_indices_ptr: tl.tensor,  # [num_rows] int64, given with cos: the last position's cell; negative: none
+    kv_indices_ptr: tl.tensor,  # [num_rows] int64: the last position's cell; negative: none
     k_cache_ptr: tl.tensor,
     v_cache_ptr: tl.tensor,
     block_tables_ptr: tl.tensor,
@@ -91,14 +95,14 @@ def _decode_kernel(
     arrivals_ptr: tl.tensor,
     log2_scale: tl.tensor,  # scale * log2(e): scores are exponents of 2
     out_stride: tl.tensor,
-    q_stride: tl.tensor,
+    qkv_stride: tl.tensor,
     table_stride: tl.tensor,
     num_splits: tl.tensor,
     min_keys_per_split: tl.tensor,
     is_split: tl.constexpr,
     num_kv_heads: tl.constexpr,
     group: tl.constexpr,  # query heads of a KV head
-    tile_rows: tl.constexpr,  # a power of two: holds the group, and the new key and value if cos is given
+    tile_rows: tl.constexpr,  # a power of two: holds the group and the new key and value
     head_dim: tl.constexpr,
     head_dim_padded: tl.constexpr,
     block_size: tl.constexpr,
@@ -121,21 +125,18 @@ def _decode_kernel(
     is_dim = dims < head_dim
     in_row = (kv_head * group + heads)[:, None] * head_dim + dims[None, :]
     is_real = (heads < group)[:, None] & is_dim[None, :]
-    if cos_ptr is None:
-        q = tl.load(q_ptr + row * q_stride + in_row, mask=is_real, other=0.0)
-    else:
-        # A dot's tile has rows to spare: the new key and the new value lie below the queries and are rotated (the key)
-        # and stored with them. What they score as queries is dropped.
-        num_heads: tl.constexpr = num_kv_heads * group
-        below = num_heads + (heads - group) * num_kv_heads + kv_head
-        sources = tl.where(heads < group, kv_head * group + heads, below)
-        is_given = (heads < group + 2)[:, None] & is_dim[None, :]
-        source_ptrs = q_ptr + row * q_stride + sources[:, None] * head_dim
-        given = tl.load(source_ptrs + dims[None, :], mask=is_given, other=0.0)
-        partners = tl.load(source_ptrs + _partner_dims(dims, head_dim)[None, :], mask=is_given, other=0.0)
-        cos = tl.load(cos_ptr + row * head_dim + dims, mask=is_dim, other=0.0)
-        sin = tl.load(sin_ptr + row * head_dim + dims, mask=is_dim, other=0.0)
-        cell = tl.load(kv_indices_ptr + row)
+    # A dot's tile has rows to spare: the new key and the new value lie below the queries and are rotated (the key) and
+    # stored with them. What they score as queries is dropped.
+    num_heads: tl.constexpr = num_kv_heads * group
+    below = num_heads + (heads - group) * num_kv_heads + kv_head
+    sources = tl.where(heads < group, kv_head * group + heads, below)
+    is_given = (heads < group + 2)[:, None] & is_dim[None, :]
+    source_ptrs = qkv_ptr + row * qkv_stride + sources[:, None] * head_dim
+    given = tl.load(source_ptrs + dims[None, :], mask=is_given, other=0.0)
+    partners = tl.load(source_ptrs + _partner_dims(dims, head_dim)[None, :], mask=is_given, other=0.0)
+    cos = tl.load(cos_ptr + row * head_dim + dims, mask=is_dim, other=0.0)
+    sin = tl.load(sin_ptr + row * head_dim + dims, mask=is_dim, other=0.0)
+    cell = tl.load(kv_indices_ptr + row)
 
     # Whole tiles for each split but the last. A padding row is one split of no keys, whose attention is 0.
     start = 0
@@ -154,14 +155,13 @@ def _decode_kernel(
     block_ids = _load_block_ids(table_ptr, start, end, keys_per_tile, block_size)
     if (start >= seq_len) & (split > 0):
         return
-    if cos_ptr is not None:
-        q = tl.where((heads == group + 1)[:, None], given, _rotate(given, partners, cos, sin))
-        if (cell >= 0) & (end == seq_len):
-            in_cell = cell * (num_kv_heads * head_dim) + tl.broadcast_to(dims[None, :], [tile_rows, head_dim_padded])
-            tl.store(k_head_ptr + in_cell, q, mask=(heads == group)[:, None] & is_dim[None, :])
-            tl.store(v_head_ptr + in_cell, q, mask=(heads == group + 1)[:, None] & is_dim[None, :])
-        # The threads that read the cell below need not be those that wrote it.
-        tl.debug_barrier()
+    q = tl.where((heads == group + 1)[:, None], given, _rotate(given, partners, cos, sin))
+    if (cell >= 0) & (end == seq_len):
+        in_cell = cell * (num_kv_heads * head_dim) + tl.broadcast_to(dims[None, :], [tile_rows, head_dim_padded])
+        tl.store(k_head_ptr + in_cell, q, mask=(heads == group)[:, None] & is_dim[None, :])
+        tl.store(v_head_ptr + in_cell, q, mask=(heads == group + 1)[:, None] & is_dim[None, :])
+    # The threads that read the cell below need not be those that wrote it.
+    tl.debug_barrier()
 
     top = tl.full([tile_rows], -float("inf"), dtype=tl.float32)
     total = tl.zeros([tile_rows], dtype=tl.float32)
@@ -216,29 +216,6 @@ def _decode_kernel(
 
 
 def paged_decode_attention(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    block_tables: torch.Tensor,
-    slots: torch.Tensor,
-    seq_lens: torch.Tensor,
-    scale: float,
-    workspace: DecodeWorkspace,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Attention of each row's one query over its cached keys, of which its own is the last.
-
-    q: [num_rows, num_heads, head_dim], tokens any stride apart; caches: [num_blocks, block_size, num_kv_heads,
-    head_dim]; block_tables: [num_slots, max_blocks] int32; slots: [num_rows] int64, each row's row of block_tables;
-    seq_lens: [num_rows] int32, 0 for a padding row, whose output is 0. Returns `out`, or new memory of q's shape.
-    Raises ValueError for shapes that the kernel does not take.
-    """
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
-    _attend(q, None, k_cache, v_cache, (block_tables, slots, seq_lens), scale, workspace, out)
-    return out
-
-
-def paged_decode_attention_qkv(
     qkv: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
@@ -253,40 +230,27 @@ def paged_decode_attention_qkv(
     workspace: DecodeWorkspace,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`rope_and_cache`, then `paged_decode_attention` of its queries, with their results, in one launch.
+    """Attention of each row's one new query over its cached keys, of which its own is the last: `rope_and_cache` and
+    what reads its results, in one launch.
 
     qkv: [num_rows, num_heads + 2 * num_kv_heads, head_dim], contiguous; cos, sin, kv_indices: as `rope_and_cache` takes
     them, a row's kv_index being the cell of its position seq_len - 1 by the block tables, or negative for a padding
-    row; the rest as `paged_decode_attention` takes it. Returns `out`, or new memory: [num_rows, num_heads, head_dim].
+    row; caches: [num_blocks, block_size, num_kv_heads, head_dim]; block_tables: [num_slots, max_blocks] int32; slots:
+    [num_rows] int64, each row's row of block_tables; seq_lens: [num_rows] int32, 0 for a padding row, whose output is
+    0. Returns `out`, or new memory: [num_rows, num_heads, head_dim], tokens any stride apart.
     Raises ValueError for shapes that the kernel does not take.
     """
     check_qkv(qkv, cos, sin, kv_indices, k_cache, v_cache, num_heads)
     q = qkv[:, :num_heads]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
-    _attend(q, (cos, sin, kv_indices), k_cache, v_cache, (block_tables, slots, seq_lens), scale, workspace, out)
-    return out
-
-
-def _attend(
-    q: torch.Tensor,
-    new_keys: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    rows: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    scale: float,
-    workspace: DecodeWorkspace,
-    out: torch.Tensor,
-) -> None:
-    """rows: block_tables, slots, seq_lens. new_keys: cos, sin and kv_indices, if q heads a QKV product."""
     check_cache(q, k_cache, v_cache, out)
-    check_rows(*rows)
-    block_tables, slots, seq_lens = rows
+    check_rows(block_tables, slots, seq_lens)
     num_rows, num_heads, head_dim = q.shape
     _, block_size, num_kv_heads, _ = k_cache.shape
     if len(slots) != num_rows:
         raise ValueError(f"{len(slots)} slots for {num_rows} rows")
     if num_rows == 0:
-        return
+        return out
     max_keys = block_tables.shape[1] * block_size
     config = decode_config(num_rows, num_heads, num_kv_heads, head_dim, q.dtype, max_keys, num_sms(q.device))
     workspace.check(num_rows, num_heads, num_kv_heads, head_dim, config.num_splits)
@@ -296,8 +260,10 @@ def _attend(
     with torch.cuda.device_of(q):
         _decode_kernel[(num_rows * num_kv_heads, config.num_splits)](
             out,
-            q,
-            *(new_keys or (None, None, None)),
+            qkv,
+            cos,
+            sin,
+            kv_indices,
             k_cache,
             v_cache,
             block_tables,
@@ -308,14 +274,14 @@ def _attend(
             workspace.arrivals,
             scale * math.log2(math.e),
             out.stride(0),
-            q.stride(0),
+            qkv.stride(0),
             block_tables.stride(0),
             config.num_splits,
             config.min_keys_per_split,
             is_split=config.num_splits > 1,
             num_kv_heads=num_kv_heads,
             group=group,
-            tile_rows=padded(group + 2 if new_keys else group),
+            tile_rows=padded(group + 2),
             head_dim=head_dim,
             head_dim_padded=padded(head_dim),
             block_size=block_size,
@@ -327,3 +293,4 @@ def _attend(
             num_stages=config.num_stages,
             launch_pdl=pdl,
         )
+    return out

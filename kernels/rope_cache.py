@@ -21,7 +21,8 @@ _MAX_HEAD_DIM = 256
 _MAX_HEADS = _HEAD_BLOCK * 65535  # CUDA's limit of a grid's second axis
 
 
-@triton.jit
+# Where a step's chunks start in its tensors changes with the number of decodes; the kernel must not.
+@triton.jit(do_not_specialize_on_alignment=["kv_indices_ptr"])
 def _rope_and_cache_kernel(
     qkv_ptr: tl.tensor,  # [num_tokens, num_heads + 2 * num_kv_heads, 2 * half]
     cos_ptr: tl.tensor,  # [num_tokens, 1, 2 * half]
@@ -84,19 +85,25 @@ def rope_and_cache(
     v_cache: torch.Tensor,
     kv_indices: torch.Tensor,
     num_heads: int,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Rotates queries and keys, writes keys and values to the cache, returns the queries.
+    """Rotates queries and keys, writes keys and values to the cache, returns the queries: `out`, or new memory.
 
     qkv: [num_tokens, num_heads + 2 * num_kv_heads, head_dim], the heads of queries, keys and values in this order;
     cos, sin: [num_tokens, 1, head_dim], the first half of sin negated; caches: [num_blocks, block_size, num_kv_heads,
     head_dim]; kv_indices: [num_tokens] int64, block_id * block_size + offset, or negative for a padding row, whose key
-    and value are dropped. All contiguous. Returns [num_tokens, num_heads, head_dim].
+    and value are dropped; out: [num_tokens, num_heads, head_dim]. All contiguous.
 
     Raises ValueError for tensors that the kernel does not take.
     """
     check_qkv(qkv, cos, sin, kv_indices, k_cache, v_cache, num_heads)
     num_tokens, all_heads, head_dim = qkv.shape
-    q = torch.empty((num_tokens, num_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
+    q = qkv.new_empty(num_tokens, num_heads, head_dim) if out is None else out
+    if q.shape != (num_tokens, num_heads, head_dim) or q.dtype != qkv.dtype or not q.is_contiguous():
+        raise ValueError(
+            f"rope_and_cache: out must be {[num_tokens, num_heads, head_dim]}, {qkv.dtype} and contiguous, "
+            f"not {list(q.shape)}, {q.dtype}, strides {q.stride()}"
+        )
     if num_tokens:
         half, pdl = head_dim // 2, starts_early(qkv.device, num_tokens)
         head_block = _HEAD_BLOCK if num_tokens < _MANY_TOKENS else _WIDE_HEAD_BLOCK

@@ -10,12 +10,7 @@ import torch
 from .activation import silu_and_mul
 from .batch import AttentionBatch
 from .chunk_attention import paged_chunk_attention
-from .decode_attention import (
-    DecodeWorkspace,
-    decode_workspace,
-    paged_decode_attention,
-    paged_decode_attention_qkv,
-)
+from .decode_attention import DecodeWorkspace, decode_workspace, paged_decode_attention
 from .gathered_chunks import GatherPlan, attend_gathered, is_worth_gathering, plan_gather
 from .gemv import MAX_NORM_SIZE, add_norm_gemv, gemv, gemv_silu_and_mul
 from .linear_config import LinearKernel, linear_kernel
@@ -29,6 +24,7 @@ _log = logging.getLogger(__name__)
 
 Tensor = torch.Tensor
 T = TypeVar("T")
+_RowInputs = tuple[Tensor, Tensor, Tensor]
 
 
 class TritonAttentionPlan:
@@ -43,8 +39,17 @@ class TritonAttentionPlan:
         self.chunks = batch.slots[behind], batch.seq_lens[behind], batch.query_starts[behind]
         chunk_starts = batch.host_query_starts[behind]
         self.max_query_len = max((end - start for start, end in pairwise(chunk_starts)), default=0)  # of the chunks
+        self._inputs: tuple[_RowInputs, _RowInputs] | None = None
         self._gather: GatherPlan | None = None
         self._has_gather = False  # whether _gather says what to do
+
+    def split(self, rope: tuple[Tensor, Tensor], kv_indices: Tensor) -> tuple[_RowInputs, _RowInputs]:
+        """Cos, sin and cells of the decodes, and of the chunks. The arguments are the same for all layers."""
+        if self._inputs is None:
+            cos, sin = rope
+            n = self.num_decodes
+            self._inputs = (cos[:n], sin[:n], kv_indices[:n]), (cos[n:], sin[n:], kv_indices[n:])
+        return self._inputs
 
     def gather(self, num_heads: int, k_cache: Tensor) -> GatherPlan | None:
         """For the chunks' attention; None where it reads the cache through the block tables."""
@@ -136,23 +141,26 @@ class TritonOperations(Operations):
         num_heads: int,
         scale: float,
     ) -> Tensor:
-        if plan.max_query_len:
+        if not plan.num_decodes:
             return super().attention(qkv, rope, cache, kv_indices, plan, num_heads, scale)
-        # Decodes alone: one kernel does all of it.
+        decodes, chunks = plan.split(rope, kv_indices)
+        num_tokens, _, head_dim = qkv.shape
+        out = qkv.new_empty(num_tokens, num_heads, head_dim)
         workspace = self._decode_workspace(plan.batch.block_tables, num_heads, cache[0])
-        return paged_decode_attention_qkv(
-            qkv, *rope, kv_indices, *cache, plan.batch.block_tables, *plan.decodes, num_heads, scale, workspace
-        )
+        n = plan.num_decodes
+        rows = plan.batch.block_tables, *plan.decodes
+        paged_decode_attention(qkv[:n], *decodes, *cache, *rows, num_heads, scale, workspace, out[:n])
+        if plan.max_query_len:
+            q = torch.empty_like(out)  # the chunks' places are those in the step
+            cos, sin, cells = chunks
+            rope_and_cache(qkv[n:], cos, sin, *cache, cells, num_heads, q[n:])
+            self._attend_chunks(q, *cache, plan, scale, out)
+        return out
 
     def attend(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: TritonAttentionPlan, scale: float) -> Tensor:
+        assert not plan.num_decodes, "`attention` does all of a decode's in one kernel"
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        if n := plan.num_decodes:
-            workspace = self._decode_workspace(plan.batch.block_tables, q.shape[1], k_cache)
-            paged_decode_attention(
-                q[:n], k_cache, v_cache, plan.batch.block_tables, *plan.decodes, scale, workspace, out[:n]
-            )
-        if plan.max_query_len:
-            self._attend_chunks(q, k_cache, v_cache, plan, scale, out)
+        self._attend_chunks(q, k_cache, v_cache, plan, scale, out)
         return out
 
     def _decode_workspace(self, block_tables: Tensor, num_heads: int, k_cache: Tensor) -> DecodeWorkspace:

@@ -9,7 +9,6 @@ import torch
 pytest.importorskip("triton")
 
 from octavo.kernels.chunk_attention import chunk_config, paged_chunk_attention
-from octavo.kernels.decode_attention import decode_workspace, paged_decode_attention
 
 # float32: sums of up to a few hundred terms in another order. Half precisions: the output is rounded once (a unit of
 # its last place), and so are the weights of the values (half a unit, of about the values' mean size, 0.8).
@@ -98,18 +97,18 @@ def test_a_grid_for_longer_chunks_changes_nothing(make_rows, device):
     torch.testing.assert_close(loose, exact, rtol=0, atol=0)
 
 
-def test_decodes_and_chunks_of_one_step_share_queries_and_output(make_rows, device):
+def test_chunks_lie_behind_decodes_in_queries_and_output(make_rows, device):
     lens, query_lens = (40, 7, 30, 65), (1, 1, 12, 20)
     rows = make_rows(lens, 16, 2, 64, torch.float32)
     qkv = torch.randn(sum(query_lens), 8 * 64, device=device)
     q = qkv[:, : 4 * 64].unflatten(1, (4, 64))
     out = torch.full((sum(query_lens) + 3, 4, 64), 7.0, device=device)
-    caches, slots, seq_lens = (rows.k_cache, rows.v_cache), rows.slots, rows.seq_lens
-    workspace = decode_workspace(2, 4, 2, 64, torch.float32, rows.block_tables.shape[1] * 16, device)
-    paged_decode_attention(q[:2], *caches, rows.block_tables, slots[:2], seq_lens[:2], 0.1, workspace, out[:2])
+    caches, chunks = (rows.k_cache, rows.v_cache), (rows.slots[2:], rows.seq_lens[2:])
     starts = starts_of(query_lens, device)[2:]
-    paged_chunk_attention(q, *caches, rows.block_tables, slots[2:], seq_lens[2:], starts, 20, 0.1, out[: len(q)])
-    torch.testing.assert_close(out[: len(q)], rows.attend(q, query_lens, 0.1), **TOLERANCES[torch.float32])
+    paged_chunk_attention(q, *caches, rows.block_tables, *chunks, starts, 20, 0.1, out[: len(q)])
+    expected = rows.attend(q, query_lens, 0.1)[2:]
+    torch.testing.assert_close(out[2 : len(q)], expected, **TOLERANCES[torch.float32])
+    assert (out[:2] == 7).all()
     assert (out[len(q) :] == 7).all()
 
 

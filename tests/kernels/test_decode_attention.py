@@ -1,6 +1,6 @@
 """Decode attention against the reference in float32: odd shapes, splits and their merge, padding, poisoned caches.
 
-Given QKV products it is compared with the two kernels that do its work one after the other.
+What it does with new keys is compared with the kernel that only rotates and caches.
 """
 
 import math
@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from octavo.kernels.decode_attention import decode_workspace, paged_decode_attention, paged_decode_attention_qkv
+from octavo.kernels.decode_attention import decode_workspace, paged_decode_attention
 from octavo.kernels.decode_splits import decode_config
 from octavo.kernels.rope_cache import rope_and_cache
 
@@ -59,14 +59,21 @@ CASES = {
 }
 
 
-def run(rows, q, scale, out=None):
-    """The kernel's output, with a workspace of its own."""
+def as_qkv(q, num_kv_heads):
+    """The arguments that have the kernel attend with `q` as they are to what is cached already."""
+    num_rows, _, head_dim = q.shape
+    cos, no_cell = q.new_ones(num_rows, 1, head_dim), torch.full((num_rows,), -1, device=q.device)
+    return torch.cat([q, q.new_zeros(num_rows, 2 * num_kv_heads, head_dim)], 1), cos, torch.zeros_like(cos), no_cell
+
+
+def run(rows, q, scale, workspace=None, out=None):
+    """The kernel's output, by default with a workspace of its own."""
     _, num_heads, head_dim = q.shape
     num_kv_heads, max_keys = rows.k_cache.shape[2], rows.block_tables.shape[1] * rows.k_cache.shape[1]
-    workspace = decode_workspace(len(q), num_heads, num_kv_heads, head_dim, q.dtype, max_keys, q.device)
-    return paged_decode_attention(
-        q, rows.k_cache, rows.v_cache, rows.block_tables, rows.slots, rows.seq_lens, scale, workspace, out
-    )
+    shape = (len(q), num_heads, num_kv_heads, head_dim, q.dtype, max_keys, q.device)
+    tables = rows.block_tables, rows.slots, rows.seq_lens
+    inputs = (*as_qkv(q, num_kv_heads), rows.k_cache, rows.v_cache, *tables)
+    return paged_decode_attention(*inputs, num_heads, scale, workspace or decode_workspace(*shape), out)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -115,7 +122,7 @@ def run_qkv(rows, new, num_heads, scale, workspace=None, out=None):
     _, block_size, num_kv_heads, _ = rows.k_cache.shape
     max_keys = rows.block_tables.shape[1] * block_size
     shape = (num_rows, num_heads, num_kv_heads, head_dim, new.qkv.dtype, max_keys, new.qkv.device)
-    return paged_decode_attention_qkv(
+    return paged_decode_attention(
         new.qkv,
         new.cos,
         new.sin,
@@ -195,21 +202,19 @@ def test_a_workspace_serves_one_call_after_the_other(make_rows, device):
     for lens in ((300, 200, 100), (65, 300), (300, 0, 299)):
         rows = make_rows(lens, 16, 2, 64, torch.float32)
         q = torch.randn(len(lens), 4, 64, device=device)
-        tables = (rows.block_tables, rows.slots, rows.seq_lens)
-        out = paged_decode_attention(q, rows.k_cache, rows.v_cache, *tables, 0.1, workspace)
+        out = run(rows, q, 0.1, workspace)
         real = rows.seq_lens > 0
         expected = rows.attend(q[real], (1,) * len(lens), 0.1)
         torch.testing.assert_close(out[real], expected, **TOLERANCES[torch.float32])
         assert not workspace.arrivals.count_nonzero()
 
 
-def test_queries_and_outputs_may_lie_in_wider_rows(make_rows, device):
+def test_outputs_may_lie_in_wider_rows(make_rows, device):
     rows = make_rows((90, 20), 16, 2, 64, torch.float32)
-    qkv = torch.randn(2, 8 * 64, device=device)
-    q = qkv[:, : 4 * 64].unflatten(1, (4, 64))
+    q = torch.randn(2, 4, 64, device=device)
     wide = torch.full((3, 6 * 64), 7.0, device=device)
     out = wide[:2, : 4 * 64].unflatten(1, (4, 64))
-    assert run(rows, q, 0.1, out) is out
+    assert run(rows, q, 0.1, out=out) is out
     torch.testing.assert_close(out, rows.attend(q, (1, 1), 0.1), **TOLERANCES[torch.float32])
     assert (wide[2] == 7).all()
     assert (wide[:, 4 * 64 :] == 7).all()
@@ -256,7 +261,7 @@ def test_cells_behind_two_to_the_31_elements(device):
     slots, lens = torch.zeros(1, dtype=torch.int64, device=device), torch.tensor([37], dtype=torch.int32, device=device)
     q = torch.randn(1, 8, 128).to(torch.bfloat16).to(device)
     workspace = decode_workspace(1, 8, 8, 128, torch.bfloat16, 128, device)
-    out = paged_decode_attention(q, cache, cache, tables, slots, lens, 0.1, workspace)
+    out = paged_decode_attention(*as_qkv(q, 8), cache, cache, tables, slots, lens, 8, 0.1, workspace)
     keys = cache[-1, :37].float().transpose(0, 1)
     expected = torch.softmax(q[0].float().unsqueeze(1) @ keys.mT * 0.1, -1) @ keys
     torch.testing.assert_close(out[0].float(), expected.squeeze(1), **TOLERANCES[torch.bfloat16])
@@ -290,47 +295,25 @@ def test_a_workspace_holds_what_fewer_rows_need(device):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"q": torch.zeros(2, 4, 32)}, "head_dim 32 of the queries, 64 of the cache"),
-        ({"q": torch.zeros(2, 3, 64)}, "3 query heads are no multiple of 2"),
-        ({"q": torch.zeros(2, 4, 64, dtype=torch.float16)}, "dtypes"),
-        ({"q": torch.zeros(2, 64, 4).mT}, "strides"),
-        ({"q": torch.zeros(3, 4, 64)}, "2 slots for 3 rows"),
+        ({"qkv": torch.zeros(2, 9, 64)}, "not 4 query heads"),
+        ({"cos": torch.zeros(1, 1, 64)}, "cos must be"),
+        ({"kv_indices": torch.zeros(2, dtype=torch.int32)}, "kv_indices must be"),
         ({"seq_lens": torch.zeros(2, dtype=torch.int64)}, "seq_lens torch.int64"),
         ({"slots": torch.zeros(3, dtype=torch.int64)}, "one of each for each row"),
+        (
+            {
+                name: torch.zeros(3, dtype=torch.int64 if name == "slots" else torch.int32)
+                for name in ("slots", "seq_lens")
+            },
+            "3 slots for 2 rows",
+        ),
         ({"block_tables": torch.zeros(4, 2, dtype=torch.int32).mT}, "contiguous"),
-        ({"k_cache": torch.zeros(4, 24, 2, 64)}, "block_size 24"),
-        ({"v_cache": torch.zeros(5, 16, 2, 64)}, "one shape"),
-        ({"out": torch.zeros(2, 4, 32)}, "out"),
+        ({"k_cache": torch.zeros(4, 24, 2, 64), "v_cache": torch.zeros(4, 24, 2, 64)}, "block_size 24"),
+        ({"out": torch.zeros(2, 8, 64)}, "out"),
         ({"block_tables": torch.zeros(2, 40, dtype=torch.int32)}, "a workspace of 16 partial results: 80 needed"),
     ],
 )
 def test_refuses_what_it_does_not_take(changes, message, device):
-    given = {
-        "q": torch.zeros(2, 4, 64),
-        "k_cache": torch.zeros(4, 16, 2, 64),
-        "v_cache": torch.zeros(4, 16, 2, 64),
-        "block_tables": torch.zeros(2, 4, dtype=torch.int32),
-        "slots": torch.zeros(2, dtype=torch.int64),
-        "seq_lens": torch.zeros(2, dtype=torch.int32),
-        "out": None,
-    } | changes
-    given = {name: x if x is None else x.to(device) for name, x in given.items()}
-    workspace = decode_workspace(4, 4, 2, 64, torch.float32, 64, device)
-    with pytest.raises(ValueError, match=message):
-        paged_decode_attention(**given, scale=0.1, workspace=workspace)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"qkv": torch.zeros(2, 9, 64)}, "not 4 query heads"),
-        ({"cos": torch.zeros(1, 1, 64)}, "cos must be"),
-        ({"kv_indices": torch.zeros(2, dtype=torch.int32)}, "kv_indices must be"),
-        ({"slots": torch.zeros(3, dtype=torch.int64)}, "one of each for each row"),
-        ({"out": torch.zeros(2, 8, 64)}, "out"),
-    ],
-)
-def test_refuses_qkv_products_that_it_does_not_take(changes, message, device):
     given = {
         "qkv": torch.zeros(2, 8, 64),
         "cos": torch.zeros(2, 1, 64),
@@ -346,4 +329,4 @@ def test_refuses_qkv_products_that_it_does_not_take(changes, message, device):
     given = {name: x if x is None else x.to(device) for name, x in given.items()}
     workspace = decode_workspace(4, 4, 2, 64, torch.float32, 64, device)
     with pytest.raises(ValueError, match=message):
-        paged_decode_attention_qkv(**given, num_heads=4, scale=0.1, workspace=workspace)
+        paged_decode_attention(**given, num_heads=4, scale=0.1, workspace=workspace)

@@ -99,6 +99,18 @@ def test_many_tokens_each_find_their_place():
     torch.testing.assert_close(inputs.run(), inputs.run_twins(), **CLOSE)
 
 
+def test_queries_go_where_they_are_wanted():
+    inputs = make_inputs(4, 2, 20, kv_indices=[5, 6])
+    wide = torch.full((3, 4, 20), 7.0, device=DEVICE)
+    caches = inputs.k_cache.clone(), inputs.v_cache.clone()
+    q = rope_and_cache(inputs.qkv, inputs.cos, inputs.sin, *caches, inputs.kv_indices, 4, wide[1:])
+    assert torch.equal(q, inputs.run()[0])
+    assert torch.equal(wide[1:], q)
+    assert (wide[0] == 7).all()
+    with pytest.raises(ValueError, match="out must be"):
+        rope_and_cache(inputs.qkv, inputs.cos, inputs.sin, *caches, inputs.kv_indices, 4, wide)
+
+
 def test_no_tokens():
     inputs = make_inputs(4, 2, 20, kv_indices=[])
     q, k_cache, v_cache = inputs.run()
