@@ -25,6 +25,8 @@ _ALL_OPTIONS = sampling_pb2.SamplingParams(
     num_prompt_logprobs=MAX_LOGPROBS,
     max_tokens=1,
 )
+# Steps of more rows launch their kernels in the usual way (kernels/pdl.py); an odd number, see `run_all_kinds`.
+_MANY_ROWS = 65
 # Steps of more tokens attend in other ways than those that graphs are made for.
 _LARGE_STEP = 4096
 
@@ -46,10 +48,12 @@ def warm_up(
 
 def run_all_kinds(runner: ModelRunner, max_num_tokens: int) -> None:
     """Runs steps of up to `max_num_tokens` that between them use every kernel, beside those that graphs are made of."""
+    num_seqs = min(_MANY_ROWS, runner.shape.num_slots, max_num_tokens)
     for params in (_PLAIN, _TRUNCATED, _PENALISED, _ALL_OPTIONS):
-        # What is sent to the device behind a step's tokens is aligned to 16 bytes for one of them.
-        for num_tokens in (2, 3):
-            warm_up(runner, 1, min(num_tokens, max_num_tokens), params)
+        for rows in {1, num_seqs}:
+            # What is sent to the device behind a step's tokens is aligned to 16 bytes for one of them.
+            for length in (2, 3):
+                warm_up(runner, rows, min(rows * length, max_num_tokens), params)
     num_tokens = max_num_tokens
     while num_tokens >= _LARGE_STEP:
         warm_up(runner, -(-num_tokens // (runner.shape.max_model_len - 1)), num_tokens)
