@@ -1,10 +1,12 @@
 """A Llama's logits equal transformers', over chunks and decodes of a paged cache, at every rank count."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 from octavo.errors import CheckpointError, InvalidArgumentError
+from octavo.kernels.ops import Operations
 from octavo.workers.model_loader import load_model
 from octavo.workers.parallel import TensorParallel
 from octavo.workers.weights import DummyWeights, SafetensorsWeights, Shard
@@ -88,6 +90,38 @@ def test_sums_in_halves_change_nothing(make_llama, run_ranks, paged_sequences, m
     for rank, halves in enumerate(run_ranks(2, run)):
         for logits, expected in zip(halves, whole[rank], strict=True):
             torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+
+
+class OnePlaceForShares:
+    """Memory of ranks that sum nothing in it themselves: it has one place for the share that is summed next."""
+
+    def __init__(self) -> None:
+        self.place = torch.empty(1 << 20)
+
+    def takes(self, tensor):
+        return False
+
+    takes_norm = takes_keys = takes
+
+    def input_buffer(self, num_rows, width, dtype):
+        return self.place[: num_rows * width].view(num_rows, width)
+
+
+def test_halves_that_are_summed_at_once_lie_apart(make_llama, run_ranks, paged_sequences, monkeypatch):
+    path = make_llama()
+    tokens = random_tokens(128, [sum(steps) for steps in SCHEDULE])
+    # These products write to the place they are given.
+    monkeypatch.setattr("octavo.workers.models.llama.operations_for", lambda device: Operations())
+    monkeypatch.setattr("octavo.workers.parallel._HALVES_BYTES", 1024)
+
+    def run(tp):
+        return paged_sequences(load(path, tp), tokens).run(SCHEDULE)
+
+    expected = run_ranks(2, run)
+    shared = run_ranks(2, lambda tp: run(replace(tp, symmetric_memory=OnePlaceForShares())))
+    for rank, sequences in enumerate(shared):
+        for logits, own in zip(sequences, expected[rank], strict=True):
+            torch.testing.assert_close(logits, own, rtol=0, atol=1e-5)
 
 
 def test_dynamic_rope_beyond_the_context_equals_transformers_token_by_token(make_llama, paged_sequences):

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from octavo.workers import symmetric_memory
+from octavo.workers.parallel import TensorParallel
 from octavo.workers.symmetric_memory import SymmetricMemory
 
 
@@ -55,6 +56,13 @@ def test_few_rows_are_pushed_and_more_are_dealt(make_memory, world_size, max_sma
 def test_what_no_kernel_sums_faster_is_left_to_nccl(make_memory, partial):
     memory, _ = make_memory(2)
     assert not memory.takes_norm(partial)
+
+
+@pytest.mark.parametrize("num_rows", [1024, 4096, 4097, 8192])
+def test_a_residual_that_each_rank_has_in_part_is_never_cut_in_halves(make_memory, num_rows):
+    memory, _ = make_memory(2)
+    stream = torch.empty(num_rows, 4096, dtype=torch.bfloat16, device="meta")
+    assert memory.takes_norm(stream) != TensorParallel(0, 2, torch.device("meta")).sums_in_halves(stream)
 
 
 def test_a_product_may_write_where_it_is_summed(make_memory):
