@@ -5,6 +5,7 @@ JSON.
 """
 
 import asyncio
+import os
 import resource
 import sys
 import time
@@ -103,7 +104,11 @@ def _allow_connections(num_requests: int) -> None:
 
 def main() -> None:
     spec = LoadSpec(**orjson.loads(sys.stdin.buffer.read()))
-    sys.stdout.buffer.write(orjson.dumps([asdict(observation) for observation in run_load(spec)]))
+    observations = orjson.dumps([asdict(observation) for observation in run_load(spec)])
+    # With PYTHONUNBUFFERED a write to sys.stdout may write a part only, and say so where nobody looks.
+    os.set_blocking(sys.stdout.fileno(), True)
+    with open(sys.stdout.fileno(), "wb", closefd=False) as out:
+        out.write(observations)
 
 
 if __name__ == "__main__":
