@@ -183,7 +183,7 @@ class RowParallelLinear:
             self._bias.copy_(weights.read(f"{name}.bias"))
 
     def __call__(self, x: torch.Tensor, is_summed_next: bool = True) -> torch.Tensor:
-        """`is_summed_next`: whether a norm takes its sum before another share is made: both may then lie in one place."""
+        """`is_summed_next`: whether a norm sums it before another share is made; both may then lie in one place."""
         # The sum must hold the bias once.
         bias = self._bias if self._ctx.tp.rank == 0 else None
         out = self._ctx.share_buffer(len(x), self._out_size) if is_summed_next else None
