@@ -86,8 +86,12 @@ def _attend_keys(
     return top, total, acc
 
 
-# Where a step's chunk rows start in its tensors changes with the number of decodes; the kernel must not.
-@triton.jit(do_not_specialize_on_alignment=["slots_ptr", "seq_lens_ptr", "query_starts_ptr"])
+# Where a step's chunk rows start in its tensors changes with the number of decodes; the kernel must not. Nor does it
+# gain from what is known of a table's width.
+@triton.jit(
+    do_not_specialize=["table_stride"],
+    do_not_specialize_on_alignment=["slots_ptr", "seq_lens_ptr", "query_starts_ptr"],
+)
 def _chunk_kernel(
     out_ptr: tl.tensor,
     q_ptr: tl.tensor,

@@ -54,10 +54,9 @@ def run_all_kinds(runner: ModelRunner, max_num_tokens: int) -> None:
             # What is sent to the device behind a step's tokens is aligned to 16 bytes for one of them.
             for length in (2, 3):
                 warm_up(runner, rows, min(rows * length, max_num_tokens), params)
-    num_tokens = max_num_tokens
-    while num_tokens >= _LARGE_STEP:
-        warm_up(runner, -(-num_tokens // (runner.shape.max_model_len - 1)), num_tokens)
-        num_tokens //= 2
+    for num_tokens in {_LARGE_STEP, max_num_tokens}:
+        if _LARGE_STEP <= num_tokens <= max_num_tokens:
+            warm_up(runner, -(-num_tokens // (runner.shape.max_model_len - 1)), num_tokens)
 
 
 def blocks_for_warm_up(num_seqs: int, num_tokens: int, block_size: int) -> int:

@@ -1,5 +1,10 @@
 """Kernels compiled before any runs, on a machine without a GPU: Triton needs to be told of one, no more."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import triton
@@ -87,3 +92,21 @@ def test_what_is_not_recorded_runs_once():
     recording.replay()
     assert calls == [1]
     assert recording.outputs is outputs
+
+
+def test_no_step_compiles_a_kernel_after_the_start(make_llama):
+    shape = {"hidden_size": 256, "head_dim": 64, "num_key_value_heads": 2, "max_position_embeddings": 8192}
+    device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    script = Path(__file__).with_name("served_kernels.py")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, script, device, make_llama(**shape)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    first, *late = done.stdout.splitlines()
+    assert int(first.split()[0]) > 60
+    assert not late
