@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 
 from .ll_words import await_words, make_words
+from .pdl import has_pdl, wait_for_earlier_kernels
 from .peer_wait import PeerWait, polls_allowed
 
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -115,9 +116,7 @@ def _ll_add_rms_norm_kernel(
     columns = part * part_words + tl.arange(0, part_words)
     mask = columns < num_words
     weight_first, weight_second = _unpack(tl.load(weight_ptr + columns, mask, other=0), paired)
-    if pdl:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    wait_for_earlier_kernels(pdl)
 
     # Send.
     cells = row * num_words + columns
@@ -182,7 +181,7 @@ def ll_add_rms_norm(
     num_words = x.shape[1] * x.itemsize // _WORD_BYTES
     block = triton.next_power_of_2(num_words)
     splits = min(splits or _DEFAULT_SPLITS, block)
-    launch = {"launch_pdl": True} if x.is_cuda else {}
+    pdl = has_pdl(x.device)
     _ll_add_rms_norm_kernel[(len(x) * splits,)](
         *(tensor.view(torch.int32) for tensor in (x, x if residual is None else residual, weight, normed, total)),
         inbox.words,
@@ -203,10 +202,10 @@ def ll_add_rms_norm(
         max_rows=max_rows,
         max_words=max_words,
         max_splits=MAX_SPLITS,
-        pdl=x.is_cuda,
+        pdl=pdl,
         num_warps=min(max(block // splits // (32 * _THREAD_WORDS), 1), 16),
         maxnreg=_NUM_REGISTERS,
-        **launch,
+        launch_pdl=pdl,
     )
     return normed, total
 
