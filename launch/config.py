@@ -75,9 +75,7 @@ class ServeConfig:
             "10; 0 for LLM, bench latency and bench throughput",
         ),
     )
-    enforce_eager: bool = field(
-        default=False, metadata=_help("Run decode steps without CUDA graphs, as a CPU does anyway.")
-    )
+    enforce_eager: bool = field(default=False, metadata=_help("Run without CUDA graphs, as a CPU does anyway."))
     host: str = field(default="127.0.0.1", metadata=_help("Interface of the public ports; 0.0.0.0 for all."))
     port: int = field(default=8000, metadata=_help("OpenAI-compatible HTTP port; 0 opens none."))
     grpc_port: int = field(default=DEFAULT_GRPC_PORT, metadata=_help("gRPC port; 0 opens none."))
