@@ -48,15 +48,16 @@ def warm_up(
 
 def run_all_kinds(runner: ModelRunner, max_num_tokens: int) -> None:
     """Runs steps of up to `max_num_tokens` that between them use every kernel, beside those that graphs are made of."""
+    # First what takes the longest to compile.
+    for num_tokens in {_LARGE_STEP, max_num_tokens}:
+        if _LARGE_STEP <= num_tokens <= max_num_tokens:
+            warm_up(runner, -(-num_tokens // (runner.shape.max_model_len - 1)), num_tokens)
     num_seqs = min(_MANY_ROWS, runner.shape.num_slots, max_num_tokens)
     for params in (_PLAIN, _TRUNCATED, _PENALISED, _ALL_OPTIONS):
         for rows in {1, num_seqs}:
             # What is sent to the device behind a step's tokens is aligned to 16 bytes for one of them.
             for length in (2, 3):
                 warm_up(runner, rows, min(rows * length, max_num_tokens), params)
-    for num_tokens in {_LARGE_STEP, max_num_tokens}:
-        if _LARGE_STEP <= num_tokens <= max_num_tokens:
-            warm_up(runner, -(-num_tokens // (runner.shape.max_model_len - 1)), num_tokens)
 
 
 def blocks_for_warm_up(num_seqs: int, num_tokens: int, block_size: int) -> int:

@@ -59,16 +59,17 @@ def test_launches_compile_each_variant_once_and_run_nothing(compiled):
     assert len(compiled) == 2, "a compiled kernel does not run either, nor is it compiled again"
 
 
-def test_a_kernel_that_does_not_compile_ends_the_start(compiled):
+def test_a_kernel_that_does_not_compile_says_so_when_it_is_launched(compiled):
     def broken(x_ptr, block: tl.constexpr):
         tl.store(x_ptr + tl.arange(0, block), no_such_name)  # noqa: F821
 
-    with (
-        pytest.raises(triton.CompilationError, match="no_such_name"),
-        compiled_in_parallel(num_ranks_on_host=1),
-        launches_compile(),
-    ):
-        JITFunction(broken)[(1,)](torch.ones(4), block=4)
+    kernel, good, x = JITFunction(broken), JITFunction(_add), torch.ones(4)
+    with compiled_in_parallel(num_ranks_on_host=1), launches_compile():
+        kernel[(1,)](x, block=4)
+        good[(1,)](x, x, block=4)
+    assert compiled == ["_add"]
+    with pytest.raises(triton.CompilationError, match="no_such_name"):
+        kernel[(1,)](x, block=4)
 
 
 def test_launches_run_again_afterwards():
