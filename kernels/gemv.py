@@ -171,18 +171,14 @@ def gemv(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    out: torch.Tensor | None = None,
     config: GemvConfig | None = None,
 ) -> torch.Tensor:
     """x @ weight.T + bias, [1, out_size]. x: [1, in_size]; weight: [out_size, in_size]; bias: [out_size] or None.
 
-    Written to `out` if given. Raises ValueError for tensors that the kernel does not take.
+    Raises ValueError for tensors that the kernel does not take.
     """
     check_linear("gemv", x, weight, bias, max_rows=1)
-    if out is None:
-        out = x.new_empty(1, len(weight))
-    elif out.shape != (1, len(weight)) or out.dtype != x.dtype or not out.is_contiguous():
-        raise ValueError(f"gemv: out must be [1, {len(weight)}] of {x.dtype}, not {list(out.shape)} of {out.dtype}")
+    out = x.new_empty(1, len(weight))
     _launch(_gemv_kernel, (x, weight, bias, out), weight, False, config or gemv_config(x.shape[1]))
     return out
 

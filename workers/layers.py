@@ -130,11 +130,6 @@ class ColumnParallelLinear:
         product = self._ctx.ops.gated_linear if self._gated else self._ctx.ops.linear
         return product(x, self._weight.packed, self._bias)
 
-    @property
-    def out_size(self) -> int:
-        """Columns of this rank's product."""
-        return sum(self._sizes)
-
     def after(self, norm: RMSNorm, share: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """This layer of what `norm.add` gives, and the new residual stream."""
         if self._ctx.tp.size > 1:

@@ -75,13 +75,6 @@ def test_the_norm_is_of_the_rounded_sum(device):
     assert torch.equal(out, ones[None])
 
 
-def test_out_is_written_where_it_is_given(make_operands):
-    x, weight, *_ = make_operands(4, 16, torch.float16)
-    out = torch.full_like(x[:, :4], torch.nan)
-    assert gemv(x, weight, None, out=out) is out
-    assert torch.equal(out, gemv(x, weight, None))
-
-
 @pytest.mark.parametrize(
     ("shapes", "dtype", "problem"),
     [
@@ -102,8 +95,6 @@ def test_other_wrong_tensors_are_named():
     x, weight = torch.ones(1, 16, dtype=torch.bfloat16), torch.ones(3, 16, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="not 3 rows"):
         gemv_silu_and_mul(x, weight, None)
-    with pytest.raises(ValueError, match=r"out must be \[1, 3\]"):
-        gemv(x, weight, None, out=x)
     with pytest.raises(ValueError, match="contiguous"):
         gemv(x, torch.ones(16, 16, dtype=torch.bfloat16).t(), None)
     with pytest.raises(ValueError, match="one size up to"):
