@@ -33,6 +33,7 @@ from .peer_wait import PeerWait, polls_allowed
 _DTYPES = (torch.float32, torch.bfloat16)
 _WORD_BYTES = 4  # of data
 MAX_SPLITS = 8  # programs of one row
+_DEFAULT_SPLITS = 4
 # Words of a thread: 16 bytes of every rank.
 _THREAD_WORDS = 2
 # Said so that the compiler does not save registers by loading what one rank sent only after another's has come.
@@ -208,9 +209,6 @@ def ll_add_rms_norm(
         launch_pdl=pdl,
     )
     return normed, total
-
-
-_DEFAULT_SPLITS = 4
 
 
 def _is_like(residual: torch.Tensor, x: torch.Tensor) -> bool:
