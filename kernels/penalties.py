@@ -29,7 +29,8 @@ def _cells(
     return index, columns, known & (columns >= 0) & (columns < size)
 
 
-@triton.jit(do_not_specialize=["width"])  # it grows with the sequences, which must not compile anything
+# The width grows with the sequences, and positions lie where the batch has them: neither must compile anything.
+@triton.jit(do_not_specialize=["width"], do_not_specialize_on_alignment=["positions_ptr"])
 def _count_kernel(
     tokens_ptr: tl.tensor,  # [num_penalised, width] int32
     rows_ptr: tl.tensor,  # [num_penalised] int64
@@ -50,7 +51,7 @@ def _count_kernel(
     tl.atomic_add(cells, 1, known & is_output, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["width"])
+@triton.jit(do_not_specialize=["width"], do_not_specialize_on_alignment=["positions_ptr"])
 def _penalise_kernel(
     logits_ptr: tl.tensor,  # [num_rows, size] float32, rows `row_stride` apart
     tokens_ptr: tl.tensor,  # [num_penalised, width] int32

@@ -49,7 +49,8 @@ def _key(score: tl.tensor, token_id: tl.tensor) -> tl.tensor:
     return (ordered(score).to(tl.int64) << 32) | (0xFFFFFFFF - token_id.to(tl.int64))
 
 
-@triton.jit(do_not_specialize=["num_blocks"])  # it depends on the batch, which must not compile anything
+# Both depend on the batch, which must not compile anything.
+@triton.jit(do_not_specialize=["num_blocks"], do_not_specialize_on_alignment=["positions_ptr"])
 def _candidates_kernel(
     logits_ptr: tl.tensor,  # [num_rows, size], rows `row_stride` apart
     temperature_ptr: tl.tensor,  # [num_rows] float32
