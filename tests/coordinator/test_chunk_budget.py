@@ -4,13 +4,13 @@ import pytest
 from octavo.coordinator.core.chunk_budget import paced_num_tokens
 from octavo.coordinator.core.step_time import StepCosts
 
-COSTS = StepCosts(fixed_ms=4.0, token_ms=0.02)
+COSTS = StepCosts(fixed_ms=2.0, token_ms=0.02)
 
 
 def test_the_target_bounds_the_step():
-    # (10 - 4) / 0.02 is 300 tokens; with 4 decodes, 252 fill tiles of 64.
-    assert paced_num_tokens(10.0, COSTS, 4, num_backlog_tokens=252 * 4) == 252
-    assert paced_num_tokens(20.0, COSTS, 4, num_backlog_tokens=764 * 2) == 764
+    # (8 - 2) / 0.02 is 300 tokens; with 4 decodes, 252 fill tiles of 64.
+    assert paced_num_tokens(8.0, COSTS, 4, num_backlog_tokens=252 * 4) == 252
+    assert paced_num_tokens(18.0, COSTS, 4, num_backlog_tokens=764 * 2) == 764
 
 
 @pytest.mark.parametrize("num_decodes", [1, 17, 64, 100])
@@ -22,15 +22,20 @@ def test_decodes_and_chunks_fill_tiles(num_decodes):
 
 
 def test_a_backlog_is_shared_out_evenly():
-    assert paced_num_tokens(20.0, COSTS, 4, num_backlog_tokens=1000) == 508  # 764 are allowed; two steps in any case
+    assert paced_num_tokens(18.0, COSTS, 4, num_backlog_tokens=1000) == 508  # 764 are allowed; two steps in any case
 
 
 def test_a_target_below_the_fixed_cost_leaves_a_floor():
-    assert paced_num_tokens(3.0, COSTS, 4, num_backlog_tokens=1000) == 124
+    assert paced_num_tokens(0.5, StepCosts(fixed_ms=1.0, token_ms=0.02), 4, num_backlog_tokens=1000) == 124
+
+
+def test_a_step_is_not_cut_until_it_is_mostly_fixed_cost():
+    # Tokens for twice the fixed cost: 2 * 9 / 0.01 are 1,800, of which 1,788 fill tiles with 4 decodes.
+    assert paced_num_tokens(10.0, StepCosts(fixed_ms=9.0, token_ms=0.01), 4, num_backlog_tokens=1788 * 2) == 1788
 
 
 def test_a_deep_backlog_is_not_delayed_for_long():
     for num_backlog_tokens in (2_000, 10_000, 50_000):
         num_steps = num_backlog_tokens / paced_num_tokens(10.0, COSTS, 4, num_backlog_tokens)
         assert num_steps * COSTS.fixed_ms < 60.0
-    assert paced_num_tokens(10.0, COSTS, 4, 200_000) > 8192
+    assert paced_num_tokens(10.0, COSTS, 4, 250_000) > 8192

@@ -56,15 +56,15 @@ def test_several_plans_are_sent_before_the_first_result(cluster, submit, run):
 
 def test_chunks_beside_decodes_follow_the_target_and_the_workers_times(cluster, submit, run):
     async def scenario():
-        sizes = {"max_num_batched_tokens": 256, "max_model_len": 1024, "num_inflight_steps": 2}
+        sizes = {"max_num_batched_tokens": 1024, "max_model_len": 4096, "num_inflight_steps": 2, "vocab_size": 4096}
         async with cluster(num_ranks=1, itl_target_ms=1e-6, **sizes) as it:  # a step of theirs takes 5 us
             await it.add_group()
             session = await it.session()
-            await session.submit(submit(0, num_prompt=4, max_tokens=20), submit(1, num_prompt=900, max_tokens=1))
+            await session.submit(submit(0, num_prompt=4, max_tokens=20), submit(1, num_prompt=3500, max_tokens=1))
             await session.read_until_done(2)
             chunks = [np.frombuffer(plan.chunk_num_tokens, "<i4").tolist() for plan in it.workers[0].plans]
-            assert chunks[:2] == [[4, 252], [255]]  # sent before the first result
-            assert chunks[2:6] == [[127], [127], [127], [12]]
+            assert chunks[:2] == [[4, 1020], [1023]]  # sent before the first result
+            assert chunks[2:4] == [[511], [946]]  # half as many tokens took as long: steps are all fixed cost here
 
     run(scenario())
 
