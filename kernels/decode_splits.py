@@ -21,6 +21,7 @@ _PROGRAMS_PER_SM = 4
 _PROGRAMS_PER_SM_FOR_FEW = 2
 _FEW_ROW_HEADS = 8
 _MAX_SPLITS = 64
+_NEW_ROWS = 2  # the new key and value lie below a group's queries
 # A split below this costs more to merge than its keys cost to read.
 _MIN_KEYS_PER_SPLIT = 64
 # A program alone reads slowly: no row's tail may be longer than this, however many rows there are.
@@ -61,7 +62,7 @@ def decode_config(
     # Measured (H200, bfloat16, 4 heads of 128, 1 to 256 rows): one warp, 32 keys a tile, four tiles on their way. More
     # rows of accumulators need more warps.
     group = num_heads // num_kv_heads
-    num_warps = min(8, max(1, padded(group) * padded(head_dim) // (16 * 128)))
+    num_warps = min(8, max(1, padded(group + _NEW_ROWS) * padded(head_dim) // (16 * 128)))
     num_stages = 4
     if dtype == torch.float32:
         # Computed without tensor cores, from registers.

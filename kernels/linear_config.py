@@ -9,6 +9,7 @@ import enum
 import torch
 
 from .linear_inputs import takes_weight
+from .pdl import has_pdl
 from .small_matmul import MAX_ROWS
 
 
@@ -30,6 +31,8 @@ def linear_kernel(num_rows: int, weight: torch.Tensor) -> LinearKernel:
     and 32, 0.3 at 64; on four, 0.55 at 1 row, and 0.12 lost at 64 by the weights that this leaves to cuBLAS. From 128
     rows on cuBLAS is faster, and starting early gains nothing.
     """
+    if weight.is_cuda and not has_pdl(weight.device):
+        return LinearKernel.CUBLAS  # measured from Hopper on alone
     if not 0 < num_rows <= MAX_ROWS or not weight.numel() or not takes_weight(weight.shape[1], weight.dtype):
         return LinearKernel.CUBLAS
     if num_rows == 1:

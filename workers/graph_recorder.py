@@ -2,7 +2,7 @@
 
 import gc
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -59,8 +59,11 @@ class GraphRecorder:
         graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
         try:
             outputs = function()
-        finally:
-            graph.capture_end()
+        except BaseException:
+            with suppress(RuntimeError):  # it would say no more than that the recording is spoiled
+                graph.capture_end()
+            raise
+        graph.capture_end()
         return Recording(graph.replay, tuple(_without_holding(output) for output in outputs)), outputs
 
 

@@ -15,6 +15,24 @@ from .weights import DummyWeights, SafetensorsWeights
 LOAD_FORMATS = ("safetensors", "dummy")
 
 
+def check_model(model_path: str | Path, load_format: str, dtype: torch.dtype, tp: TensorParallel) -> ModelConfig:
+    """That `load_model` can load it, so far as can be told without reading weights.
+
+    Raises NotFoundError, CheckpointError, ResourceExhaustedError (they do not fit the device), or InvalidArgumentError
+    (load_format).
+    """
+    if load_format not in LOAD_FORMATS:
+        raise InvalidArgumentError(
+            f"load_format {load_format!r} is unknown; use one of {', '.join(LOAD_FORMATS)}", field="load_format"
+        )
+    config = ModelConfig.from_directory(model_path, registered_architectures())
+    shapes = model_class(config.architecture).tensor_shapes(config)
+    check_weights_fit(shapes.values(), dtype, tp.size, tp.device)
+    if load_format == "safetensors":
+        verify_tensors(model_path, shapes)
+    return config
+
+
 def load_model(
     model_path: str | Path,
     load_format: str,
@@ -25,23 +43,14 @@ def load_model(
 ) -> tuple[Model, ModelConfig]:
     """Makes this rank's shard on tp.device. `seed` is that of "dummy" weights; "safetensors" reads only its slices.
 
-    Raises NotFoundError, CheckpointError, ResourceExhaustedError (they do not fit the device), or InvalidArgumentError
-    (load_format, tensor_parallel_size).
+    Raises the errors of `check_model`, and InvalidArgumentError (tensor_parallel_size).
     """
-    if load_format not in LOAD_FORMATS:
-        raise InvalidArgumentError(
-            f"load_format {load_format!r} is unknown; use one of {', '.join(LOAD_FORMATS)}", field="load_format"
-        )
-    config = ModelConfig.from_directory(model_path, registered_architectures())
+    config = check_model(model_path, load_format, dtype, tp)
     cls = model_class(config.architecture)
-    shapes = cls.tensor_shapes(config)
-    check_weights_fit(shapes.values(), dtype, tp.size, tp.device)
-    if load_format == "dummy":
-        model = cls(config, tp, dtype, max_model_len)
-        model.load_weights(DummyWeights(shapes, seed, dtype, tp.device))
-        return model, config
-    verify_tensors(model_path, shapes)
     model = cls(config, tp, dtype, max_model_len)
+    if load_format == "dummy":
+        model.load_weights(DummyWeights(cls.tensor_shapes(config), seed, dtype, tp.device))
+        return model, config
     with SafetensorsWeights(model_path, tp.device) as weights:
         model.load_weights(weights)
     return model, config

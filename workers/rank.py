@@ -14,7 +14,7 @@ from .gpu_support import GpuSupport
 from .graph_recorder import GraphRecorder
 from .kv_cache import BlockBudget, KVCache, num_blocks_that_fit
 from .model_config import DTYPES
-from .model_loader import load_model
+from .model_loader import check_model, load_model
 from .model_runner import ModelRunner
 from .models.registry import Model
 from .parallel import TensorParallel
@@ -103,6 +103,7 @@ def _load(config: engine_pb2.WorkerConfig, tp: TensorParallel, num_ranks_on_host
         return load()
     from .kernel_compile import compiled_in_parallel  # Triton is there only beside a CUDA build of torch
 
+    check_model(config.model_path, config.load_format, dtype, tp)
     with compiled_in_parallel(num_ranks_on_host):
         _find_kernels(config, dtype, tp, num_ranks_on_host)
         gc.collect()  # a model and its segments hold each other
