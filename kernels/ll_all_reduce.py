@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 
 from .ll_words import await_words, make_words
+from .norm import check_residual
 from .pdl import has_pdl, wait_for_earlier_kernels
 from .peer_wait import PeerWait, polls_allowed
 
@@ -211,17 +212,9 @@ def ll_add_rms_norm(
     return normed, total
 
 
-def _is_like(residual: torch.Tensor, x: torch.Tensor) -> bool:
-    return residual.shape == x.shape and residual.dtype == x.dtype and residual.is_contiguous()
-
-
 def _check(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, inbox: LLInbox) -> None:
     if not inbox.takes(x):
         raise ValueError(f"ll_add_rms_norm: rows [{list(x.shape)}, {x.dtype}, strides {x.stride()}] do not fit")
-    if residual is not None and not _is_like(residual, x):
-        raise ValueError(
-            f"ll_add_rms_norm: a residual like x ({list(x.shape)}, {x.dtype}, contiguous) is needed, "
-            f"not {list(residual.shape)}, {residual.dtype}, strides {residual.stride()}"
-        )
+    check_residual("ll_add_rms_norm", x, residual)
     if weight.shape != x.shape[1:] or weight.dtype != x.dtype or not weight.is_contiguous():
         raise ValueError(f"ll_add_rms_norm: the weight {list(weight.shape)}, {weight.dtype} does not fit x")

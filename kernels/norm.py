@@ -87,16 +87,23 @@ def add_rms_norm(
     Raises ValueError for tensors that the kernel does not take.
     """
     _check(x, weight)
-    if residual.shape != x.shape or residual.dtype != x.dtype or not residual.is_contiguous():
-        raise ValueError(
-            f"add_rms_norm: a residual like x ({list(x.shape)}, {x.dtype}, contiguous) is needed, "
-            f"not {list(residual.shape)}, {residual.dtype}, strides {residual.stride()}"
-        )
+    check_residual("add_rms_norm", x, residual)
     out, total = torch.empty_like(x), torch.empty_like(x)
     if x.numel():
         grid = (x.numel() // len(weight),)
         _add_rms_norm_kernel[grid](x, residual, weight, out, total, eps, **_launch_options(weight, grid[0]))
     return out, total
+
+
+def check_residual(name: str, x: torch.Tensor, residual: torch.Tensor | None) -> None:
+    """Raises ValueError, in the name of an operation, unless there is no residual or it is like x and contiguous."""
+    if residual is None:
+        return
+    if residual.shape != x.shape or residual.dtype != x.dtype or not residual.is_contiguous():
+        raise ValueError(
+            f"{name}: a residual like x ({list(x.shape)}, {x.dtype}, contiguous) is needed, "
+            f"not {list(residual.shape)}, {residual.dtype}, strides {residual.stride()}"
+        )
 
 
 def _check(x: torch.Tensor, weight: torch.Tensor) -> None:

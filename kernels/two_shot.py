@@ -22,6 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .norm import check_residual
 from .peer_wait import PeerWait, polls_allowed, report_missing
 
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -205,17 +206,9 @@ def two_shot_add_rms_norm(
     return _view(buffers.normed[buffers.rank], x), total
 
 
-def _is_like(residual: torch.Tensor, x: torch.Tensor) -> bool:
-    return residual.shape == x.shape and residual.dtype == x.dtype and residual.is_contiguous()
-
-
 def _check(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, buffers: TwoShotBuffers) -> None:
     if not buffers.takes(x):
         raise ValueError(f"two_shot_add_rms_norm: rows [{list(x.shape)}, {x.dtype}, strides {x.stride()}] do not fit")
-    if residual is not None and not _is_like(residual, x):
-        raise ValueError(
-            f"two_shot_add_rms_norm: a residual like x ({list(x.shape)}, {x.dtype}, contiguous) is needed, "
-            f"not {list(residual.shape)}, {residual.dtype}, strides {residual.stride()}"
-        )
+    check_residual("two_shot_add_rms_norm", x, residual)
     if weight.shape != x.shape[1:] or weight.dtype != x.dtype or not weight.is_contiguous():
         raise ValueError(f"two_shot_add_rms_norm: the weight {list(weight.shape)}, {weight.dtype} does not fit x")

@@ -7,8 +7,9 @@ from .step_time import StepCosts
 _LEAST_TOKENS = 128  # prompts always progress, and on a GPU so few tokens cost a step hardly more than none
 _TILE = 64  # tokens: what kernels and graphs round a step up to
 _MAX_DELAY_MS = 50.0
-# Times its fixed cost that a step computes prompt tokens for before it is cut. On an H200 whose host took 9.5 ms to
-# launch such a step, a target of 10 ms without this had 512 tokens wait 42 ms and not 22, and streams ran no smoother.
+# Times its fixed cost that a step computes prompt tokens for before it is cut. Without this a target of 10 ms had
+# prompts of 512 tokens wait 42 ms on an H200 where steps of any chunk took some 9, and streams ran no smoother. A
+# simulation of that, as in tests/coordinator/test_pacing.py, gives 36 ms without this, 20 with it and 20 without a target.
 _LEAST_WORK = 2
 
 

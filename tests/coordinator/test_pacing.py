@@ -68,10 +68,13 @@ def worst_wait_ms(arrivals_ms: list[float], itl_target_ms: float) -> float:
     return max(run.token_times_ms[index][0] - at for index, at in enumerate(arrivals_ms))
 
 
-@pytest.mark.parametrize("itl_target_ms", [12.0, 15.0, 20.0])
-def test_steps_with_decodes_keep_to_the_target(itl_target_ms):
+# Of targets near what a step costs anyway, about three times that is kept.
+@pytest.mark.parametrize(
+    ("itl_target_ms", "most_ms"), [(8.0, 12.6), (10.0, 12.6), (12.0, 12.6), (15.0, 15.75), (20.0, 21)]
+)
+def test_steps_with_decodes_keep_to_the_target(itl_target_ms, most_ms):
     steps_ms = simulate(THREE_AT_A_TIME_MS, itl_target_ms).mixed_steps_ms
-    assert max(steps_ms[5:]) < 1.05 * itl_target_ms  # after a few, the device is known
+    assert max(steps_ms[5:]) < most_ms  # after a few, the device is known
     assert max(simulate(THREE_AT_A_TIME_MS, 0.0).mixed_steps_ms) > 35.0
 
 
