@@ -9,7 +9,7 @@ _TILE = 64  # tokens: what kernels and graphs round a step up to
 _MAX_DELAY_MS = 50.0
 # Times its fixed cost that a step computes prompt tokens for before it is cut. Without this a target of 10 ms had
 # prompts of 512 tokens wait 42 ms on an H200 where steps of any chunk took some 9, and streams ran no smoother. A
-# simulation of that, as in tests/coordinator/test_pacing.py, gives 36 ms without this, 20 with it and 20 without a target.
+# simulation like that of tests/coordinator/test_pacing.py gives 36 ms without this, 20 with it or without a target.
 _LEAST_WORK = 2
 
 
