@@ -61,6 +61,8 @@ class ModelRunner:
         """
         clock = StepClock(self._tp.device)
         self._slots.apply(plan)
+        if len(plan.copies):
+            self._kv_cache.copy(plan.copies)
         rows = take_step(self._slots, plan)
         if rows is None:
             return PendingResult(self._tp, clock, None, None, [])
