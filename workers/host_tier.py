@@ -4,6 +4,7 @@ A block lies in one piece there, [num_groups, words] as in workers/block_rows.py
 buffer on the device, so that what crosses the bus is contiguous.
 """
 
+import threading
 import time
 import weakref
 from collections.abc import Iterator
@@ -36,7 +37,8 @@ class HostTier:
         self._transfers = TransferStream(cache.device)
         memory = host_memory(num_blocks * self._rows.block_bytes, cache.device)
         if cache.device.type == "cuda":
-            weakref.finalize(self, _release, self._transfers, memory, cache.device)
+            release = weakref.finalize(self, _release, self._transfers, memory, cache.device)
+            release.atexit = False  # the end of the process frees it all
         self._host = memory.view(self._staging.dtype).view(num_blocks, *self._staging.shape[1:])
 
     def apply(self, plan: Plan) -> None:
@@ -107,5 +109,13 @@ def _runs(host_ids: NDArray[np.int32]) -> list[tuple[slice, slice]]:
 
 
 def _release(transfers: TransferStream, memory: torch.Tensor, device: torch.device) -> None:
-    transfers.wait()
-    unpin(memory, device)
+    """Waits for nothing: the steps that transfers are queued behind may be waiting for a rank that is gone."""
+
+    def unpin_unused() -> None:
+        transfers.wait()
+        unpin(memory, device)
+
+    if transfers.is_idle():
+        unpin_unused()
+    else:
+        threading.Thread(target=unpin_unused, name="host tier", daemon=True).start()

@@ -49,6 +49,9 @@ class TransferStream:
                 self._finished, _ = self._running.popleft()
             return self._finished
 
+    def is_idle(self) -> bool:
+        return self._stream is None or self._stream.query()
+
     def wait(self) -> None:
         """Until all that is queued has ended."""
         if self._stream is not None:

@@ -1,5 +1,7 @@
 """Blocks on their way between device and host; and whether the host has room for them."""
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -180,6 +182,17 @@ class TestOnAGpu:
         assert cache.keys.eq(3).all()
         assert cache.values.eq(4).all()
 
+    def test_its_end_waits_for_nothing(self):
+        cache = make_cache("cuda")
+        tier = HostTier(cache, NUM_HOST_BLOCKS)
+        torch.cuda._sleep(500_000_000)  # some 250 ms
+        tier.apply(make_plan(1, saves=[(0, 0)]))
+        gone = weakref.ref(tier)
+        del tier
+        assert gone() is None
+        assert not torch.cuda.current_stream().query()
+        torch.cuda.synchronize()
+
     def test_a_step_waits_for_the_loads_that_it_counts_on(self, large):
         cache, tier = large
         cache.keys.fill_(5)
@@ -193,8 +206,10 @@ class TestOnAGpu:
 
 
 def test_ranks_agree_on_the_least(make_llama, run_ranks):
+    path = str(make_llama())
+
     def num_blocks_of(tp):
-        model, _ = load_model(str(make_llama()), "dummy", torch.float32, tp, 64, seed=0)
+        model, _ = load_model(path, "dummy", torch.float32, tp, 64, seed=0)
         # Half the heads: a block takes 8 * 2 * 2 * 2 * 8 float32.
         config = engine_pb2.WorkerConfig(block_size=8, swap_space_bytes=2048 * (30 - tp.rank))
         return rank._RunnerBuilder(config, model, tp, 2).num_host_blocks()
