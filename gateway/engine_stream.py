@@ -30,7 +30,7 @@ class EngineStream:
         self.index = index
         self.handle = request.handle + index
         self.ended = False  # no more will be delivered
-        self._news = EngineDelta()
+        self._news: EngineDelta | None = None
 
     def deliver(
         self,
@@ -39,13 +39,16 @@ class EngineStream:
         finish_reason: int,
         beam_score: float | None = None,
     ) -> None:
-        self._news.token_ids += token_ids
-        self._news.logprobs += logprobs
+        if (news := self._news) is None:
+            news = self._news = EngineDelta()
+            self.request.with_news.append(self)
+        news.token_ids += token_ids
+        news.logprobs += logprobs
         if finish_reason:
-            self._news.finish_reason = finish_reason
-            self._news.beam_score = beam_score
+            news.finish_reason = finish_reason
+            news.beam_score = beam_score
             self.end()
-        self.request.has_news(self)
+        self.request.wake_if_ready()
 
     def end(self) -> None:
         if not self.ended:
@@ -53,7 +56,8 @@ class EngineStream:
             self.request.num_open -= 1
 
     def take(self) -> EngineDelta:
-        news, self._news = self._news, EngineDelta()
+        news, self._news = self._news, None
+        assert news is not None, "only a stream with news is taken from"
         return news
 
 
@@ -69,17 +73,12 @@ class EngineRequest:
         self.prompt_logprobs: list[PositionLogprobs] = []
         self.num_cached_tokens = 0  # of the prompt, as the first sample found them
         self._only_end = only_end
-        self._with_news: dict[int, EngineStream] = {}  # by index
+        self.with_news: list[EngineStream] = []  # in the order of its coming
         self._failure: OctavoError | None = None
         self._waiter: asyncio.Future[None] | None = None
 
-    def has_news(self, stream: EngineStream) -> None:
-        self._with_news[stream.index] = stream
-        if self._ready():
-            self._wake()
-
     def fail(self, error: OctavoError) -> None:
-        """Of one sample is of the request."""
+        """The failure of one sample is that of the request."""
         self._failure = error
         self._wake()
 
@@ -90,12 +89,22 @@ class EngineRequest:
             await self._waiter
         if self._failure is not None:
             raise self._failure
-        with_news, self._with_news = self._with_news, {}
-        return [(index, with_news[index].take()) for index in sorted(with_news)]
+        with_news, self.with_news = self.with_news, []
+        if len(with_news) > 1:
+            with_news.sort(key=_index)
+        return [(stream.index, stream.take()) for stream in with_news]
+
+    def wake_if_ready(self) -> None:
+        if self._waiter is not None and self._ready():
+            self._wake()
 
     def _ready(self) -> bool:
-        return bool(self._with_news) and not (self._only_end and self.num_open)
+        return bool(self.with_news) and not (self._only_end and self.num_open)
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
+
+
+def _index(stream: EngineStream) -> int:
+    return stream.index

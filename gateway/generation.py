@@ -14,7 +14,7 @@ from ..proto import sampling_pb2
 from .chat_template import Message
 from .config import GatewaySettings
 from .engine_client import EngineClient, Submission
-from .engine_stream import EngineRequest
+from .engine_stream import EngineDelta, EngineRequest
 from .errors import UnknownModelError
 from .output import OutputAssembler, OutputOptions, RequestDelta, Usage, best, merge, without_logprobs
 from .samples import Samples, StreamField, check_may_stream, check_samples
@@ -149,7 +149,7 @@ class GenerationService:
         engine_request = self.engine.submit(request.submission(), quiet)
         try:
             while True:
-                delta = await outputs.read(engine_request, self.engine)
+                delta = outputs.push(await engine_request.read(), engine_request, self.engine)
                 yield delta
                 if delta.usage is not None:
                     return
@@ -193,10 +193,12 @@ class _RequestOutputs:
         detokenizer = text.new_detokenizer(options.skip_special_tokens) if text is not None else None
         return OutputAssembler(options, detokenizer, index)
 
-    async def read(self, request: EngineRequest, engine: EngineClient) -> RequestDelta:
-        """The next news. A sample that a stop string ends here is ended in the engine, which does not know."""
+    def push(
+        self, news: Sequence[tuple[int, EngineDelta]], request: EngineRequest, engine: EngineClient
+    ) -> RequestDelta:
+        """Reads news. A sample that a stop string ends here is ended in the engine, which does not know."""
         outputs = []
-        for index, delta in await request.read():
+        for index, delta in news:
             output = self._assemblers[index].push(delta)
             self._num_output_tokens[index] = output.num_output_tokens
             if output.finish_reason:
