@@ -22,7 +22,7 @@ from .sampling import MAX_PROMPT_LOGPROBS, SamplingRequest
 from .sse import EventStream, JsonAnswer
 
 _DEFAULT_MAX_TOKENS = 16  # OpenAI's, for this endpoint only
-_MAX_CHOICES = 4096  # of a call
+_MAX_SAMPLES = 4096  # of a call
 _MAX_ECHOED_TOKENS = 2**21  # of a call, about 8 MiB of text
 
 
@@ -49,11 +49,12 @@ def _names(body: CompletionBody) -> dict[str, str]:
 
 
 def _check_num_choices(body: CompletionBody, checked: Sequence[CheckedRequest]) -> None:
-    """A short body may ask for many choices, and for its prompts in each: what that makes is bounded."""
-    n = checked[0].samples.n
-    if n > 1 and len(checked) * n > _MAX_CHOICES:
-        message = f"n: {len(checked)} prompts with {n} choices each make {len(checked) * n}"
-        raise InvalidArgumentError(f"{message}; a call takes at most {_MAX_CHOICES}", "n")
+    """A short body may ask for many samples, and for its prompts in each: what that makes is bounded."""
+    n, num_drawn = checked[0].samples.n, checked[0].samples.num_drawn
+    if num_drawn > 1 and len(checked) * num_drawn > _MAX_SAMPLES:
+        name = "best_of" if num_drawn > n else "n"
+        message = f"{name}: {len(checked)} prompts with {num_drawn} samples each make {len(checked) * num_drawn}"
+        raise InvalidArgumentError(f"{message}; a call takes at most {_MAX_SAMPLES}", name)
     num_echoed = n * sum(len(request.prompt_token_ids) for request in checked) if body.echo and n > 1 else 0
     num_entries = num_echoed * (1 + body.logprobs) if body.logprobs is not None else 0
     if num_echoed > _MAX_ECHOED_TOKENS or num_entries > MAX_PROMPT_LOGPROBS:

@@ -307,6 +307,7 @@ def test_what_does_not_go_together(gateway, path, param, body):
 
 def test_many_choices_of_many_prompts_are_bounded(gateway):
     assert refused(gateway, {"prompt": ["a"] * 256, "n": 17})[0] == "n"
+    assert refused(gateway, {"prompt": ["a"] * 256, "best_of": 17})[0] == "best_of"
     assert refused(gateway, {"prompt": [[5] * 200] * 256, "n": 16, "echo": True, "logprobs": 1})[0] == "echo"
 
 
