@@ -17,6 +17,7 @@ import triton
 from torch.overrides import TorchFunctionMode
 from triton.runtime.jit import JITFunction
 
+from ..kernels.launch import Launch
 from .graph_recorder import Recording, Tensors
 from .model_config import ModelConfig
 from .models.registry import Model, model_class, registered_architectures
@@ -49,12 +50,12 @@ def launches_compile() -> Iterator[None]:
         del warmup
         return run(self, *args, grid=grid, warmup=True, **kwargs)
 
-    JITFunction.run = compile_only
+    JITFunction.run, Launch.always_anew = compile_only, True
     try:
         with _ZeroedMemory():
             yield
     finally:
-        JITFunction.run = run
+        JITFunction.run, Launch.always_anew = run, False
 
 
 class _ZeroedMemory(TorchFunctionMode):

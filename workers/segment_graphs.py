@@ -44,15 +44,25 @@ class _Bucket:
     size: int
     segments: dict[Segment, _Replayable] = field(default_factory=dict)
 
-    def run(self, num_tokens: int, segment: Segment, *inputs: torch.Tensor) -> Tensors:
-        """Replays `segment` for `num_tokens` rows, up to the size."""
-        replayable = self.segments[segment]
+
+@dataclass(frozen=True, slots=True)
+class _Replay:
+    """The runner of one step of `num_tokens` rows, at most the bucket's size."""
+
+    bucket: _Bucket
+    num_tokens: int
+
+    def __call__(self, segment: Segment, *inputs: torch.Tensor) -> Tensors:
+        replayable = self.bucket.segments[segment]
         for place, given in zip(replayable.inputs, inputs, strict=True):
-            # What another segment made is where this one reads it already.
+            # What another segment made is where this one reads it already, and so is what was written to `input_of`.
             if place.data_ptr() != given.data_ptr():
-                place[:num_tokens].copy_(given)
+                place[: self.num_tokens].copy_(given)
         replayable.recording.replay()
-        return tuple(output[:num_tokens] for output in replayable.recording.outputs)
+        return tuple(output[: self.num_tokens] for output in replayable.recording.outputs)
+
+    def input_of(self, segment: Segment) -> torch.Tensor:
+        return self.bucket.segments[segment].inputs[0][: self.num_tokens]
 
 
 class _Places:
@@ -101,7 +111,7 @@ class SegmentGraphs:
     def runner(self, num_tokens: int) -> SegmentRunner:
         """Runs the segments of one step of `num_tokens`: from graphs, or as they are called if none is large enough."""
         index = bisect_left(self._buckets, num_tokens, key=lambda bucket: bucket.size)
-        return partial(self._buckets[index].run, num_tokens) if index < len(self._buckets) else run_now
+        return _Replay(self._buckets[index], num_tokens) if index < len(self._buckets) else run_now
 
 
 class _BucketRecorder:
@@ -117,6 +127,10 @@ class _BucketRecorder:
         self._bucket.segments[segment] = _Replayable(places, recording)
         self._made |= {output.data_ptr(): output for output in recording.outputs}
         return outputs
+
+    def input_of(self, segment: Segment) -> None:
+        """Any place will do: replays read from one of ours."""
+        del segment
 
     def _place(self, argument: int, given: torch.Tensor) -> torch.Tensor:
         made = self._made.get(given.data_ptr())
