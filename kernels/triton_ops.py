@@ -1,7 +1,8 @@
 """The operations of a GPU: Triton kernels, put together as layers call them, and cuBLAS for large matrix products."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -23,6 +24,17 @@ Tensor = torch.Tensor
 T = TypeVar("T")
 
 
+@contextmanager
+def _cublas_lt() -> Iterator[None]:
+    """Has torch leave matrix products to cuBLASLt. A setting of the process: one thread launches all of them."""
+    before = torch.backends.cuda.preferred_blas_library()
+    torch.backends.cuda.preferred_blas_library("cublaslt")
+    try:
+        yield
+    finally:
+        torch.backends.cuda.preferred_blas_library(before)
+
+
 class TritonOperations(Operations):
     """Triton kernels; what they refuse, the reference does, which the log says once."""
 
@@ -38,6 +50,9 @@ class TritonOperations(Operations):
                 return gemv(x, weight, bias)
             case LinearKernel.SMALL_MATMUL:
                 return small_matmul(x, weight, bias, self._split_workspace)
+            case LinearKernel.CUBLAS_LT:
+                with _cublas_lt():
+                    return super().linear(x, weight, bias, out)
         return super().linear(x, weight, bias, out)
 
     def gated_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

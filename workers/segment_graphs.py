@@ -12,14 +12,17 @@ from functools import partial
 import torch
 
 from ..kernels.batch import AttentionBatch
+from .bucket_choice import sizes_worth_having
 from .graph_recorder import Recorder, Recording, Tensors
 from .kv_cache import KVCache
 from .models.registry import Model
+from .parallel import TensorParallel
 from .segments import Segment, SegmentRunner, run_now
 
 # Above, a step's launches hide behind the GPU's own time: 8B takes one H200 47 ms for 2,048 tokens, and four of them 34
 # for 4,096, which their hosts launch in about 22.
 _MAX_NUM_TOKENS = 2048
+_NUM_SAMPLES = 3  # segments of a bucket that are timed
 
 
 def bucket_sizes(max_num_tokens: int) -> list[int]:
@@ -43,6 +46,11 @@ class _Bucket:
 
     size: int
     segments: dict[Segment, _Replayable] = field(default_factory=dict)
+
+    def samples(self) -> list[Recording]:
+        """What stands for all segments where they are timed: some of the middle, which are alike."""
+        recordings = [replayable.recording for replayable in self.segments.values()]
+        return recordings[1 : 1 + _NUM_SAMPLES] or recordings
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,15 +96,16 @@ class SegmentGraphs:
     What a segment returns is overwritten by the next step's: all that reads it is queued before.
     """
 
-    def __init__(self, model: Model, max_num_tokens: int, recorder: Recorder) -> None:
+    def __init__(self, model: Model, max_num_tokens: int, recorder: Recorder, tp: TensorParallel) -> None:
         """Records nothing yet: see `capture`."""
-        self._model, self.recorder = model, recorder
+        self._model, self.recorder, self._tp = model, recorder, tp
         self._buckets = [_Bucket(size) for size in bucket_sizes(max_num_tokens)]
         self._places = _Places()
 
     @torch.inference_mode()
     def capture(self, kv_cache: KVCache) -> None:
-        """Records every bucket, the largest first: the others then share its memory. On all ranks at once.
+        """Records every bucket, the largest first: the others then share its memory. On all ranks at once. Those that a
+        larger one outruns are dropped.
 
         Leaves a meaningless key and value in the first cell of `kv_cache`, which the graphs do not keep.
         """
@@ -107,6 +116,9 @@ class SegmentGraphs:
                 # Kernels compile, and libraries make their workspaces, before the recording.
                 self._model.forward(token_ids, batch, kv_cache)
                 self._model.forward(token_ids, batch, kv_cache, _BucketRecorder(self.recorder, self._places, bucket))
+            times_ms = {bucket.size: self.recorder.time_ms(bucket.samples()) for bucket in self._buckets}
+            worth_having = sizes_worth_having(times_ms, self._tp)
+        self._buckets = [bucket for bucket in self._buckets if bucket.size in worth_having]
 
     def runner(self, num_tokens: int) -> SegmentRunner:
         """Runs the segments of one step of `num_tokens`: from graphs, or as they are called if none is large enough."""
