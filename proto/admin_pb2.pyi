@@ -41,7 +41,7 @@ class GetStatusResponse(_message.Message):
     def __init__(self, version: _Optional[str] = ..., model: _Optional[str] = ..., uptime_s: _Optional[float] = ..., num_waiting: _Optional[int] = ..., groups: _Optional[_Iterable[_Union[GroupStatus, _Mapping]]] = ..., num_gateways: _Optional[int] = ..., counters: _Optional[_Union[EngineCounters, _Mapping]] = ...) -> None: ...
 
 class GroupStatus(_message.Message):
-    __slots__ = ("group_id", "state", "epoch", "ranks", "block_size", "num_blocks", "num_free_blocks", "num_running", "num_inflight_steps", "steps", "failure")
+    __slots__ = ("group_id", "state", "epoch", "ranks", "block_size", "num_blocks", "num_free_blocks", "num_running", "num_inflight_steps", "steps", "failure", "blocks", "block_counters")
     GROUP_ID_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -53,6 +53,8 @@ class GroupStatus(_message.Message):
     NUM_INFLIGHT_STEPS_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
     FAILURE_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_COUNTERS_FIELD_NUMBER: _ClassVar[int]
     group_id: int
     state: GroupState
     epoch: int
@@ -64,7 +66,55 @@ class GroupStatus(_message.Message):
     num_inflight_steps: int
     steps: StepCounters
     failure: str
-    def __init__(self, group_id: _Optional[int] = ..., state: _Optional[_Union[GroupState, str]] = ..., epoch: _Optional[int] = ..., ranks: _Optional[_Iterable[_Union[RankStatus, _Mapping]]] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_running: _Optional[int] = ..., num_inflight_steps: _Optional[int] = ..., steps: _Optional[_Union[StepCounters, _Mapping]] = ..., failure: _Optional[str] = ...) -> None: ...
+    blocks: BlockStatus
+    block_counters: BlockCounters
+    def __init__(self, group_id: _Optional[int] = ..., state: _Optional[_Union[GroupState, str]] = ..., epoch: _Optional[int] = ..., ranks: _Optional[_Iterable[_Union[RankStatus, _Mapping]]] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_running: _Optional[int] = ..., num_inflight_steps: _Optional[int] = ..., steps: _Optional[_Union[StepCounters, _Mapping]] = ..., failure: _Optional[str] = ..., blocks: _Optional[_Union[BlockStatus, _Mapping]] = ..., block_counters: _Optional[_Union[BlockCounters, _Mapping]] = ...) -> None: ...
+
+class BlockStatus(_message.Message):
+    __slots__ = ("num_used", "num_shared", "num_table_entries", "num_cached", "num_empty_places", "num_host", "num_host_used", "num_in_transfer")
+    NUM_USED_FIELD_NUMBER: _ClassVar[int]
+    NUM_SHARED_FIELD_NUMBER: _ClassVar[int]
+    NUM_TABLE_ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    NUM_CACHED_FIELD_NUMBER: _ClassVar[int]
+    NUM_EMPTY_PLACES_FIELD_NUMBER: _ClassVar[int]
+    NUM_HOST_FIELD_NUMBER: _ClassVar[int]
+    NUM_HOST_USED_FIELD_NUMBER: _ClassVar[int]
+    NUM_IN_TRANSFER_FIELD_NUMBER: _ClassVar[int]
+    num_used: int
+    num_shared: int
+    num_table_entries: int
+    num_cached: int
+    num_empty_places: int
+    num_host: int
+    num_host_used: int
+    num_in_transfer: int
+    def __init__(self, num_used: _Optional[int] = ..., num_shared: _Optional[int] = ..., num_table_entries: _Optional[int] = ..., num_cached: _Optional[int] = ..., num_empty_places: _Optional[int] = ..., num_host: _Optional[int] = ..., num_host_used: _Optional[int] = ..., num_in_transfer: _Optional[int] = ...) -> None: ...
+
+class BlockCounters(_message.Message):
+    __slots__ = ("num_looked_up_tokens", "num_device_hit_tokens", "num_host_hit_tokens", "num_copied_blocks", "num_saved_blocks", "num_loaded_blocks", "num_evicted_blocks", "num_steps", "sum_used", "sum_table_entries", "sum_empty_places")
+    NUM_LOOKED_UP_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_DEVICE_HIT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_HOST_HIT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_COPIED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    NUM_SAVED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    NUM_LOADED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    NUM_EVICTED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    NUM_STEPS_FIELD_NUMBER: _ClassVar[int]
+    SUM_USED_FIELD_NUMBER: _ClassVar[int]
+    SUM_TABLE_ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    SUM_EMPTY_PLACES_FIELD_NUMBER: _ClassVar[int]
+    num_looked_up_tokens: int
+    num_device_hit_tokens: int
+    num_host_hit_tokens: int
+    num_copied_blocks: int
+    num_saved_blocks: int
+    num_loaded_blocks: int
+    num_evicted_blocks: int
+    num_steps: int
+    sum_used: int
+    sum_table_entries: int
+    sum_empty_places: int
+    def __init__(self, num_looked_up_tokens: _Optional[int] = ..., num_device_hit_tokens: _Optional[int] = ..., num_host_hit_tokens: _Optional[int] = ..., num_copied_blocks: _Optional[int] = ..., num_saved_blocks: _Optional[int] = ..., num_loaded_blocks: _Optional[int] = ..., num_evicted_blocks: _Optional[int] = ..., num_steps: _Optional[int] = ..., sum_used: _Optional[int] = ..., sum_table_entries: _Optional[int] = ..., sum_empty_places: _Optional[int] = ...) -> None: ...
 
 class RankStatus(_message.Message):
     __slots__ = ("rank", "address", "device")

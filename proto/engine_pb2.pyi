@@ -1,12 +1,24 @@
 from octavo.proto import admin_pb2 as _admin_pb2
 from octavo.proto import sampling_pb2 as _sampling_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class EarlyStopping(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    EARLY_STOPPING_UNSPECIFIED: _ClassVar[EarlyStopping]
+    EARLY_STOPPING_HEURISTIC: _ClassVar[EarlyStopping]
+    EARLY_STOPPING_FIRST: _ClassVar[EarlyStopping]
+    EARLY_STOPPING_NEVER: _ClassVar[EarlyStopping]
+EARLY_STOPPING_UNSPECIFIED: EarlyStopping
+EARLY_STOPPING_HEURISTIC: EarlyStopping
+EARLY_STOPPING_FIRST: EarlyStopping
+EARLY_STOPPING_NEVER: EarlyStopping
 
 class SessionRequest(_message.Message):
     __slots__ = ("submits", "cancel_handles", "stop_handles")
@@ -19,19 +31,35 @@ class SessionRequest(_message.Message):
     def __init__(self, submits: _Optional[_Iterable[_Union[Submit, _Mapping]]] = ..., cancel_handles: _Optional[bytes] = ..., stop_handles: _Optional[bytes] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("handle", "prompt_token_ids", "sampling_params", "priority")
+    __slots__ = ("handle", "prompt_token_ids", "sampling_params", "priority", "num_samples", "cache_salt", "beam_search")
     HANDLE_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_PARAMS_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    NUM_SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
+    BEAM_SEARCH_FIELD_NUMBER: _ClassVar[int]
     handle: int
     prompt_token_ids: bytes
     sampling_params: _sampling_pb2.SamplingParams
     priority: int
-    def __init__(self, handle: _Optional[int] = ..., prompt_token_ids: _Optional[bytes] = ..., sampling_params: _Optional[_Union[_sampling_pb2.SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ...) -> None: ...
+    num_samples: int
+    cache_salt: bytes
+    beam_search: BeamSearch
+    def __init__(self, handle: _Optional[int] = ..., prompt_token_ids: _Optional[bytes] = ..., sampling_params: _Optional[_Union[_sampling_pb2.SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., num_samples: _Optional[int] = ..., cache_salt: _Optional[bytes] = ..., beam_search: _Optional[_Union[BeamSearch, _Mapping]] = ...) -> None: ...
+
+class BeamSearch(_message.Message):
+    __slots__ = ("num_beams", "length_penalty", "early_stopping")
+    NUM_BEAMS_FIELD_NUMBER: _ClassVar[int]
+    LENGTH_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    EARLY_STOPPING_FIELD_NUMBER: _ClassVar[int]
+    num_beams: int
+    length_penalty: float
+    early_stopping: EarlyStopping
+    def __init__(self, num_beams: _Optional[int] = ..., length_penalty: _Optional[float] = ..., early_stopping: _Optional[_Union[EarlyStopping, str]] = ...) -> None: ...
 
 class SessionResponse(_message.Message):
-    __slots__ = ("handles", "num_tokens", "finish_reasons", "token_ids", "logprobs", "prompt_logprobs", "failures")
+    __slots__ = ("handles", "num_tokens", "finish_reasons", "token_ids", "logprobs", "prompt_logprobs", "failures", "cached_handles", "num_cached_tokens", "beam_scores")
     HANDLES_FIELD_NUMBER: _ClassVar[int]
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     FINISH_REASONS_FIELD_NUMBER: _ClassVar[int]
@@ -39,6 +67,9 @@ class SessionResponse(_message.Message):
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     FAILURES_FIELD_NUMBER: _ClassVar[int]
+    CACHED_HANDLES_FIELD_NUMBER: _ClassVar[int]
+    NUM_CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    BEAM_SCORES_FIELD_NUMBER: _ClassVar[int]
     handles: bytes
     num_tokens: bytes
     finish_reasons: bytes
@@ -46,7 +77,10 @@ class SessionResponse(_message.Message):
     logprobs: _containers.RepeatedCompositeFieldContainer[EntryLogprobs]
     prompt_logprobs: _containers.RepeatedCompositeFieldContainer[PromptLogprobs]
     failures: _containers.RepeatedCompositeFieldContainer[Failure]
-    def __init__(self, handles: _Optional[bytes] = ..., num_tokens: _Optional[bytes] = ..., finish_reasons: _Optional[bytes] = ..., token_ids: _Optional[bytes] = ..., logprobs: _Optional[_Iterable[_Union[EntryLogprobs, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[PromptLogprobs, _Mapping]]] = ..., failures: _Optional[_Iterable[_Union[Failure, _Mapping]]] = ...) -> None: ...
+    cached_handles: bytes
+    num_cached_tokens: bytes
+    beam_scores: bytes
+    def __init__(self, handles: _Optional[bytes] = ..., num_tokens: _Optional[bytes] = ..., finish_reasons: _Optional[bytes] = ..., token_ids: _Optional[bytes] = ..., logprobs: _Optional[_Iterable[_Union[EntryLogprobs, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[PromptLogprobs, _Mapping]]] = ..., failures: _Optional[_Iterable[_Union[Failure, _Mapping]]] = ..., cached_handles: _Optional[bytes] = ..., num_cached_tokens: _Optional[bytes] = ..., beam_scores: _Optional[bytes] = ...) -> None: ...
 
 class EntryLogprobs(_message.Message):
     __slots__ = ("entry", "table")
@@ -81,7 +115,7 @@ class Failure(_message.Message):
     def __init__(self, handle: _Optional[int] = ..., code: _Optional[int] = ..., message: _Optional[str] = ..., retry_after_s: _Optional[float] = ..., field: _Optional[str] = ...) -> None: ...
 
 class EngineConfig(_message.Message):
-    __slots__ = ("address", "model", "vocab_size", "max_model_len", "block_size", "max_num_seqs", "max_num_batched_tokens", "max_num_waiting", "num_inflight_steps", "itl_target_ms")
+    __slots__ = ("address", "model", "vocab_size", "max_model_len", "block_size", "max_num_seqs", "max_num_batched_tokens", "max_num_waiting", "num_inflight_steps", "itl_target_ms", "enable_prefix_caching")
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -92,6 +126,7 @@ class EngineConfig(_message.Message):
     MAX_NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     NUM_INFLIGHT_STEPS_FIELD_NUMBER: _ClassVar[int]
     ITL_TARGET_MS_FIELD_NUMBER: _ClassVar[int]
+    ENABLE_PREFIX_CACHING_FIELD_NUMBER: _ClassVar[int]
     address: str
     model: str
     vocab_size: int
@@ -102,7 +137,8 @@ class EngineConfig(_message.Message):
     max_num_waiting: int
     num_inflight_steps: int
     itl_target_ms: float
-    def __init__(self, address: _Optional[str] = ..., model: _Optional[str] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., block_size: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., max_num_batched_tokens: _Optional[int] = ..., max_num_waiting: _Optional[int] = ..., num_inflight_steps: _Optional[int] = ..., itl_target_ms: _Optional[float] = ...) -> None: ...
+    enable_prefix_caching: bool
+    def __init__(self, address: _Optional[str] = ..., model: _Optional[str] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., block_size: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., max_num_batched_tokens: _Optional[int] = ..., max_num_waiting: _Optional[int] = ..., num_inflight_steps: _Optional[int] = ..., itl_target_ms: _Optional[float] = ..., enable_prefix_caching: _Optional[bool] = ...) -> None: ...
 
 class AddGroupRequest(_message.Message):
     __slots__ = ("group_id", "workers", "config")
@@ -123,7 +159,7 @@ class WorkerEndpoint(_message.Message):
     def __init__(self, address: _Optional[str] = ..., device: _Optional[str] = ...) -> None: ...
 
 class WorkerConfig(_message.Message):
-    __slots__ = ("model_path", "load_format", "dtype", "block_size", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "gpu_memory_utilization", "num_blocks_override", "store_address", "seed", "enforce_eager")
+    __slots__ = ("model_path", "load_format", "dtype", "block_size", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "gpu_memory_utilization", "num_blocks_override", "store_address", "seed", "enforce_eager", "swap_space_bytes", "kv_cache_dtype")
     MODEL_PATH_FIELD_NUMBER: _ClassVar[int]
     LOAD_FORMAT_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
@@ -136,6 +172,8 @@ class WorkerConfig(_message.Message):
     STORE_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     ENFORCE_EAGER_FIELD_NUMBER: _ClassVar[int]
+    SWAP_SPACE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    KV_CACHE_DTYPE_FIELD_NUMBER: _ClassVar[int]
     model_path: str
     load_format: str
     dtype: str
@@ -148,14 +186,18 @@ class WorkerConfig(_message.Message):
     store_address: str
     seed: int
     enforce_eager: bool
-    def __init__(self, model_path: _Optional[str] = ..., load_format: _Optional[str] = ..., dtype: _Optional[str] = ..., block_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., max_num_batched_tokens: _Optional[int] = ..., gpu_memory_utilization: _Optional[float] = ..., num_blocks_override: _Optional[int] = ..., store_address: _Optional[str] = ..., seed: _Optional[int] = ..., enforce_eager: _Optional[bool] = ...) -> None: ...
+    swap_space_bytes: int
+    kv_cache_dtype: str
+    def __init__(self, model_path: _Optional[str] = ..., load_format: _Optional[str] = ..., dtype: _Optional[str] = ..., block_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., max_num_batched_tokens: _Optional[int] = ..., gpu_memory_utilization: _Optional[float] = ..., num_blocks_override: _Optional[int] = ..., store_address: _Optional[str] = ..., seed: _Optional[int] = ..., enforce_eager: _Optional[bool] = ..., swap_space_bytes: _Optional[int] = ..., kv_cache_dtype: _Optional[str] = ...) -> None: ...
 
 class AddGroupProgress(_message.Message):
-    __slots__ = ("stage", "duration_s", "num_blocks")
+    __slots__ = ("stage", "duration_s", "num_blocks", "num_host_blocks")
     STAGE_FIELD_NUMBER: _ClassVar[int]
     DURATION_S_FIELD_NUMBER: _ClassVar[int]
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    NUM_HOST_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     stage: str
     duration_s: float
     num_blocks: int
-    def __init__(self, stage: _Optional[str] = ..., duration_s: _Optional[float] = ..., num_blocks: _Optional[int] = ...) -> None: ...
+    num_host_blocks: int
+    def __init__(self, stage: _Optional[str] = ..., duration_s: _Optional[float] = ..., num_blocks: _Optional[int] = ..., num_host_blocks: _Optional[int] = ...) -> None: ...

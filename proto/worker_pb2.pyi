@@ -21,14 +21,18 @@ class ConfigureRequest(_message.Message):
     def __init__(self, config: _Optional[_Union[_engine_pb2.WorkerConfig, _Mapping]] = ..., rank: _Optional[int] = ..., tensor_parallel_size: _Optional[int] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class ConfigureProgress(_message.Message):
-    __slots__ = ("stage", "duration_s", "num_blocks")
+    __slots__ = ("stage", "duration_s", "num_blocks", "num_host_blocks", "host_block_us")
     STAGE_FIELD_NUMBER: _ClassVar[int]
     DURATION_S_FIELD_NUMBER: _ClassVar[int]
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    NUM_HOST_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    HOST_BLOCK_US_FIELD_NUMBER: _ClassVar[int]
     stage: str
     duration_s: float
     num_blocks: int
-    def __init__(self, stage: _Optional[str] = ..., duration_s: _Optional[float] = ..., num_blocks: _Optional[int] = ...) -> None: ...
+    num_host_blocks: int
+    host_block_us: float
+    def __init__(self, stage: _Optional[str] = ..., duration_s: _Optional[float] = ..., num_blocks: _Optional[int] = ..., num_host_blocks: _Optional[int] = ..., host_block_us: _Optional[float] = ...) -> None: ...
 
 class ProfileRequest(_message.Message):
     __slots__ = ("num_steps", "trace_path")
@@ -65,7 +69,7 @@ class KernelTime(_message.Message):
     def __init__(self, name: _Optional[str] = ..., calls: _Optional[float] = ..., time_us: _Optional[float] = ..., mean_us: _Optional[float] = ...) -> None: ...
 
 class BatchPlan(_message.Message):
-    __slots__ = ("epoch", "step_id", "leave_slots", "joins", "append_slots", "append_block_ids", "decode_slots_changed", "decode_slots", "chunk_slots", "chunk_num_tokens")
+    __slots__ = ("epoch", "step_id", "leave_slots", "joins", "append_slots", "append_block_ids", "decode_slots_changed", "decode_slots", "chunk_slots", "chunk_num_tokens", "amend_slots", "amend_token_ids", "copy_from_block_ids", "copy_to_block_ids", "save_block_ids", "save_host_ids", "load_host_ids", "load_block_ids", "finished_transfers")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     STEP_ID_FIELD_NUMBER: _ClassVar[int]
     LEAVE_SLOTS_FIELD_NUMBER: _ClassVar[int]
@@ -76,6 +80,15 @@ class BatchPlan(_message.Message):
     DECODE_SLOTS_FIELD_NUMBER: _ClassVar[int]
     CHUNK_SLOTS_FIELD_NUMBER: _ClassVar[int]
     CHUNK_NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    AMEND_SLOTS_FIELD_NUMBER: _ClassVar[int]
+    AMEND_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    COPY_FROM_BLOCK_IDS_FIELD_NUMBER: _ClassVar[int]
+    COPY_TO_BLOCK_IDS_FIELD_NUMBER: _ClassVar[int]
+    SAVE_BLOCK_IDS_FIELD_NUMBER: _ClassVar[int]
+    SAVE_HOST_IDS_FIELD_NUMBER: _ClassVar[int]
+    LOAD_HOST_IDS_FIELD_NUMBER: _ClassVar[int]
+    LOAD_BLOCK_IDS_FIELD_NUMBER: _ClassVar[int]
+    FINISHED_TRANSFERS_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     step_id: int
     leave_slots: bytes
@@ -86,7 +99,16 @@ class BatchPlan(_message.Message):
     decode_slots: bytes
     chunk_slots: bytes
     chunk_num_tokens: bytes
-    def __init__(self, epoch: _Optional[int] = ..., step_id: _Optional[int] = ..., leave_slots: _Optional[bytes] = ..., joins: _Optional[_Iterable[_Union[SlotJoin, _Mapping]]] = ..., append_slots: _Optional[bytes] = ..., append_block_ids: _Optional[bytes] = ..., decode_slots_changed: _Optional[bool] = ..., decode_slots: _Optional[bytes] = ..., chunk_slots: _Optional[bytes] = ..., chunk_num_tokens: _Optional[bytes] = ...) -> None: ...
+    amend_slots: bytes
+    amend_token_ids: bytes
+    copy_from_block_ids: bytes
+    copy_to_block_ids: bytes
+    save_block_ids: bytes
+    save_host_ids: bytes
+    load_host_ids: bytes
+    load_block_ids: bytes
+    finished_transfers: int
+    def __init__(self, epoch: _Optional[int] = ..., step_id: _Optional[int] = ..., leave_slots: _Optional[bytes] = ..., joins: _Optional[_Iterable[_Union[SlotJoin, _Mapping]]] = ..., append_slots: _Optional[bytes] = ..., append_block_ids: _Optional[bytes] = ..., decode_slots_changed: _Optional[bool] = ..., decode_slots: _Optional[bytes] = ..., chunk_slots: _Optional[bytes] = ..., chunk_num_tokens: _Optional[bytes] = ..., amend_slots: _Optional[bytes] = ..., amend_token_ids: _Optional[bytes] = ..., copy_from_block_ids: _Optional[bytes] = ..., copy_to_block_ids: _Optional[bytes] = ..., save_block_ids: _Optional[bytes] = ..., save_host_ids: _Optional[bytes] = ..., load_host_ids: _Optional[bytes] = ..., load_block_ids: _Optional[bytes] = ..., finished_transfers: _Optional[int] = ...) -> None: ...
 
 class SlotJoin(_message.Message):
     __slots__ = ("slot", "token_ids", "num_prompt_tokens", "num_computed_tokens", "block_ids", "sampling_params")
@@ -105,7 +127,7 @@ class SlotJoin(_message.Message):
     def __init__(self, slot: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., num_prompt_tokens: _Optional[int] = ..., num_computed_tokens: _Optional[int] = ..., block_ids: _Optional[bytes] = ..., sampling_params: _Optional[_Union[_sampling_pb2.SamplingParams, _Mapping]] = ...) -> None: ...
 
 class StepResult(_message.Message):
-    __slots__ = ("epoch", "step_id", "token_ids", "logprobs", "prompt_logprobs", "model_time_us", "failure")
+    __slots__ = ("epoch", "step_id", "token_ids", "logprobs", "prompt_logprobs", "model_time_us", "failure", "finished_transfers")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     STEP_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -113,6 +135,7 @@ class StepResult(_message.Message):
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     MODEL_TIME_US_FIELD_NUMBER: _ClassVar[int]
     FAILURE_FIELD_NUMBER: _ClassVar[int]
+    FINISHED_TRANSFERS_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     step_id: int
     token_ids: bytes
@@ -120,7 +143,8 @@ class StepResult(_message.Message):
     prompt_logprobs: _containers.RepeatedCompositeFieldContainer[ChunkLogprobs]
     model_time_us: int
     failure: str
-    def __init__(self, epoch: _Optional[int] = ..., step_id: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., logprobs: _Optional[_Iterable[_Union[RowLogprobs, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[ChunkLogprobs, _Mapping]]] = ..., model_time_us: _Optional[int] = ..., failure: _Optional[str] = ...) -> None: ...
+    finished_transfers: int
+    def __init__(self, epoch: _Optional[int] = ..., step_id: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., logprobs: _Optional[_Iterable[_Union[RowLogprobs, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[ChunkLogprobs, _Mapping]]] = ..., model_time_us: _Optional[int] = ..., failure: _Optional[str] = ..., finished_transfers: _Optional[int] = ...) -> None: ...
 
 class RowLogprobs(_message.Message):
     __slots__ = ("row", "table")
