@@ -96,9 +96,11 @@ class Operations:
         plan: Any,  # noqa: ANN401
         num_heads: int,
         scale: float,
+        out: Tensor | None = None,
     ) -> Tensor:
         """All between the QKV product [num_tokens, all heads, head_dim] and the output projection: rotates, caches and
-        attends. Returns [num_tokens, num_heads, head_dim]."""
+        attends. Returns [num_tokens, num_heads, head_dim]: in `out` if one is given and it can be written there."""
+        del out
         q = self.rope_and_cache(qkv, *rope, *cache, kv_indices, num_heads)
         return self.attend(q, *cache, plan, scale)
 

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import Launch
 from .pdl import starts_early, wait_for_earlier_kernels
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -96,35 +97,50 @@ def rope_and_cache(
 
     Raises ValueError for tensors that the kernel does not take.
     """
+    q = qkv.new_empty(len(qkv), num_heads, qkv.shape[-1]) if out is None else out
+    launch = rope_and_cache_launch(qkv, cos, sin, k_cache, v_cache, kv_indices, num_heads, q)
+    if len(qkv):
+        launch.run()
+    return q
+
+
+def rope_and_cache_launch(
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    kv_indices: torch.Tensor,
+    num_heads: int,
+    out: torch.Tensor,
+) -> Launch:
+    """What rope_and_cache launches: to be run only if there are tokens."""
     check_qkv(qkv, cos, sin, kv_indices, k_cache, v_cache, num_heads)
     num_tokens, all_heads, head_dim = qkv.shape
-    q = qkv.new_empty(num_tokens, num_heads, head_dim) if out is None else out
-    if q.shape != (num_tokens, num_heads, head_dim) or q.dtype != qkv.dtype or not q.is_contiguous():
+    if out.shape != (num_tokens, num_heads, head_dim) or out.dtype != qkv.dtype or not out.is_contiguous():
         raise ValueError(
             f"rope_and_cache: out must be {[num_tokens, num_heads, head_dim]}, {qkv.dtype} and contiguous, "
-            f"not {list(q.shape)}, {q.dtype}, strides {q.stride()}"
+            f"not {list(out.shape)}, {out.dtype}, strides {out.stride()}"
         )
-    if num_tokens:
-        half, pdl = head_dim // 2, starts_early(qkv.device, num_tokens)
-        head_block = _HEAD_BLOCK if num_tokens < _MANY_TOKENS else _WIDE_HEAD_BLOCK
-        _rope_and_cache_kernel[(num_tokens, triton.cdiv(all_heads, head_block))](
-            qkv,
-            cos,
-            sin,
-            q,
-            k_cache,
-            v_cache,
-            kv_indices,
-            num_heads=num_heads,
-            num_kv_heads=k_cache.shape[2],
-            half=half,
-            head_block=head_block,
-            half_block=triton.next_power_of_2(half),
-            pdl=pdl,
-            num_warps=4,
-            launch_pdl=pdl,
-        )
-    return q
+    half, pdl = head_dim // 2, starts_early(qkv.device, num_tokens)
+    head_block = _HEAD_BLOCK if num_tokens < _MANY_TOKENS else _WIDE_HEAD_BLOCK
+    arguments = {
+        "qkv_ptr": qkv,
+        "cos_ptr": cos,
+        "sin_ptr": sin,
+        "q_ptr": out,
+        "k_cache_ptr": k_cache,
+        "v_cache_ptr": v_cache,
+        "kv_indices_ptr": kv_indices,
+        "num_heads": num_heads,
+        "num_kv_heads": k_cache.shape[2],
+        "half": half,
+        "head_block": head_block,
+        "half_block": triton.next_power_of_2(half),
+        "pdl": pdl,
+    }
+    grid = num_tokens, triton.cdiv(all_heads, head_block), 1
+    return Launch(_rope_and_cache_kernel, grid, arguments, {"num_warps": 4, "launch_pdl": pdl})
 
 
 def check_qkv(

@@ -77,7 +77,7 @@ def _stages(
     builder = _RunnerBuilder(config, model, tp, num_ranks_on_host)
     graphs = None
     if device.type == "cuda" and not config.enforce_eager:
-        graphs = SegmentGraphs(model, config.max_num_batched_tokens, GraphRecorder(device))
+        graphs = SegmentGraphs(model, config.max_num_batched_tokens, GraphRecorder(device), tp)
     cache = builder.kv_cache(builder.num_blocks(graphs))
     tier = builder.host_tier(cache, builder.num_host_blocks())
     runner = builder.runner(cache, tier)
@@ -132,7 +132,7 @@ def _find_kernels(
         model = miniature(config.model_path, tp, dtype, config.max_model_len)
         builder = _RunnerBuilder(config, model, tp, num_ranks_on_host)
         cache = builder.kv_cache(blocks_for_warm_up(1, num_tokens, config.block_size))
-        graphs = SegmentGraphs(model, num_tokens, UnrecordedGraphs())
+        graphs = SegmentGraphs(model, num_tokens, UnrecordedGraphs(), tp)
         graphs.capture(cache)
         runner = builder.runner(cache)
         runner.capture_graphs(graphs)
@@ -201,7 +201,7 @@ class _RunnerBuilder:
         runner = self.runner(cache, tier)
         if graphs is not None:
             graphs.capture(cache)
-            runner.capture_graphs(graphs)
+            runner.capture_graphs(graphs, is_rehearsal=True)
         before_bytes = torch.cuda.memory_allocated(self.tp.device)
         torch.cuda.reset_peak_memory_stats(self.tp.device)
         warm_up(runner, num_seqs, num_tokens)
