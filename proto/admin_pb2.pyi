@@ -13,10 +13,12 @@ class GroupState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     GROUP_STATE_STARTING: _ClassVar[GroupState]
     GROUP_STATE_READY: _ClassVar[GroupState]
     GROUP_STATE_FAILED: _ClassVar[GroupState]
+    GROUP_STATE_REBUILDING: _ClassVar[GroupState]
 GROUP_STATE_UNSPECIFIED: GroupState
 GROUP_STATE_STARTING: GroupState
 GROUP_STATE_READY: GroupState
 GROUP_STATE_FAILED: GroupState
+GROUP_STATE_REBUILDING: GroupState
 
 class GetStatusRequest(_message.Message):
     __slots__ = ()
@@ -41,7 +43,7 @@ class GetStatusResponse(_message.Message):
     def __init__(self, version: _Optional[str] = ..., model: _Optional[str] = ..., uptime_s: _Optional[float] = ..., num_waiting: _Optional[int] = ..., groups: _Optional[_Iterable[_Union[GroupStatus, _Mapping]]] = ..., num_gateways: _Optional[int] = ..., counters: _Optional[_Union[EngineCounters, _Mapping]] = ...) -> None: ...
 
 class GroupStatus(_message.Message):
-    __slots__ = ("group_id", "state", "epoch", "ranks", "block_size", "num_blocks", "num_free_blocks", "num_running", "num_inflight_steps", "steps", "failure", "blocks", "block_counters")
+    __slots__ = ("group_id", "state", "epoch", "ranks", "block_size", "num_blocks", "num_free_blocks", "num_running", "num_inflight_steps", "steps", "failure", "blocks", "block_counters", "num_restarts")
     GROUP_ID_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -55,6 +57,7 @@ class GroupStatus(_message.Message):
     FAILURE_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
     BLOCK_COUNTERS_FIELD_NUMBER: _ClassVar[int]
+    NUM_RESTARTS_FIELD_NUMBER: _ClassVar[int]
     group_id: int
     state: GroupState
     epoch: int
@@ -68,7 +71,8 @@ class GroupStatus(_message.Message):
     failure: str
     blocks: BlockStatus
     block_counters: BlockCounters
-    def __init__(self, group_id: _Optional[int] = ..., state: _Optional[_Union[GroupState, str]] = ..., epoch: _Optional[int] = ..., ranks: _Optional[_Iterable[_Union[RankStatus, _Mapping]]] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_running: _Optional[int] = ..., num_inflight_steps: _Optional[int] = ..., steps: _Optional[_Union[StepCounters, _Mapping]] = ..., failure: _Optional[str] = ..., blocks: _Optional[_Union[BlockStatus, _Mapping]] = ..., block_counters: _Optional[_Union[BlockCounters, _Mapping]] = ...) -> None: ...
+    num_restarts: int
+    def __init__(self, group_id: _Optional[int] = ..., state: _Optional[_Union[GroupState, str]] = ..., epoch: _Optional[int] = ..., ranks: _Optional[_Iterable[_Union[RankStatus, _Mapping]]] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_running: _Optional[int] = ..., num_inflight_steps: _Optional[int] = ..., steps: _Optional[_Union[StepCounters, _Mapping]] = ..., failure: _Optional[str] = ..., blocks: _Optional[_Union[BlockStatus, _Mapping]] = ..., block_counters: _Optional[_Union[BlockCounters, _Mapping]] = ..., num_restarts: _Optional[int] = ...) -> None: ...
 
 class BlockStatus(_message.Message):
     __slots__ = ("num_used", "num_shared", "num_table_entries", "num_cached", "num_empty_places", "num_host", "num_host_used", "num_in_transfer")

@@ -115,7 +115,7 @@ class Failure(_message.Message):
     def __init__(self, handle: _Optional[int] = ..., code: _Optional[int] = ..., message: _Optional[str] = ..., retry_after_s: _Optional[float] = ..., field: _Optional[str] = ...) -> None: ...
 
 class EngineConfig(_message.Message):
-    __slots__ = ("address", "model", "vocab_size", "max_model_len", "block_size", "max_num_seqs", "max_num_batched_tokens", "max_num_waiting", "num_inflight_steps", "itl_target_ms", "enable_prefix_caching")
+    __slots__ = ("address", "model", "vocab_size", "max_model_len", "block_size", "max_num_seqs", "max_num_batched_tokens", "max_num_waiting", "num_inflight_steps", "itl_target_ms", "enable_prefix_caching", "step_timeout_s", "rebuilds_groups")
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -127,6 +127,8 @@ class EngineConfig(_message.Message):
     NUM_INFLIGHT_STEPS_FIELD_NUMBER: _ClassVar[int]
     ITL_TARGET_MS_FIELD_NUMBER: _ClassVar[int]
     ENABLE_PREFIX_CACHING_FIELD_NUMBER: _ClassVar[int]
+    STEP_TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    REBUILDS_GROUPS_FIELD_NUMBER: _ClassVar[int]
     address: str
     model: str
     vocab_size: int
@@ -138,7 +140,43 @@ class EngineConfig(_message.Message):
     num_inflight_steps: int
     itl_target_ms: float
     enable_prefix_caching: bool
-    def __init__(self, address: _Optional[str] = ..., model: _Optional[str] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., block_size: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., max_num_batched_tokens: _Optional[int] = ..., max_num_waiting: _Optional[int] = ..., num_inflight_steps: _Optional[int] = ..., itl_target_ms: _Optional[float] = ..., enable_prefix_caching: _Optional[bool] = ...) -> None: ...
+    step_timeout_s: float
+    rebuilds_groups: bool
+    def __init__(self, address: _Optional[str] = ..., model: _Optional[str] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., block_size: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., max_num_batched_tokens: _Optional[int] = ..., max_num_waiting: _Optional[int] = ..., num_inflight_steps: _Optional[int] = ..., itl_target_ms: _Optional[float] = ..., enable_prefix_caching: _Optional[bool] = ..., step_timeout_s: _Optional[float] = ..., rebuilds_groups: _Optional[bool] = ...) -> None: ...
+
+class AwaitFailureRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class AwaitFailureResponse(_message.Message):
+    __slots__ = ("failures",)
+    FAILURES_FIELD_NUMBER: _ClassVar[int]
+    failures: _containers.RepeatedCompositeFieldContainer[GroupFailure]
+    def __init__(self, failures: _Optional[_Iterable[_Union[GroupFailure, _Mapping]]] = ...) -> None: ...
+
+class GroupFailure(_message.Message):
+    __slots__ = ("group_id", "epoch", "reason", "age_s", "silent_s")
+    GROUP_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    AGE_S_FIELD_NUMBER: _ClassVar[int]
+    SILENT_S_FIELD_NUMBER: _ClassVar[int]
+    group_id: int
+    epoch: int
+    reason: str
+    age_s: float
+    silent_s: float
+    def __init__(self, group_id: _Optional[int] = ..., epoch: _Optional[int] = ..., reason: _Optional[str] = ..., age_s: _Optional[float] = ..., silent_s: _Optional[float] = ...) -> None: ...
+
+class AbandonGroupRequest(_message.Message):
+    __slots__ = ("group_id",)
+    GROUP_ID_FIELD_NUMBER: _ClassVar[int]
+    group_id: int
+    def __init__(self, group_id: _Optional[int] = ...) -> None: ...
+
+class AbandonGroupResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class AddGroupRequest(_message.Message):
     __slots__ = ("group_id", "workers", "config")

@@ -45,6 +45,16 @@ class EngineStub:
                 request_serializer=octavo_dot_proto_dot_engine__pb2.AddGroupRequest.SerializeToString,
                 response_deserializer=octavo_dot_proto_dot_engine__pb2.AddGroupProgress.FromString,
                 _registered_method=True)
+        self.AwaitFailure = channel.unary_unary(
+                '/octavo.internal.v1.Engine/AwaitFailure',
+                request_serializer=octavo_dot_proto_dot_engine__pb2.AwaitFailureRequest.SerializeToString,
+                response_deserializer=octavo_dot_proto_dot_engine__pb2.AwaitFailureResponse.FromString,
+                _registered_method=True)
+        self.AbandonGroup = channel.unary_unary(
+                '/octavo.internal.v1.Engine/AbandonGroup',
+                request_serializer=octavo_dot_proto_dot_engine__pb2.AbandonGroupRequest.SerializeToString,
+                response_deserializer=octavo_dot_proto_dot_engine__pb2.AbandonGroupResponse.FromString,
+                _registered_method=True)
         self.GetStatus = channel.unary_unary(
                 '/octavo.internal.v1.Engine/GetStatus',
                 request_serializer=octavo_dot_proto_dot_admin__pb2.GetStatusRequest.SerializeToString,
@@ -64,6 +74,21 @@ class EngineServicer:
 
     def AddGroup(self, request, context):
         """Configures a worker group and admits it to scheduling; progress until it is ready. Fails with the first rank's error.
+        A group that failed is rebuilt so: it gets a new epoch, and its ranks keep the weights that they hold.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AwaitFailure(self, request, context):
+        """Answers while a group has failed and waits to be rebuilt or abandoned, at once or when that comes to pass.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AbandonGroup(self, request, context):
+        """A group that failed will not come back. Without another that serves or may come back, every request ends UNAVAILABLE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -88,6 +113,16 @@ def add_EngineServicer_to_server(servicer, server):
                     servicer.AddGroup,
                     request_deserializer=octavo_dot_proto_dot_engine__pb2.AddGroupRequest.FromString,
                     response_serializer=octavo_dot_proto_dot_engine__pb2.AddGroupProgress.SerializeToString,
+            ),
+            'AwaitFailure': grpc.unary_unary_rpc_method_handler(
+                    servicer.AwaitFailure,
+                    request_deserializer=octavo_dot_proto_dot_engine__pb2.AwaitFailureRequest.FromString,
+                    response_serializer=octavo_dot_proto_dot_engine__pb2.AwaitFailureResponse.SerializeToString,
+            ),
+            'AbandonGroup': grpc.unary_unary_rpc_method_handler(
+                    servicer.AbandonGroup,
+                    request_deserializer=octavo_dot_proto_dot_engine__pb2.AbandonGroupRequest.FromString,
+                    response_serializer=octavo_dot_proto_dot_engine__pb2.AbandonGroupResponse.SerializeToString,
             ),
             'GetStatus': grpc.unary_unary_rpc_method_handler(
                     servicer.GetStatus,
@@ -149,6 +184,60 @@ class Engine:
             '/octavo.internal.v1.Engine/AddGroup',
             octavo_dot_proto_dot_engine__pb2.AddGroupRequest.SerializeToString,
             octavo_dot_proto_dot_engine__pb2.AddGroupProgress.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AwaitFailure(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/octavo.internal.v1.Engine/AwaitFailure',
+            octavo_dot_proto_dot_engine__pb2.AwaitFailureRequest.SerializeToString,
+            octavo_dot_proto_dot_engine__pb2.AwaitFailureResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AbandonGroup(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/octavo.internal.v1.Engine/AbandonGroup',
+            octavo_dot_proto_dot_engine__pb2.AbandonGroupRequest.SerializeToString,
+            octavo_dot_proto_dot_engine__pb2.AbandonGroupResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -8,6 +8,18 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class PingRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class PingResponse(_message.Message):
+    __slots__ = ("epoch", "is_profiling")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    IS_PROFILING_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    is_profiling: bool
+    def __init__(self, epoch: _Optional[int] = ..., is_profiling: _Optional[bool] = ...) -> None: ...
+
 class ConfigureRequest(_message.Message):
     __slots__ = ("config", "rank", "tensor_parallel_size", "epoch")
     CONFIG_FIELD_NUMBER: _ClassVar[int]
@@ -21,18 +33,20 @@ class ConfigureRequest(_message.Message):
     def __init__(self, config: _Optional[_Union[_engine_pb2.WorkerConfig, _Mapping]] = ..., rank: _Optional[int] = ..., tensor_parallel_size: _Optional[int] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class ConfigureProgress(_message.Message):
-    __slots__ = ("stage", "duration_s", "num_blocks", "num_host_blocks", "host_block_us")
+    __slots__ = ("stage", "duration_s", "num_blocks", "num_host_blocks", "host_block_us", "kept_weights")
     STAGE_FIELD_NUMBER: _ClassVar[int]
     DURATION_S_FIELD_NUMBER: _ClassVar[int]
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     NUM_HOST_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     HOST_BLOCK_US_FIELD_NUMBER: _ClassVar[int]
+    KEPT_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     stage: str
     duration_s: float
     num_blocks: int
     num_host_blocks: int
     host_block_us: float
-    def __init__(self, stage: _Optional[str] = ..., duration_s: _Optional[float] = ..., num_blocks: _Optional[int] = ..., num_host_blocks: _Optional[int] = ..., host_block_us: _Optional[float] = ...) -> None: ...
+    kept_weights: bool
+    def __init__(self, stage: _Optional[str] = ..., duration_s: _Optional[float] = ..., num_blocks: _Optional[int] = ..., num_host_blocks: _Optional[int] = ..., host_block_us: _Optional[float] = ..., kept_weights: _Optional[bool] = ...) -> None: ...
 
 class ProfileRequest(_message.Message):
     __slots__ = ("num_steps", "trace_path")

@@ -49,6 +49,11 @@ class WorkerStub:
                 request_serializer=octavo_dot_proto_dot_worker__pb2.ProfileRequest.SerializeToString,
                 response_deserializer=octavo_dot_proto_dot_worker__pb2.ProfileResponse.FromString,
                 _registered_method=True)
+        self.Ping = channel.unary_unary(
+                '/octavo.internal.v1.Worker/Ping',
+                request_serializer=octavo_dot_proto_dot_worker__pb2.PingRequest.SerializeToString,
+                response_deserializer=octavo_dot_proto_dot_worker__pb2.PingResponse.FromString,
+                _registered_method=True)
 
 
 class WorkerServicer:
@@ -56,6 +61,8 @@ class WorkerServicer:
 
     def Configure(self, request, context):
         """Joins the group, loads this rank's shard, allocates its KV cache; progress until it is ready. All ranks of a group at once.
+        Again with a higher epoch: leaves the group that it was in, ends its stream, and joins anew, with an empty KV cache. The weights
+        that it holds stay if the new configuration describes them. Refuses an epoch that is not higher with FAILED_PRECONDITION.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -72,6 +79,13 @@ class WorkerServicer:
 
     def Profile(self, request, context):
         """Profiles the rank's next steps. Answers when they are done.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Ping(self, request, context):
+        """A sign of life, given also while a step runs or hangs.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -94,6 +108,11 @@ def add_WorkerServicer_to_server(servicer, server):
                     servicer.Profile,
                     request_deserializer=octavo_dot_proto_dot_worker__pb2.ProfileRequest.FromString,
                     response_serializer=octavo_dot_proto_dot_worker__pb2.ProfileResponse.SerializeToString,
+            ),
+            'Ping': grpc.unary_unary_rpc_method_handler(
+                    servicer.Ping,
+                    request_deserializer=octavo_dot_proto_dot_worker__pb2.PingRequest.FromString,
+                    response_serializer=octavo_dot_proto_dot_worker__pb2.PingResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -177,6 +196,33 @@ class Worker:
             '/octavo.internal.v1.Worker/Profile',
             octavo_dot_proto_dot_worker__pb2.ProfileRequest.SerializeToString,
             octavo_dot_proto_dot_worker__pb2.ProfileResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Ping(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/octavo.internal.v1.Worker/Ping',
+            octavo_dot_proto_dot_worker__pb2.PingRequest.SerializeToString,
+            octavo_dot_proto_dot_worker__pb2.PingResponse.FromString,
             options,
             channel_credentials,
             insecure,

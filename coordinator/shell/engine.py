@@ -11,6 +11,7 @@ from typing import Any
 from ...errors import FailedPreconditionError, OctavoError, UnavailableError
 from ...proto import admin_pb2, engine_pb2, worker_pb2
 from ..core.block_manager import num_blocks_for
+from ..core.membership import Membership
 from ..core.scheduler import Scheduler
 from ..core.scheduler_config import SchedulerConfig
 from ..core.sequence import RequestKey
@@ -19,7 +20,7 @@ from ..core.worker_group import GroupMemory
 from .codec import candidates_of, decode_submit, num_rows, skip_rows, unpack
 from .group_runner import GroupEvents, GroupRunner
 from .session import Session
-from .status import engine_counters, group_status
+from .status import engine_counters, failure_of, group_status
 
 _log = logging.getLogger(__name__)
 
@@ -40,36 +41,55 @@ class Engine:
                 itl_target_ms=config.itl_target_ms,
             )
         )
-        self._runners: dict[int, GroupRunner] = {}
+        self._membership = Membership(rebuilds=config.rebuilds_groups)
+        self._runners: dict[int, GroupRunner] = {}  # of the groups' last incarnations
         self._sessions: dict[int, Session] = {}
         self._session_ids = itertools.count(1)
-        self._epochs = itertools.count(1)
         self._num_failed = 0
         self._started_at = time.monotonic()
         self._serving = asyncio.Event()
+        self._awaits_rebuild = asyncio.Event()  # while a group has failed and nobody has taken it up
 
     # Worker groups
 
     async def add_group(self, request: engine_pb2.AddGroupRequest, report: Callable[[str, float], Any]) -> GroupMemory:
-        """Configures a group and admits it to scheduling; returns what it has room for. Raises WorkerError if a rank
-        can't."""
-        if request.group_id in self._runners:
-            raise FailedPreconditionError(f"group {request.group_id} exists already")
-        events = GroupEvents(self._take_result, self._lose_group)
-        runner = GroupRunner(request, next(self._epochs), self.scheduler, events)
-        self._runners[request.group_id] = runner
+        """Configures a group, or rebuilds one that failed, and admits it to scheduling; returns what it has room for.
+
+        Raises WorkerError if a rank can't: a new group is forgotten then, a failed one has failed again.
+        """
+        member = self._membership.begin(request.group_id)
+        self._note_failures()
+        runner = await self._replace_runner(request, member.epoch)
         try:
-            memory = await runner.link.configure(report)
+            memory = await runner.configure(report)
             self._check_holds_a_sequence(request.group_id, memory.num_blocks)
             self.scheduler.add_group(request.group_id, memory)
-        except BaseException:
-            del self._runners[request.group_id]
-            await runner.close()
+        except BaseException as error:
+            await self._drop_start(request.group_id, str(error) or "its start was cancelled")
             raise
+        self._membership.admit(request.group_id)
         runner.start()
         self._serving.set()
         self._wake_groups()
         return memory
+
+    async def _replace_runner(self, request: engine_pb2.AddGroupRequest, epoch: int) -> GroupRunner:
+        """The last incarnation's streams have ended when the next one's ranks are configured."""
+        previous = self._runners.get(request.group_id)
+        events = GroupEvents(self._take_result, self._lose_group)
+        runner = GroupRunner(request, epoch, self.scheduler, events, self.config.step_timeout_s)
+        self._runners[request.group_id] = runner
+        if previous is not None:
+            await previous.close()
+        return runner
+
+    async def _drop_start(self, group_id: int, why: str) -> None:
+        self._membership.fail(group_id, why)
+        runner = self._runners[group_id]
+        if group_id not in self._membership.groups:
+            del self._runners[group_id]
+        self._note_failures()
+        await runner.close()
 
     def _check_holds_a_sequence(self, group_id: int, num_blocks: int) -> None:
         """Raises FailedPreconditionError if the longest request could never run: most name no bound."""
@@ -83,14 +103,40 @@ class Engine:
             )
 
     def _lose_group(self, group_id: int, error: OctavoError) -> None:
-        """A rank failed, and with it its group. Its sequences wait for another; without one, every request ends."""
+        """A rank failed, and with it its group: its epoch is over. Its sequences wait for another group, or for this
+        one to be rebuilt; if nobody does that, every request ends."""
         _log.error("group %d failed: %s", group_id, error)
         self.scheduler.remove_group(group_id)
-        if self.scheduler.groups:
+        self._membership.fail(group_id, str(error))
+        self._note_failures()
+        self._settle_requests()
+
+    def abandon_group(self, group_id: int) -> None:
+        """A failed group will not come back. Raises FailedPreconditionError for one that has not failed."""
+        self._membership.abandon(group_id)
+        self._note_failures()
+        self._settle_requests()
+
+    def _settle_requests(self) -> None:
+        if self._membership.has_prospects:
             self._wake_groups()
             return
         self._serving.clear()
         self._fail_all(UnavailableError("the workers failed; no group is left to serve this request"))
+
+    def _note_failures(self) -> None:
+        if self._membership.awaiting_rebuild:
+            self._awaits_rebuild.set()
+        else:
+            self._awaits_rebuild.clear()
+
+    async def await_failures(self) -> engine_pb2.AwaitFailureResponse:
+        """Waits until there are groups that failed and that nobody rebuilds; says which, and why."""
+        await self._awaits_rebuild.wait()
+        failed = self._membership.awaiting_rebuild
+        return engine_pb2.AwaitFailureResponse(
+            failures=[failure_of(member, self._runners[member.group_id]) for member in failed]
+        )
 
     def _fail_all(self, error: OctavoError) -> None:
         for key in self.scheduler.unfinished_requests():
@@ -138,7 +184,7 @@ class Engine:
         self._wake_groups()
 
     def _submit(self, session: Session, submit: engine_pb2.Submit) -> None:
-        if not self.scheduler.groups:
+        if not self._membership.has_prospects:
             raise UnavailableError("no worker group is left to serve this request")
         share_prefixes = self.config.enable_prefix_caching
         self.scheduler.add(decode_submit(session.session_id, submit, self.config.vocab_size, share_prefixes))
@@ -181,7 +227,10 @@ class Engine:
             model=self.config.model,
             uptime_s=time.monotonic() - self._started_at,
             num_waiting=len(self.scheduler.waiting),
-            groups=[group_status(runner, self.scheduler, self.config) for runner in self._runners.values()],
+            groups=[
+                group_status(member, self._runners[group_id], self.scheduler, self.config)
+                for group_id, member in self._membership.groups.items()
+            ],
             num_gateways=len(self._sessions),
             counters=engine_counters(self.scheduler.counters, self._num_failed),
         )

@@ -1,4 +1,4 @@
-"""Runs one worker group: keeps steps in flight, takes their results, counts their time."""
+"""Runs one incarnation of a worker group: keeps steps in flight, takes their results, counts their time."""
 
 import asyncio
 import logging
@@ -6,15 +6,23 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from ...errors import InternalError, OctavoError
 from ...proto import admin_pb2, engine_pb2, worker_pb2
 from ..core.batch_plan import BatchPlan
 from ..core.scheduler import Scheduler
+from ..core.step_deadlines import StepDeadlines
+from ..core.worker_group import GroupMemory
 from .codec import encode_plan
+from .watchdog import Watchdog
+from .worker_error import WorkerError
 from .worker_link import WorkerLink
 
 _log = logging.getLogger(__name__)
+
+# While a rank loads its weights, Python may hold its lock for long.
+_CONFIGURE_FACTOR = 12.0  # times the timeout of its answers to pings
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,39 +33,81 @@ class GroupEvents:
     on_failure: Callable[[int, OctavoError], None]  # group id, why; once
 
 
+@dataclass(frozen=True, slots=True)
+class Downfall:
+    """When a group failed, on this process's clock, and how long nothing had been heard then of what failed."""
+
+    at: float
+    silent_s: float
+
+
 class GroupRunner:
-    """The engine loop of one group: `schedule` while there is room in flight, then wait for a result or new work."""
+    """The engine loop of one group: `schedule` while there is room in flight, then wait for a result or new work.
+
+    Once it has failed it takes nothing more from its ranks: its epoch is over.
+    """
 
     def __init__(
-        self, request: engine_pb2.AddGroupRequest, epoch: int, scheduler: Scheduler, events: GroupEvents
+        self,
+        request: engine_pb2.AddGroupRequest,
+        epoch: int,
+        scheduler: Scheduler,
+        events: GroupEvents,
+        step_timeout_s: float = 0.0,
     ) -> None:
+        """`step_timeout_s`: the least that a step may take before the group counts as hung; 0: none does."""
         self.group_id: int = request.group_id
         self.epoch = epoch
         self.link = WorkerLink(request, epoch)
-        self.state = admin_pb2.GROUP_STATE_STARTING
-        self.failure = ""  # why, once it failed
+        self.downfall: Downfall | None = None
         self.steps = admin_pb2.StepCounters()
         self._scheduler = scheduler
         self._events = events
+        self._step_timeout_s = step_timeout_s
+        self._deadlines = StepDeadlines(step_timeout_s)
+        self._watchdog = Watchdog(self.link.ping, len(self.link.endpoints), step_timeout_s)
+        self._is_running = False
         self._wake = asyncio.Event()
-        self._pump: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
         self._closing: asyncio.Task[None] | None = None  # of the link, once it failed
-        self._sent_at: deque[float] = deque()  # of the steps in flight
+        self._inflight: deque[tuple[float, int]] = deque()  # when each step was sent, and its tokens
         self._last_result_at = 0.0
+
+    async def configure(self, report: Callable[[str, float], Any]) -> GroupMemory:
+        """As WorkerLink.configure; a rank that hangs fails it too."""
+        timeout_s = _CONFIGURE_FACTOR * self._step_timeout_s
+        watchdog = Watchdog(self.link.ping, len(self.link.endpoints), timeout_s)
+        configuring = asyncio.ensure_future(self.link.configure(report))
+        watching = asyncio.ensure_future(watchdog.run())
+        try:
+            await asyncio.wait({configuring, watching}, return_when=asyncio.FIRST_COMPLETED)
+            if not configuring.done():
+                watching.result()  # raises
+            return configuring.result()
+        finally:
+            configuring.cancel()
+            watching.cancel()
+            await asyncio.gather(configuring, watching, return_exceptions=True)
 
     def start(self) -> None:
         """The ranks are configured: begin to give them work."""
-        self.state = admin_pb2.GROUP_STATE_READY
+        self._is_running = True
         self.link.open(self._take_result, self._fail)
-        self._pump = asyncio.create_task(self._run())
+        self._tasks = [asyncio.create_task(self._run()), asyncio.create_task(self._watch())]
 
     def wake(self) -> None:
         """There may be something to schedule."""
         self._wake.set()
 
+    async def _watch(self) -> None:
+        try:
+            await self._watchdog.run()
+        except OctavoError as error:
+            self._fail(error)
+
     async def _run(self) -> None:
         try:
-            while self.state == admin_pb2.GROUP_STATE_READY:
+            while self._is_running:
                 await self._wake.wait()
                 self._wake.clear()
                 await self._send_steps()
@@ -69,7 +119,7 @@ class GroupRunner:
 
     async def _send_steps(self) -> None:
         """As many as may be in flight. A group that failed meanwhile is no longer the scheduler's."""
-        while self.state == admin_pb2.GROUP_STATE_READY:
+        while self._is_running:
             plan = self._scheduler.schedule(self.group_id)
             if plan is None:
                 return
@@ -79,20 +129,36 @@ class GroupRunner:
         encoded = encode_plan(plan, self.epoch)
         self.steps.plan_bytes += len(encoded)
         self.steps.num_tokens += plan.num_tokens
-        self._sent_at.append(time.monotonic())
+        self._inflight.append((time.monotonic(), plan.num_tokens))
+        if len(self._inflight) == 1:
+            self._expect_oldest()
         await self.link.send(encoded)
 
+    def _expect_oldest(self) -> None:
+        """The workers are at the oldest step in flight."""
+        if self._inflight:
+            self._watchdog.expect_step(self._deadlines.allowed_s(self._inflight[0][1]))
+        else:
+            self._watchdog.rest()
+
     def _take_result(self, result: worker_pb2.StepResult) -> None:
-        if self.state != admin_pb2.GROUP_STATE_READY:
+        if not self._is_running:
             return
         self._check_result(result)
-        now = time.monotonic()
-        self.steps.num_steps += 1
-        self.steps.step_time_s += now - max(self._sent_at.popleft(), self._last_result_at)
-        self.steps.model_time_s += result.model_time_us / 1e6
-        self._last_result_at = now
+        self._count_step(result)
+        self._expect_oldest()
         self._events.on_result(self.group_id, result)
         self.wake()
+
+    def _count_step(self, result: worker_pb2.StepResult) -> None:
+        now = time.monotonic()
+        sent_at, num_tokens = self._inflight.popleft()
+        duration_s = now - max(sent_at, self._last_result_at)
+        self._deadlines.observe(num_tokens, duration_s)
+        self.steps.num_steps += 1
+        self.steps.step_time_s += duration_s
+        self.steps.model_time_s += result.model_time_us / 1e6
+        self._last_result_at = now
 
     def _check_result(self, result: worker_pb2.StepResult) -> None:
         """Raises InternalError unless `result` answers the oldest step in flight."""
@@ -105,15 +171,26 @@ class GroupRunner:
             raise InternalError(f"(epoch, step, tokens) of a result are {answered}; the oldest plan's are {expected}")
 
     def _fail(self, error: OctavoError) -> None:
-        if self.state != admin_pb2.GROUP_STATE_FAILED:
-            self.state = admin_pb2.GROUP_STATE_FAILED
-            self.failure = str(error)
-            self._closing = asyncio.create_task(self.link.close())  # a task: the caller may be one of those it ends
-            self.wake()  # so that the pump ends
-            self._events.on_failure(self.group_id, error)
+        if not self._is_running:
+            return
+        self._is_running = False
+        self.downfall = self._describe(error)
+        self._closing = asyncio.create_task(self._shut())  # a task: the caller may be one of those it ends
+        self._events.on_failure(self.group_id, error)
+
+    def _describe(self, error: OctavoError) -> Downfall:
+        now, heard_at = time.monotonic(), list(self._watchdog.heard_at)
+        heard_at[0] = max(heard_at[0], self._last_result_at)
+        rank = error.rank if isinstance(error, WorkerError) else None
+        return Downfall(now, now - (self._last_result_at if rank is None else heard_at[rank]))
+
+    async def _shut(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.link.close()
 
     async def close(self) -> None:
-        if self._pump is not None:
-            self._pump.cancel()
-            await asyncio.gather(self._pump, return_exceptions=True)
-        await (self._closing or self.link.close())
+        """Ends the streams; their ranks live on."""
+        self._is_running = False
+        await (self._closing or self._shut())

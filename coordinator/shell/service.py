@@ -60,6 +60,20 @@ class EngineService(engine_pb2_grpc.EngineServicer):
         finally:
             adding.cancel()
 
+    async def AwaitFailure(  # noqa: N802
+        self, request: engine_pb2.AwaitFailureRequest, context: grpc.aio.ServicerContext
+    ) -> engine_pb2.AwaitFailureResponse:
+        return await self._engine.await_failures()
+
+    async def AbandonGroup(  # noqa: N802
+        self, request: engine_pb2.AbandonGroupRequest, context: grpc.aio.ServicerContext
+    ) -> engine_pb2.AbandonGroupResponse:
+        try:
+            self._engine.abandon_group(request.group_id)
+        except OctavoError as error:
+            await context.abort(_STATUS_CODES[error.grpc_code], str(error))
+        return engine_pb2.AbandonGroupResponse()
+
     async def GetStatus(  # noqa: N802
         self, request: admin_pb2.GetStatusRequest, context: grpc.aio.ServicerContext
     ) -> admin_pb2.GetStatusResponse:

@@ -1,6 +1,9 @@
 """What `GetStatus` says of the scheduler and its groups."""
 
+import time
+
 from ...proto import admin_pb2, engine_pb2
+from ..core.membership import GroupMember
 from ..core.scheduler import Scheduler, SchedulerCounters
 from ..core.worker_group import WorkerGroup
 from .group_runner import GroupRunner
@@ -18,21 +21,33 @@ def engine_counters(counters: SchedulerCounters, num_failed: int) -> admin_pb2.E
     )
 
 
-def group_status(runner: GroupRunner, scheduler: Scheduler, config: engine_pb2.EngineConfig) -> admin_pb2.GroupStatus:
+def failure_of(member: GroupMember, runner: GroupRunner) -> engine_pb2.GroupFailure:
+    """Of a group that failed: while it served, or while it was rebuilt."""
+    failure = engine_pb2.GroupFailure(group_id=member.group_id, epoch=member.epoch, reason=member.failure)
+    if runner.downfall is not None:
+        failure.age_s = time.monotonic() - runner.downfall.at
+        failure.silent_s = runner.downfall.silent_s
+    return failure
+
+
+def group_status(
+    member: GroupMember, runner: GroupRunner, scheduler: Scheduler, config: engine_pb2.EngineConfig
+) -> admin_pb2.GroupStatus:
     """Of a group in any state; what it holds only while the scheduler has it."""
     status = admin_pb2.GroupStatus(
-        group_id=runner.group_id,
-        state=runner.state,
-        epoch=runner.epoch,
+        group_id=member.group_id,
+        state=member.state.value,
+        epoch=member.epoch,
         ranks=[
             admin_pb2.RankStatus(rank=rank, address=endpoint.address, device=endpoint.device)
             for rank, endpoint in enumerate(runner.link.endpoints)
         ],
         block_size=config.block_size,
         steps=runner.steps,
-        failure=runner.failure,
+        failure=member.failure,
+        num_restarts=member.num_restarts,
     )
-    if group := scheduler.groups.get(runner.group_id):
+    if group := scheduler.groups.get(member.group_id):
         status.num_blocks = group.blocks.num_blocks
         status.num_free_blocks = group.blocks.num_free_blocks
         status.num_running = len(group.running)

@@ -7,24 +7,15 @@ from typing import Any
 
 import grpc
 
-from ...errors import InternalError, OctavoError, UnavailableError
+from ...errors import InternalError, OctavoError
 from ...internal_channel import CHANNEL_OPTIONS
 from ...proto import engine_pb2, worker_pb2, worker_pb2_grpc
 from ..core.worker_group import GroupMemory
+from .worker_error import WorkerError
 
 _log = logging.getLogger(__name__)
 
 _LAST_WORD_S = 1.0  # how long a rank that no longer takes plans may need to say why
-
-
-class WorkerError(OctavoError):
-    """A rank answered with an error, or no longer answers."""
-
-    grpc_code = 14  # UNAVAILABLE
-
-
-def worker_error(rank: int, error: grpc.aio.AioRpcError) -> WorkerError:
-    return WorkerError(f"rank {rank}: {error.details() or error.code().name}")
 
 
 def _memory_of(reports: Sequence[worker_pb2.ConfigureProgress]) -> GroupMemory:
@@ -68,7 +59,16 @@ class WorkerLink:
             async for progress in worker_pb2_grpc.WorkerStub(self._channels[rank]).Configure(request):
                 yield progress
         except grpc.aio.AioRpcError as error:
-            raise worker_error(rank, error) from error
+            raise WorkerError.of(rank, error) from error
+
+    async def ping(self, rank: int) -> worker_pb2.PingResponse:
+        """A sign of life of a rank, however long it takes. Raises WorkerError if it is gone."""
+        try:
+            stub = worker_pb2_grpc.WorkerStub(self._channels[rank])
+            answer: worker_pb2.PingResponse = await stub.Ping(worker_pb2.PingRequest())
+            return answer
+        except grpc.aio.AioRpcError as error:
+            raise WorkerError(rank, "it is gone") from error
 
     def open(self, on_result: Callable[[worker_pb2.StepResult], None], on_error: Callable[[OctavoError], None]) -> None:
         """Opens the `Steps` streams. Calls `on_result` for each result in order, and `on_error` once for each rank that
@@ -93,12 +93,12 @@ class WorkerLink:
         try:
             async for result in stream:
                 if result.failure:
-                    on_error(WorkerError(f"rank {rank}: {result.failure}"))
+                    on_error(WorkerError(rank, result.failure))
                     return
                 on_result(result)
-            on_error(UnavailableError(f"rank {rank} closed its stream"))
+            on_error(WorkerError(rank, "it closed its stream"))
         except grpc.aio.AioRpcError as error:
-            on_error(self._lost_rank(rank) if rank in self._unwritable else worker_error(rank, error))
+            on_error(self._lost_rank(rank) if rank in self._unwritable else WorkerError.of(rank, error))
         except Exception as error:  # nobody awaits this task: unheard, the group would wait forever
             _log.exception("rank %d: its result could not be taken", rank)
             on_error(InternalError(f"rank {rank}: its result could not be taken: {error}"))
@@ -118,7 +118,7 @@ class WorkerLink:
             self._unwritable.add(rank)
 
     def _lost_rank(self, rank: int) -> WorkerError:
-        return WorkerError(f"rank {rank}: its stream broke off")
+        return WorkerError(rank, "its stream broke off")
 
     async def close(self) -> None:
         for reader in self._readers:

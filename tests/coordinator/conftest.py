@@ -182,6 +182,8 @@ class CountingWorker(worker_pb2_grpc.WorkerServicer):
         self.gone = asyncio.Event()  # the stream has ended
         self.hold = asyncio.Event()
         self.hold.set()
+        self.answers_pings = asyncio.Event()
+        self.answers_pings.set()
         self.computed: dict[int, int] = {}
         self.known: dict[int, int] = {}
         self.decode_slots: list[int] = []
@@ -192,6 +194,10 @@ class CountingWorker(worker_pb2_grpc.WorkerServicer):
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "tensor w is missing")
         yield worker_pb2.ConfigureProgress(stage="weights", duration_s=1.0 + self.rank)
         yield worker_pb2.ConfigureProgress(stage="kv cache", duration_s=0.5, num_blocks=self.num_blocks)
+
+    async def Ping(self, request, context):
+        await self.answers_pings.wait()
+        return worker_pb2.PingResponse()
 
     async def Steps(self, requests, context):
         context.add_done_callback(lambda _: self.gone.set())
