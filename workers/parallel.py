@@ -19,15 +19,27 @@ if TYPE_CHECKING:
 _HALVES_BYTES = 32 * 1024 * 1024
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class TensorParallel:
-    """Rank and size of a group, and the collectives over it. With one rank every collective is the identity."""
+    """Rank and size of a group, and the collectives over it. With one rank every collective is the identity.
+
+    A model and all its layers share one of these, so what `leave` and `rejoin` change holds for all of them.
+    """
 
     rank: int
     size: int
     device: torch.device
     process_group: "dist.ProcessGroup | None" = None
     symmetric_memory: "SymmetricMemory | None" = None  # of GPUs that reach each other's memory
+
+    def leave(self) -> None:
+        """Drops what the group is made of: it is over."""
+        self.process_group = self.symmetric_memory = None
+
+    def rejoin(self, joined: "TensorParallel") -> None:
+        """Goes on in a group of another epoch, at the same rank of as many."""
+        assert (self.rank, self.size, self.device) == (joined.rank, joined.size, joined.device)
+        self.process_group, self.symmetric_memory = joined.process_group, joined.symmetric_memory
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum of `tensor` over the ranks. Its own memory may be what holds the sum."""

@@ -27,10 +27,31 @@ from .warm_up import blocks_for_warm_up, run_all_kinds, warm_up
 
 
 @dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A rank's weights on its device, as its kernels want them. They outlive the epochs of its group."""
+
+    model: Model
+    tp: TensorParallel  # what the model and all its layers sum with
+    description: tuple[object, ...]
+
+    def is_of(self, request: worker_pb2.ConfigureRequest) -> bool:
+        """Whether the request would load the same."""
+        return self.description == _describe_model(request)
+
+
+def _describe_model(request: worker_pb2.ConfigureRequest) -> tuple[object, ...]:
+    config = request.config
+    shard = (request.rank, request.tensor_parallel_size)
+    return (*shard, config.model_path, config.load_format, config.dtype, config.seed, config.max_model_len)
+
+
+@dataclass(frozen=True, slots=True)
 class Stage:
-    """A stage of the start that is done. The last has the runner."""
+    """A stage of the start that is done. The one of the weights has the model, the last has the runner."""
 
     name: str
+    loaded: LoadedModel | None = None
+    kept_weights: bool = False  # of another epoch
     runner: ModelRunner | None = None
     num_host_blocks: int = 0
     host_block_us: float = 0.0  # measured time to move one block between device and host
@@ -45,15 +66,20 @@ def check_request(request: worker_pb2.ConfigureRequest) -> None:
 
 
 def build_rank(
-    request: worker_pb2.ConfigureRequest, device: torch.device, store: dist.Store | None, num_ranks_on_host: int = 1
+    request: worker_pb2.ConfigureRequest,
+    device: torch.device,
+    store: dist.Store | None,
+    num_ranks_on_host: int = 1,
+    loaded: LoadedModel | None = None,
 ) -> Iterator[Stage]:
-    """Builds one rank, stage by stage, on the calling thread. `store` is this process's own, if it holds one.
+    """Builds one rank, stage by stage, on the calling thread. `store` is this process's own, if it holds one; `loaded`
+    what it has of an earlier epoch, used if it is what `request` describes.
 
     Raises FailedPreconditionError (a GPU or its software too old), ResourceExhaustedError (too little memory),
     UnavailableError (ranks that do not meet), and the errors of load_model.
     """
     try:
-        yield from _stages(request, device, store, num_ranks_on_host)
+        yield from _stages(request, device, store, num_ranks_on_host, loaded)
     except torch.OutOfMemoryError as error:
         raise ResourceExhaustedError(
             f"{device} is out of memory; lower --gpu-memory-utilization or --max-num-batched-tokens, use more ranks "
@@ -62,18 +88,27 @@ def build_rank(
 
 
 def _stages(
-    request: worker_pb2.ConfigureRequest, device: torch.device, store: dist.Store | None, num_ranks_on_host: int
+    request: worker_pb2.ConfigureRequest,
+    device: torch.device,
+    store: dist.Store | None,
+    num_ranks_on_host: int,
+    kept: LoadedModel | None,
 ) -> Iterator[Stage]:
     config = request.config
     check_swap_space(config.swap_space_bytes, num_ranks_on_host)
-    tp = _connect(request, device, store)
+    joined = _connect(request, device, store)
     yield Stage("connect")
-    model = _load(config, tp, num_ranks_on_host)
+    if kept is not None and kept.is_of(request):
+        kept.tp.rejoin(joined)
+        loaded = kept
+    else:
+        loaded = LoadedModel(_load(config, joined, num_ranks_on_host), joined, _describe_model(request))
+    model, tp = loaded.model, loaded.tp
     # Ranks meet: a kernel that waits for another rank does so for some seconds only, and disks differ by more.
     tp.min_int(0)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    yield Stage("weights")
+    yield Stage("weights", loaded, kept_weights=loaded is kept)
     builder = _RunnerBuilder(config, model, tp, num_ranks_on_host)
     graphs = None
     if device.type == "cuda" and not config.enforce_eager:
@@ -88,9 +123,10 @@ def _stages(
     # The largest step has run on a GPU by now. A CPU needs little: its libraries load with the first token.
     warm_up(runner, num_seqs=1, num_tokens=1)
     if tier is None:
-        yield Stage("warm-up", runner)
+        yield Stage("warm-up", runner=runner)
     else:
-        yield Stage("warm-up", runner, tier.num_blocks, tier.measure_block_us())
+        block_us = tier.measure_block_us()
+        yield Stage("warm-up", runner=runner, num_host_blocks=tier.num_blocks, host_block_us=block_us)
 
 
 def _connect(request: worker_pb2.ConfigureRequest, device: torch.device, store: dist.Store | None) -> TensorParallel:

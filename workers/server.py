@@ -1,6 +1,7 @@
 """The server of one worker: what the launcher starts in a Ray actor, and tests in a process of their own."""
 
 import asyncio
+import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,12 +31,19 @@ class WorkerServer:
     """One rank: a gRPC server on an event loop of its own thread, before the threads that drive the device."""
 
     def __init__(
-        self, host: str, device: str, create_store: bool, num_threads: int, num_ranks_on_host: int = 1
+        self,
+        host: str,
+        device: str,
+        create_store: bool,
+        num_threads: int,
+        num_ranks_on_host: int = 1,
+        end_process: Callable[[], None] = lambda: os._exit(1),
     ) -> None:
         """`host` is this machine's address for the other ranks and the coordinator; the ports are the system's choice.
 
         `create_store`: whether this is rank 0, which holds the group's rendezvous store. `num_threads`: CPU threads of
-        torch's operations. `num_ranks_on_host`: ranks that share a CPU's memory.
+        torch's operations. `num_ranks_on_host`: ranks that share a CPU's memory. `end_process`: what a rank does whose
+        device is stuck for good.
 
         Raises InvalidArgumentError for a device that is not there, FailedPreconditionError if torch can use no GPU.
         """
@@ -43,6 +51,7 @@ class WorkerServer:
         self._device = _device(device)
         self._create_store = create_store
         self._num_ranks_on_host = num_ranks_on_host
+        self._end_process = end_process
         self._pipeline = StepPipeline(self._device, num_threads)
         self._loop = uvloop.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="grpc", daemon=True)
@@ -55,7 +64,7 @@ class WorkerServer:
         bind_collectives_to(self._host)
         store = create_store(self._host) if self._create_store else None
         self._thread.start()
-        service = WorkerService(self._device, store, self._pipeline, self._num_ranks_on_host)
+        service = WorkerService(self._device, store, self._pipeline, self._num_ranks_on_host, self._end_process)
         self._release = service.release
         port = asyncio.run_coroutine_threadsafe(self._serve(service), self._loop).result()
         return WorkerEndpoints(f"{self._host}:{port}", f"{self._host}:{store.port}" if store else "")

@@ -1,65 +1,123 @@
-"""The `Worker` gRPC service of one rank: configured once, then steps from one stream."""
+"""The `Worker` gRPC service of one rank: configured for an epoch, then steps from one stream, until the next epoch."""
 
 import asyncio
-import contextlib
 import gc
 import logging
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
-from typing import NoReturn
 
 import grpc
 import torch
 import torch.distributed as dist
 
-from ..errors import FailedPreconditionError, InvalidArgumentError, OctavoError
+from ..errors import FailedPreconditionError, InvalidArgumentError
 from ..proto import worker_pb2, worker_pb2_grpc
+from .call_status import status_for_errors
 from .model_runner import ModelRunner
-from .rank import Stage, build_rank, check_request
-from .rendezvous import is_lost_peer
+from .rank import LoadedModel, Stage, build_rank, check_request
+from .rendezvous import leave_group
 from .step_pipeline import StepPipeline
+from .step_stream import StepStream
 
 _log = logging.getLogger(__name__)
 
 _MAX_PROFILED_STEPS = 1000  # a trace of more is larger than its viewers read
-_STATUS_CODES = {code.value[0]: code for code in grpc.StatusCode}
+# How long the device may take to let go of an epoch. On a CPU a rank that waits for another is free as soon as that one
+# has left, or is gone; on a GPU kernels wait for each other for about half a minute (kernels/peer_wait.py).
+_LEAVE_TIMEOUT_S = {"cpu": 5.0, "cuda": 45.0}
 
 
 class WorkerService(worker_pb2_grpc.WorkerServicer):
-    """Owner of the rank's state: which request configured it, its runner, the stream that drives it."""
+    """Owner of the rank's state: which request configured it, its weights, its runner, the stream that drives it."""
 
     def __init__(
-        self, device: torch.device, store: dist.Store | None, pipeline: StepPipeline, num_ranks_on_host: int
+        self,
+        device: torch.device,
+        store: dist.Store | None,
+        pipeline: StepPipeline,
+        num_ranks_on_host: int,
+        end_process: Callable[[], None],
     ) -> None:
+        """`end_process` is called when the device does not let go of an epoch: nothing else would free it."""
         self._device, self._store, self._pipeline = device, store, pipeline
         self._num_ranks_on_host = num_ranks_on_host
+        self._end_process = end_process
         self._request: worker_pb2.ConfigureRequest | None = None
+        self._loaded: LoadedModel | None = None
         self._runner: ModelRunner | None = None
-        self._has_stream = False
+        self._stream: StepStream | None = None
 
     async def Configure(  # noqa: N802
         self, request: worker_pb2.ConfigureRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[worker_pb2.ConfigureProgress]:
-        async with _status_for_errors(context):
-            if self._request is not None:
-                raise FailedPreconditionError("this worker is configured already")
+        async with status_for_errors(context):
             check_request(request)
-            self._request = request
-            stages = build_rank(request, self._device, self._store, self._num_ranks_on_host)
+            await self._enter(request)
+            stages = build_rank(request, self._device, self._store, self._num_ranks_on_host, self._loaded)
             started_at = time.monotonic()
             while (stage := await self._next(stages)) is not None:
+                self._check_is_current(request)
                 now = time.monotonic()
-                progress = worker_pb2.ConfigureProgress(stage=stage.name, duration_s=now - started_at)
-                if stage.runner is not None:
-                    self._runner = stage.runner
-                    progress.num_blocks = stage.runner.shape.num_blocks
-                    progress.num_host_blocks, progress.host_block_us = stage.num_host_blocks, stage.host_block_us
-                yield progress
+                yield self._take(stage, now - started_at)
                 started_at = now
             # What is there now stays: a collection that looked at it all would hold every thread up for long.
             gc.collect()
             gc.freeze()
+
+    async def _enter(self, request: worker_pb2.ConfigureRequest) -> None:
+        """Leaves the epoch that the rank is in, if any, for a higher one."""
+        previous, since = self._request, self._request.epoch if self._request is not None else -1
+        if request.epoch <= since:
+            raise FailedPreconditionError(
+                f"epoch {request.epoch} came, and this worker was configured for epoch {since}"
+            )
+        self._request = request
+        if previous is not None:
+            await self._leave(request.epoch)
+            self._check_is_current(request)
+        if self._loaded is not None and not self._loaded.is_of(request):
+            self._loaded = None
+
+    def _check_is_current(self, request: worker_pb2.ConfigureRequest) -> None:
+        if self._request is not request:
+            raise FailedPreconditionError(f"epoch {request.epoch} is over")
+
+    def _take(self, stage: Stage, duration_s: float) -> worker_pb2.ConfigureProgress:
+        progress = worker_pb2.ConfigureProgress(
+            stage=stage.name, duration_s=duration_s, kept_weights=stage.kept_weights
+        )
+        if stage.loaded is not None:
+            self._loaded = stage.loaded
+        if stage.runner is not None:
+            self._runner = stage.runner
+            progress.num_blocks = stage.runner.shape.num_blocks
+            progress.num_host_blocks, progress.host_block_us = stage.num_host_blocks, stage.host_block_us
+        return progress
+
+    async def _leave(self, next_epoch: int) -> None:
+        """Ends stream, steps, runner and process group. The weights stay."""
+        if self._stream is not None:
+            self._stream.end(next_epoch)
+            self._stream = None
+        self._pipeline.end_steps()
+        try:
+            async with asyncio.timeout(_LEAVE_TIMEOUT_S[self._device.type]):
+                await asyncio.wrap_future(self._pipeline.call(lambda: None))  # what runs has ended
+                self.release()
+                await asyncio.wrap_future(self._pipeline.call(self._leave_group))
+        except TimeoutError:
+            _log.exception("the device does not let go of the last epoch; this rank ends, to be replaced")
+            self._end_process()
+            raise FailedPreconditionError("the device is stuck in the last epoch") from None
+
+    def _leave_group(self) -> None:
+        if self._loaded is not None:
+            self._loaded.tp.leave()
+        leave_group()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+            torch.cuda.empty_cache()
 
     def release(self) -> None:
         """Drops the runner, and with it CUDA graphs: the group's communicator does not end before them."""
@@ -70,20 +128,27 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
     async def _next(self, stages: Iterator[Stage]) -> Stage | None:
         return await asyncio.wrap_future(self._pipeline.call(lambda: next(stages, None)))
 
+    async def Ping(  # noqa: N802
+        self, request: worker_pb2.PingRequest, context: grpc.aio.ServicerContext
+    ) -> worker_pb2.PingResponse:
+        epoch = self._request.epoch if self._request is not None else 0
+        return worker_pb2.PingResponse(epoch=epoch, is_profiling=self._pipeline.is_profiling)
+
     async def Steps(self, plans: AsyncIterator[worker_pb2.BatchPlan], context: grpc.aio.ServicerContext) -> None:  # noqa: N802
-        async with _status_for_errors(context):
+        async with status_for_errors(context):
             if self._runner is None or self._request is None:
                 raise FailedPreconditionError("this worker is not configured")
-            if self._has_stream:
-                raise FailedPreconditionError("a stream has driven this worker already; it must be rebuilt")
-            self._has_stream = True
-            stream = _StepStream(self._request, self._runner, self._pipeline, context)
-            await stream.run(plans)
+            if self._stream is not None:
+                raise FailedPreconditionError(
+                    f"a stream has driven this worker in epoch {self._request.epoch}; it must be configured for a new one"
+                )
+            self._stream = StepStream(self._request, self._runner, self._pipeline, context)
+            await self._stream.run(plans)
 
     async def Profile(  # noqa: N802
         self, request: worker_pb2.ProfileRequest, context: grpc.aio.ServicerContext
     ) -> worker_pb2.ProfileResponse:
-        async with _status_for_errors(context):
+        async with status_for_errors(context):
             if not 1 <= request.num_steps <= _MAX_PROFILED_STEPS:
                 raise InvalidArgumentError(f"num_steps must be in [1, {_MAX_PROFILED_STEPS}]", "num_steps")
             if not request.trace_path:
@@ -95,102 +160,3 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
                 self._pipeline.cancel_profile()
                 raise
         raise AssertionError("errors end the call")
-
-
-class _StepStream:
-    """One `Steps` call: a task takes plans and queues their steps, the call itself answers in the same order.
-
-    What is wrong with a plan goes through the queue too: what came before it is still answered, and nothing interrupts
-    the writing of an answer, which gRPC would not forgive.
-    """
-
-    def __init__(
-        self,
-        request: worker_pb2.ConfigureRequest,
-        runner: ModelRunner,
-        pipeline: StepPipeline,
-        context: grpc.aio.ServicerContext,
-    ) -> None:
-        self._epoch: int = request.epoch
-        # All ranks sample the same tokens; rank 0 hands them on.
-        self._answers: bool = request.rank == 0
-        self._runner, self._pipeline, self._context = runner, pipeline, context
-        self._next_step_id = 1
-        self._failed = False  # what still comes is dropped
-        self._queued: asyncio.Queue[asyncio.Future[worker_pb2.StepResult] | None] = asyncio.Queue()
-
-    async def run(self, plans: AsyncIterator[worker_pb2.BatchPlan]) -> None:
-        """Until the coordinator closes the stream. A plan or step that fails ends the answers, and then the call."""
-        taking = asyncio.create_task(self._take(plans))
-        try:
-            await self._answer()
-        except Exception as error:
-            self._failed = True
-            code, details = _status_of(error)
-            await self._context.write(worker_pb2.StepResult(failure=details))
-            await taking  # a plan written to a call that has ended would lose its status on the other side
-            await _abort(self._context, code, details)
-        finally:
-            taking.cancel()
-
-    async def _answer(self) -> None:
-        while (result := await self._queued.get()) is not None:
-            answer = await result
-            if self._answers:
-                await self._context.write(answer)
-
-    async def _take(self, plans: AsyncIterator[worker_pb2.BatchPlan]) -> None:
-        try:
-            async for plan in plans:
-                if not self._failed:
-                    self._queued.put_nowait(self._start(plan))
-        except Exception as error:
-            self._queued.put_nowait(self._refuse(error))
-        self._queued.put_nowait(None)
-
-    def _start(self, plan: worker_pb2.BatchPlan) -> asyncio.Future[worker_pb2.StepResult]:
-        try:
-            self._check_order(plan)
-        except FailedPreconditionError as error:
-            return self._refuse(error)
-        return asyncio.wrap_future(self._pipeline.step(self._runner, plan))
-
-    def _refuse(self, error: Exception) -> asyncio.Future[worker_pb2.StepResult]:
-        """A result that raises `error` where the answers are written."""
-        self._failed = True
-        refused: asyncio.Future[worker_pb2.StepResult] = asyncio.get_running_loop().create_future()
-        refused.set_exception(error)
-        return refused
-
-    def _check_order(self, plan: worker_pb2.BatchPlan) -> None:
-        if (plan.epoch, plan.step_id) != (self._epoch, self._next_step_id):
-            raise FailedPreconditionError(
-                f"plan {plan.step_id} of epoch {plan.epoch} came; "
-                f"plan {self._next_step_id} of epoch {self._epoch} is due"
-            )
-        self._next_step_id += 1
-
-
-@contextlib.asynccontextmanager
-async def _status_for_errors(context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
-    """An OctavoError ends the call with its code and text; another with INTERNAL, and its traceback stays here."""
-    try:
-        yield
-    except grpc.aio.AbortError:
-        raise
-    except Exception as error:
-        await _abort(context, *_status_of(error))
-
-
-def _status_of(error: Exception) -> tuple[grpc.StatusCode, str]:
-    if isinstance(error, OctavoError):
-        return _STATUS_CODES[error.grpc_code], str(error)
-    if is_lost_peer(error):
-        return grpc.StatusCode.UNAVAILABLE, "the connection to another rank of the group is lost"
-    _log.error("a call failed by a fault of ours", exc_info=error)
-    return grpc.StatusCode.INTERNAL, f"{type(error).__name__}; the worker's log has more"
-
-
-async def _abort(context: grpc.aio.ServicerContext, code: grpc.StatusCode, details: str) -> NoReturn:
-    await context.abort(code, details)
-    raise AssertionError("abort raises")

@@ -27,6 +27,7 @@ class StepPipeline:
         self._launcher = ThreadPoolExecutor(1, "device", initializer=_prepare_thread, initargs=(device, num_threads))
         self._waiter = ThreadPoolExecutor(1, "results")
         self._device = device
+        self._num_ends = 0  # times that what was queued was dropped
         # On the device thread: who profiles, and who wants to know.
         self._profiling: tuple[StepProfiler, Future[worker_pb2.ProfileResponse]] | None = None
 
@@ -37,8 +38,23 @@ class StepPipeline:
     def step(self, runner: ModelRunner, message: worker_pb2.BatchPlan) -> "Future[worker_pb2.StepResult]":
         """Queues a step; the future has its result. What a step behind a failed one gives means nothing."""
         result: Future[worker_pb2.StepResult] = Future()
-        self._launcher.submit(self._launch, runner, message, result)
+        self._launcher.submit(self._launch, self._num_ends, runner, message, result)
         return result
+
+    def end_steps(self) -> None:
+        """What is queued will not run: its futures, and a profile's, fail with FailedPreconditionError."""
+        self._num_ends += 1
+        self._launcher.submit(self._end_profile)
+
+    def _end_profile(self) -> None:
+        if self._profiling is not None:
+            _, answer = self._profiling
+            self._abandon_profile()
+            answer.set_exception(FailedPreconditionError("the worker was configured anew"))
+
+    @property
+    def is_profiling(self) -> bool:
+        return self._profiling is not None
 
     def profile(self, num_steps: int, trace_path: Path) -> "Future[worker_pb2.ProfileResponse]":
         """Profiles the next steps. The future fails with FailedPreconditionError while another profile runs."""
@@ -79,8 +95,15 @@ class StepPipeline:
             answer.set_result(response)
 
     def _launch(
-        self, runner: ModelRunner, message: worker_pb2.BatchPlan, result: "Future[worker_pb2.StepResult]"
+        self,
+        num_ends: int,
+        runner: ModelRunner,
+        message: worker_pb2.BatchPlan,
+        result: "Future[worker_pb2.StepResult]",
     ) -> None:
+        if num_ends != self._num_ends:
+            result.set_exception(FailedPreconditionError(f"epoch {message.epoch} is over"))
+            return
         try:
             pending = runner.execute(decode_plan(message))
         except Exception as error:  # whatever it is, it belongs to who asked for the step

@@ -57,10 +57,10 @@ class Engine:
 
         Raises WorkerError if a rank can't: a new group is forgotten then, a failed one has failed again.
         """
-        member = self._membership.begin(request.group_id)
+        epoch = self._membership.begin(request.group_id).epoch
         self._note_failures()
-        runner = await self._replace_runner(request, member.epoch)
         try:
+            runner = await self._replace_runner(request, epoch)
             memory = await runner.configure(report)
             self._check_holds_a_sequence(request.group_id, memory.num_blocks)
             self.scheduler.add_group(request.group_id, memory)

@@ -32,7 +32,7 @@ class Meeting:
         self._barrier.abort()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class ThreadParallel(TensorParallel):
     """A rank that is a thread; the collectives are what TensorParallel says of them."""
 
