@@ -18,6 +18,7 @@ GROUP_STATES = {
     admin_pb2.GROUP_STATE_STARTING: "starting",
     admin_pb2.GROUP_STATE_READY: "ready",
     admin_pb2.GROUP_STATE_FAILED: "failed",
+    admin_pb2.GROUP_STATE_REBUILDING: "rebuilding",
 }
 
 
@@ -26,7 +27,7 @@ class BlockReport:
     """One group, now and on average over its steps."""
 
     group_id: int
-    state: str  # "starting", "ready", "failed"
+    state: str  # "starting", "ready", "failed", "rebuilding"
     block_size: int
     num_blocks: int
     num_used: int

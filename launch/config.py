@@ -88,6 +88,20 @@ class ServeConfig:
             "10; 0 for LLM, bench latency and bench throughput",
         ),
     )
+    step_timeout_s: float = field(
+        default=5.0,
+        metadata=_help(
+            "Seconds after which a rank that does not answer, or a step, counts as hung; a step only if it takes 20 "
+            "times what steps like it took. 0: never."
+        ),
+    )
+    max_group_restarts: int = field(
+        default=5,
+        metadata=_help(
+            "Failures of a group within 10 minutes that it is rebuilt after; one more, and it is given up. 0: a rank "
+            "that dies ends the server."
+        ),
+    )
     enforce_eager: bool = field(default=False, metadata=_help("Run without CUDA graphs, as a CPU does anyway."))
     host: str = field(default="127.0.0.1", metadata=_help("Interface of the public ports; 0.0.0.0 for all."))
     port: int = field(default=8000, metadata=_help("OpenAI-compatible HTTP port; 0 opens none."))
@@ -116,6 +130,8 @@ class ServeConfig:
             raise _refusal("gpu_memory_utilization", f"must be in (0, 1], got {self.gpu_memory_utilization}")
         if not (math.isfinite(self.itl_target_ms) and self.itl_target_ms >= 0):
             raise _refusal("itl_target_ms", f"must be 0 or more, got {self.itl_target_ms}")
+        if not (math.isfinite(self.step_timeout_s) and self.step_timeout_s >= 0):
+            raise _refusal("step_timeout_s", f"must be 0 or more, got {self.step_timeout_s}")
         if not 0 <= self.swap_space <= _MAX_SWAP_SPACE:
             raise _refusal("swap_space", f"must be in [0, {_MAX_SWAP_SPACE}] GiB, got {self.swap_space}")
         if self.max_num_batched_tokens is not None and self.max_num_batched_tokens < self.max_num_seqs:
@@ -147,6 +163,7 @@ _RANGES: dict[str, tuple[int, int]] = {
     "num_gpu_blocks_override": (1, _MAX_INT32),
     "max_num_waiting": (1, _MAX_INT32),
     "num_inflight_steps": (2, 1024),
+    "max_group_restarts": (0, _MAX_INT32),
 }
 
 

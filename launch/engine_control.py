@@ -1,7 +1,7 @@
 """The launcher's line to the coordinator: worker groups in, status out."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import grpc
@@ -58,6 +58,27 @@ class EngineControl:
         except grpc.RpcError as error:
             raise _to_error(error, f"worker group {request.group_id} did not start") from error
         return blocks
+
+    def await_failures(self, known_epochs: Collection[int], timeout_s: float) -> Sequence[engine_pb2.GroupFailure]:
+        """Groups that failed and that nobody rebuilds, but for those known; none if there are none within `timeout_s`.
+
+        Raises UnavailableError if the coordinator does not answer.
+        """
+        request = engine_pb2.AwaitFailureRequest(known_epochs=known_epochs)
+        try:
+            failures: Sequence[engine_pb2.GroupFailure] = self._stub.AwaitFailure(request, timeout=timeout_s).failures
+            return failures
+        except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                return []
+            raise _to_error(error, "the coordinator does not answer") from error
+
+    def abandon_group(self, group_id: int) -> None:
+        """A group that failed will not be rebuilt. Raises UnavailableError if the coordinator does not answer."""
+        try:
+            self._stub.AbandonGroup(engine_pb2.AbandonGroupRequest(group_id=group_id), timeout=_STATUS_TIMEOUT_S)
+        except grpc.RpcError as error:
+            raise _to_error(error, f"worker group {group_id} could not be given up") from error
 
     def status(self) -> admin_pb2.GetStatusResponse:
         """Raises UnavailableError if the coordinator does not answer."""

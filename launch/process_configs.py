@@ -24,7 +24,7 @@ class Endpoint(Protocol):
 
 
 def engine_config(
-    config: ServeConfig, model: ServedModel, placement: Placement, address: str
+    config: ServeConfig, model: ServedModel, placement: Placement, address: str, rebuilds_groups: bool = False
 ) -> engine_pb2.EngineConfig:
     return engine_pb2.EngineConfig(
         address=address,
@@ -38,6 +38,8 @@ def engine_config(
         num_inflight_steps=config.num_inflight_steps,
         itl_target_ms=config.itl_target_ms,
         enable_prefix_caching=config.enable_prefix_caching,
+        step_timeout_s=config.step_timeout_s,
+        rebuilds_groups=rebuilds_groups,
     )
 
 

@@ -1,98 +1,45 @@
-"""Ray: the cluster that the ranks run in, and one actor for each. The only module that imports ray.
+"""Ray: the cluster that the ranks run in. Only this module and launch/rank_*.py import ray.
 
 Ray places and starts the ranks; what they say to each other and to the coordinator goes over gRPC and NCCL or gloo.
-Actors take and return plain strings and numbers only.
 """
 
 import atexit
 import contextlib
+import itertools
 import logging
 import os
 import signal
 import threading
 import time
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError
+from ray.exceptions import RayError
 from ray.util.placement_group import (
     PlacementGroup,
     placement_group,
     placement_group_table,
     remove_placement_group,
 )
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ..errors import FailedPreconditionError, OctavoError, UnavailableError
+from .rank_actor import CPUS_PER_CPU_RANK, RankEndpoint
+from .rank_group import RankGroup, await_endpoints, cause
+from .rank_probe import RankLoss, find_lost_ranks
 from .ray_processes import RayProcesses
 
-# A rank on the CPU claims little, so that a small machine may hold several; its threads share the cores fairly.
-_CPUS_PER_CPU_RANK = 0.25
 # Read by a Ray that starts here. Its workers would run at nice 15, and wait for every other process of the machine.
 _RAY_SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
 _OBJECT_STORE_BYTES = 80 * 1024 * 1024  # about Ray's minimum; nothing of ours goes through it
 _PLACEMENT_TIMEOUT_S = 30.0
 _STRICT_PLACEMENT_TIMEOUT_S = 5.0
-_ACTOR_START_TIMEOUT_S = 300.0  # a first import of torch from a cold network disk takes minutes
 _ACTOR_STOP_TIMEOUT_S = 3.0
-_PING_TIMEOUT_S = 2.0
 # An orderly end takes one to three seconds; a Ray that is broken would wait for a minute.
 _SHUTDOWN_TIMEOUT_S = 10.0
 _POLL_S = 0.1
-_WATCH_S = 0.5
-
-
-@dataclass(frozen=True, slots=True)
-class RankEndpoint:
-    """Where one rank listens."""
-
-    address: str
-    device: str
-    store_address: str  # of rank 0; empty for the others
-
-
-class RankActor:
-    """Runs one rank in a process of its own."""
-
-    def __init__(self, rank: int, device: str, is_local: bool, num_ranks_on_node: int) -> None:
-        """`device` is "cuda" or "cpu"; of a cluster's GPUs Ray chooses one. On a cluster the node's address is used."""
-        # torch's own calls of its deprecated functions; a rank's output is shown to the user.
-        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-        from ..workers.server import WorkerServer
-
-        self._device = _assigned_gpu() if device == "cuda" else device
-        self._server = WorkerServer(
-            host="127.0.0.1" if is_local else ray.util.get_node_ip_address(),
-            device=self._device,
-            create_store=rank == 0,
-            num_threads=max(1, len(os.sched_getaffinity(0)) // num_ranks_on_node),
-            num_ranks_on_host=num_ranks_on_node,
-        )
-
-    def start(self) -> tuple[str, str, str]:
-        """Its address, its device, and the store's address."""
-        endpoints = self._server.start()
-        return endpoints.address, self._device, endpoints.store_address
-
-    def ping(self) -> int:
-        """The process id."""
-        return os.getpid()
-
-    def stop(self) -> None:
-        self._server.stop()
-
-
-def _assigned_gpu() -> str:
-    """The GPU that Ray gave this actor, as torch counts: all GPUs stay visible, so that ranks reach each other's."""
-    [assigned] = ray.get_runtime_context().get_accelerator_ids()["GPU"]
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    index = visible.split(",").index(assigned) if visible else int(assigned)
-    return f"cuda:{index}"
 
 
 class RayCluster:
@@ -105,7 +52,7 @@ class RayCluster:
         """
         self.is_local = address is None
         self._placements: list[PlacementGroup] = []
-        self._groups: list[list[Any]] = []  # actors by group and rank
+        self._groups: list[RankGroup] = []
         self._processes = RayProcesses()
         self._is_ending = False  # Ray ends its processes
         self._is_ended = False
@@ -134,14 +81,14 @@ class RayCluster:
                 _temp_dir=str(temp_dir),
             )
         except (RayError, RuntimeError, OSError) as error:
-            raise UnavailableError(f"Ray did not start: {_cause(error)}") from error
+            raise UnavailableError(f"Ray did not start: {cause(error)}") from error
 
     def _join(self, address: str) -> None:
         try:
             ray.init(address=address, logging_level=logging.ERROR, log_to_driver=True)
         except (RayError, RuntimeError, OSError, ValueError) as error:
             raise UnavailableError(
-                f"could not join the Ray cluster at {address}: {_cause(error)}; check --ray-address, set "
+                f"could not join the Ray cluster at {address}: {cause(error)}; check --ray-address, set "
                 "RAY_AUTH_MODE=token if the cluster wants its token, or leave the option out to start a local one"
             ) from error
 
@@ -154,23 +101,37 @@ class RayCluster:
 
         Raises FailedPreconditionError if the cluster has no room, UnavailableError if a rank's process does not start.
         """
-        bundle = {"GPU": 1.0} if device == "cuda" else {"CPU": _CPUS_PER_CPU_RANK}
+        bundle = {"GPU": 1.0} if device == "cuda" else {"CPU": CPUS_PER_CPU_RANK}
         _require_room(bundle, num_groups * num_ranks)
         for _ in range(num_groups):
             self._placements.append(_place(bundle, num_ranks))
         nodes = [placement_group_table(placement)["bundles_to_node_id"] for placement in self._placements]
         num_on_node = Counter(node for group in nodes for node in group.values())
         for placement, group in zip(self._placements, nodes, strict=True):
-            self._groups.append(
-                [self._start_actor(placement, rank, device, num_on_node[group[rank]]) for rank in range(num_ranks)]
-            )
-        endpoints = _await_endpoints(self._groups, self.require_alive)
+            num_ranks_on_node = [num_on_node[group[rank]] for rank in range(num_ranks)]
+            self._groups.append(RankGroup(placement, device, num_ranks_on_node, self.is_local))
+        started = iter(await_endpoints([actor for group in self._groups for actor in group.actors], self.require_alive))
+        for group_of_ranks in self._groups:
+            group_of_ranks.endpoints = list(itertools.islice(started, num_ranks))
         self._processes.note_descendants()
-        return endpoints
+        return [group_of_ranks.endpoints for group_of_ranks in self._groups]
 
-    def _start_actor(self, placement: PlacementGroup, rank: int, device: str, num_ranks_on_node: int) -> Any:  # noqa: ANN401 (an actor handle)
-        actor_class = ray.remote(RankActor).options(**_actor_options(placement, rank, device))
-        return actor_class.remote(rank, device, self.is_local, num_ranks_on_node)
+    def endpoints(self, group_id: int) -> Sequence[RankEndpoint]:
+        """Where the ranks of a group listen now."""
+        return self._groups[group_id].endpoints
+
+    def find_lost(self, group_id: int) -> dict[int, RankLoss]:
+        """The group's ranks that give no sign of life."""
+        return find_lost_ranks([endpoint.address for endpoint in self.endpoints(group_id)])
+
+    def all_of(self, group_id: int) -> dict[int, RankLoss]:
+        """All ranks of the group, to be replaced whether they live or not."""
+        return dict.fromkeys(range(len(self.endpoints(group_id))), RankLoss.HANGS)
+
+    def replace(self, group_id: int, lost: Mapping[int, RankLoss]) -> None:
+        """Has new processes take the places of a group's lost ranks. Raises UnavailableError if one does not start."""
+        self._groups[group_id].replace(lost, self.require_alive)
+        self._processes.note_descendants()
 
     def require_alive(self) -> None:
         """Raises UnavailableError if a process of the Ray that we started has ended: its calls would only wait."""
@@ -178,14 +139,10 @@ class RayCluster:
 
     def find_dead_rank(self) -> str | None:
         """Which rank's process has ended, and why, in one line; None if all answer."""
-        for group_id, actors in enumerate(self._groups):
-            for rank, actor in enumerate(actors):
-                try:
-                    ray.get(actor.ping.remote(), timeout=_PING_TIMEOUT_S)
-                except RayActorError as error:
-                    return f"rank {rank} of group {group_id} died: {_cause(error)}"
-                except GetTimeoutError:
-                    return f"rank {rank} of group {group_id} does not answer"
+        for group_id, group in enumerate(self._groups):
+            if dead := group.find_dead_rank():
+                rank, how = dead
+                return f"rank {rank} of group {group_id} {how}"
         return None
 
     def shut_down(self, hurry: threading.Event) -> None:
@@ -204,13 +161,13 @@ class RayCluster:
         self._processes.kill()
 
     def _shut_down_orderly(self, hurry: threading.Event) -> None:
-        actors = [actor for group in self._groups for actor in group]
+        actors = [actor for group in self._groups for actor in group.actors]
         if actors and not hurry.is_set():
             stops = [actor.stop.remote() for actor in actors]
             ray.wait(stops, num_returns=len(stops), timeout=_ACTOR_STOP_TIMEOUT_S)
-        for actor in actors:
-            ray.kill(actor)
-        for placement in self._placements:
+        for group in self._groups:
+            group.end()
+        for placement in self._placements[len(self._groups) :]:  # where no group began to start
             remove_placement_group(placement)
         self._groups.clear()
         self._placements.clear()
@@ -218,22 +175,6 @@ class RayCluster:
         if self._owns_connection:
             ray.shutdown()
         self._is_ended = True
-
-
-def _await_endpoints(groups: Sequence[Sequence[Any]], require_alive: Callable[[], None]) -> list[list[RankEndpoint]]:
-    starts = [[actor.start.remote() for actor in actors] for actors in groups]
-    pending = [start for group in starts for start in group]
-    deadline = time.monotonic() + _ACTOR_START_TIMEOUT_S
-    try:
-        while pending:
-            done, pending = ray.wait(pending, timeout=_WATCH_S)
-            ray.get(done)
-            require_alive()
-            if time.monotonic() > deadline:
-                raise UnavailableError(f"the ranks did not start within {_ACTOR_START_TIMEOUT_S:.0f} s")
-        return [[RankEndpoint(*ray.get(start)) for start in group] for group in starts]
-    except RayError as error:
-        raise UnavailableError(f"a rank did not start: {_cause(error)}") from error
 
 
 def _place(bundle: dict[str, float], num_ranks: int) -> PlacementGroup:
@@ -269,22 +210,6 @@ def _no_room(bundle: dict[str, float], num_ranks: int) -> OctavoError:
         f"Ray has no room for {num_ranks} rank(s): they need {needs}, and {has} is free; lower "
         "--tensor-parallel-size or --num-groups, or add nodes"
     )
-
-
-def _actor_options(placement: PlacementGroup, rank: int, device: str) -> dict[str, Any]:
-    options: dict[str, Any] = {
-        "num_cpus": 0 if device == "cuda" else _CPUS_PER_CPU_RANK,
-        "scheduling_strategy": PlacementGroupSchedulingStrategy(placement, rank),
-    }
-    if device == "cuda":
-        options["num_gpus"] = 1
-        # Peer-to-peer copies need to see the neighbours' GPUs; each rank names its own.
-        options["runtime_env"] = {"env_vars": {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}}
-    else:
-        # OpenMP threads that spin while they wait take the cores from the coordinator and the gateways. Measured with
-        # 2 threads on 2 busy cores, 64 decodes of a 6.5 M-parameter model: a step took 169 ms so, 38 ms without.
-        options["runtime_env"] = {"env_vars": {"OMP_WAIT_POLICY": "passive"}}
-    return options
 
 
 @contextlib.contextmanager
@@ -327,12 +252,3 @@ def _environment(settings: Mapping[str, str]) -> Iterator[None]:
     finally:
         for name in ours:
             del os.environ[name]
-
-
-def _cause(error: BaseException) -> str:
-    """The line that says what happened: Ray appends the rank's own traceback, which ends with it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if not lines:
-        return type(error).__name__
-    detail = lines[-1].rpartition("Worker exit detail: ")[2]
-    return detail.partition(" Some common causes")[0]

@@ -26,7 +26,7 @@ _FIRST_REQUEST_TOKENS = 64
 def run_server(config: ServeConfig) -> None:
     """Serves until SIGINT or SIGTERM. Raises OctavoError, in one line, if it cannot start or a process of it fails."""
     display = StartDisplay(Console(stderr=True))
-    supervisor = Supervisor(config, display)
+    supervisor = Supervisor(config, display, rebuilds_groups=True)
     with StopSignals() as signals:
         try:
             model = supervisor.start()

@@ -1,6 +1,7 @@
 """Starts the processes of one server in order, watches them, and ends them: gateways, coordinator, Ray's actors.
 
-A process that dies ends the server with one clear line. Nothing is left behind: processes, sockets, files.
+A rank that dies is replaced (launch/recovery.py). Another process that dies ends the server with one clear line. Nothing
+is left behind: processes, sockets, files.
 """
 
 import concurrent.futures
@@ -22,6 +23,7 @@ from .child_process import ChildProcess
 from .config import ServeConfig
 from .engine_control import EngineControl, GroupBlocks
 from .process_configs import add_group_request, engine_config, gateway_config
+from .recovery import Recovery
 from .resolve import Placement, ServedModel, check_ports, check_ray_address, resolve_model, resolve_placement
 from .run_dir import RunDir
 from .start_display import StartDisplay
@@ -39,14 +41,17 @@ _WATCH_S = 0.5
 class Supervisor:
     """Owner of a server's processes. `start`, then `watch` or nothing, then `stop`, which is safe at any point."""
 
-    def __init__(self, config: ServeConfig, display: StartDisplay) -> None:
+    def __init__(self, config: ServeConfig, display: StartDisplay, rebuilds_groups: bool = False) -> None:
+        """`rebuilds_groups`: whether `watch` will run, and groups that fail be rebuilt, so far as the options allow."""
         self._config = config
+        self._rebuilds_groups = rebuilds_groups and config.max_group_restarts > 0
         self._display = display
         self._run_dir: RunDir | None = None
         self._gateways: list[ChildProcess] = []
         self._coordinator: ChildProcess | None = None
         self._cluster: RayCluster | None = None
         self._control: EngineControl | None = None
+        self._recovery: Recovery | None = None
         self._is_ready = False
 
     @property
@@ -72,6 +77,8 @@ class Supervisor:
         with self._display.step("gateways", "Waiting for the gateways") as step:
             self._await_gateways()
             step.detail = f"{len(self._gateways)} ready"
+        if self._rebuilds_groups:
+            self._recovery = self._make_recovery(model, placement)
         self._is_ready = True
         return model
 
@@ -95,7 +102,7 @@ class Supervisor:
         return placement
 
     def _start_coordinator(self, model: ServedModel, placement: Placement) -> None:
-        config = engine_config(self._config, model, placement, self._socket("engine"))
+        config = engine_config(self._config, model, placement, self._socket("engine"), self._rebuilds_groups)
         self._coordinator = self._spawn("coordinator", "octavo.coordinator", config)
 
     def _start_ranks(self, placement: Placement) -> "list[list[RankEndpoint]]":
@@ -162,11 +169,37 @@ class Supervisor:
 
     # Run
 
+    def _make_recovery(self, model: ServedModel, placement: Placement) -> Recovery:
+        cluster, control, config = self._cluster, self._control, self._config
+        assert cluster is not None
+        assert control is not None
+
+        def make_request(group_id: int) -> engine_pb2.AddGroupRequest:
+            return add_group_request(group_id, config, model, placement, cluster.endpoints(group_id))
+
+        group_ids = range(config.num_groups)
+        return Recovery(cluster, control, make_request, self._display.show, group_ids, config.max_group_restarts)
+
     def watch(self) -> None:
-        """Returns never: raises UnavailableError when a process of the server fails."""
+        """Returns never: raises UnavailableError when a process of the server fails that is not replaced."""
         while True:
-            time.sleep(_WATCH_S)
-            self.check()
+            if self._recovery is None:
+                time.sleep(_WATCH_S)
+                self.check()
+            else:
+                self._watch_groups(self._recovery)
+
+    def _watch_groups(self, recovery: Recovery) -> None:
+        """Has groups rebuilt that fail within a moment."""
+        assert self._control is not None
+        self._require_children()
+        try:
+            recovery.take(self._control.await_failures(recovery.known_epochs, _WATCH_S))
+        except UnavailableError:
+            time.sleep(_POLL_S)  # a coordinator that has just died can be waited for in a moment
+            self._require_children()
+            raise
+        recovery.check()
 
     def check(self) -> None:
         """Raises UnavailableError, naming the cause, if a process or a rank has failed."""
@@ -194,6 +227,8 @@ class Supervisor:
     def stop(self, hurry: threading.Event) -> None:
         """Ends everything, gateways first, so that what runs may finish. `hurry` cuts every wait short."""
         self._is_ready = False
+        if self._recovery is not None:
+            self._recovery.stop()
         with contextlib.ExitStack() as last_to_first:  # goes on to the end even if a step fails
             last_to_first.callback(self._remove_run_dir)
             last_to_first.callback(self._stop_cluster, hurry)

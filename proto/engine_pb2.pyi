@@ -145,8 +145,10 @@ class EngineConfig(_message.Message):
     def __init__(self, address: _Optional[str] = ..., model: _Optional[str] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., block_size: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., max_num_batched_tokens: _Optional[int] = ..., max_num_waiting: _Optional[int] = ..., num_inflight_steps: _Optional[int] = ..., itl_target_ms: _Optional[float] = ..., enable_prefix_caching: _Optional[bool] = ..., step_timeout_s: _Optional[float] = ..., rebuilds_groups: _Optional[bool] = ...) -> None: ...
 
 class AwaitFailureRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("known_epochs",)
+    KNOWN_EPOCHS_FIELD_NUMBER: _ClassVar[int]
+    known_epochs: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, known_epochs: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class AwaitFailureResponse(_message.Message):
     __slots__ = ("failures",)

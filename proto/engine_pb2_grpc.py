@@ -81,7 +81,7 @@ class EngineServicer:
         raise NotImplementedError('Method not implemented!')
 
     def AwaitFailure(self, request, context):
-        """Answers while a group has failed and waits to be rebuilt or abandoned, at once or when that comes to pass.
+        """Answers when there are groups that failed, that nobody rebuilds or has abandoned, and that the caller does not know of.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -4,7 +4,7 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from importlib.metadata import version
 from typing import Any
 
@@ -48,7 +48,7 @@ class Engine:
         self._num_failed = 0
         self._started_at = time.monotonic()
         self._serving = asyncio.Event()
-        self._awaits_rebuild = asyncio.Event()  # while a group has failed and nobody has taken it up
+        self._failed = asyncio.Event()  # for those who wait for the next failure
 
     # Worker groups
 
@@ -58,7 +58,6 @@ class Engine:
         Raises WorkerError if a rank can't: a new group is forgotten then, a failed one has failed again.
         """
         epoch = self._membership.begin(request.group_id).epoch
-        self._note_failures()
         try:
             runner = await self._replace_runner(request, epoch)
             memory = await runner.configure(report)
@@ -88,7 +87,7 @@ class Engine:
         runner = self._runners[group_id]
         if group_id not in self._membership.groups:
             del self._runners[group_id]
-        self._note_failures()
+        self._tell_failure()
         await runner.close()
 
     def _check_holds_a_sequence(self, group_id: int, num_blocks: int) -> None:
@@ -108,13 +107,12 @@ class Engine:
         _log.error("group %d failed: %s", group_id, error)
         self.scheduler.remove_group(group_id)
         self._membership.fail(group_id, str(error))
-        self._note_failures()
+        self._tell_failure()
         self._settle_requests()
 
     def abandon_group(self, group_id: int) -> None:
         """A failed group will not come back. Raises FailedPreconditionError for one that has not failed."""
         self._membership.abandon(group_id)
-        self._note_failures()
         self._settle_requests()
 
     def _settle_requests(self) -> None:
@@ -124,18 +122,16 @@ class Engine:
         self._serving.clear()
         self._fail_all(UnavailableError("the workers failed; no group is left to serve this request"))
 
-    def _note_failures(self) -> None:
-        if self._membership.awaiting_rebuild:
-            self._awaits_rebuild.set()
-        else:
-            self._awaits_rebuild.clear()
+    def _tell_failure(self) -> None:
+        self._failed.set()
+        self._failed = asyncio.Event()
 
-    async def await_failures(self) -> engine_pb2.AwaitFailureResponse:
-        """Waits until there are groups that failed and that nobody rebuilds; says which, and why."""
-        await self._awaits_rebuild.wait()
-        failed = self._membership.awaiting_rebuild
+    async def await_failures(self, known_epochs: Collection[int]) -> engine_pb2.AwaitFailureResponse:
+        """Waits for groups that failed, that nobody rebuilds and that are not known; says which, and why."""
+        while not (news := [m for m in self._membership.awaiting_rebuild if m.epoch not in known_epochs]):
+            await self._failed.wait()
         return engine_pb2.AwaitFailureResponse(
-            failures=[failure_of(member, self._runners[member.group_id]) for member in failed]
+            failures=[failure_of(member, self._runners[member.group_id]) for member in news]
         )
 
     def _fail_all(self, error: OctavoError) -> None:

@@ -63,7 +63,7 @@ class EngineService(engine_pb2_grpc.EngineServicer):
     async def AwaitFailure(  # noqa: N802
         self, request: engine_pb2.AwaitFailureRequest, context: grpc.aio.ServicerContext
     ) -> engine_pb2.AwaitFailureResponse:
-        return await self._engine.await_failures()
+        return await self._engine.await_failures(request.known_epochs)
 
     async def AbandonGroup(  # noqa: N802
         self, request: engine_pb2.AbandonGroupRequest, context: grpc.aio.ServicerContext

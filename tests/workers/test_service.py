@@ -125,7 +125,10 @@ def test_refuses_steps_before_it_is_configured_and_a_second_driver(stub, make_re
     expected = grpc.StatusCode.FAILED_PRECONDITION
     assert refusal(stub.Steps(iter([]))) == (expected, "this worker is not configured")
     list(stub.Configure(make_request()))
-    assert refusal(stub.Configure(make_request())) == (expected, "epoch 3 came, and this worker was configured for epoch 3")
+    assert refusal(stub.Configure(make_request())) == (
+        expected,
+        "epoch 3 came, and this worker was configured for epoch 3",
+    )
     list(stub.Steps(iter([])))
     assert refusal(stub.Steps(iter([]))) == (
         expected,

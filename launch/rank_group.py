@@ -1,0 +1,111 @@
+"""The Ray actors of one worker group, in the places that Ray gave it."""
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import psutil
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayError
+from ray.util.placement_group import PlacementGroup, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from ..errors import UnavailableError
+from .rank_actor import RankActor, RankEndpoint, actor_options
+from .rank_probe import RankLoss
+
+_ACTOR_START_TIMEOUT_S = 300.0  # a first import of torch from a cold network disk takes minutes
+_PING_TIMEOUT_S = 2.0
+_KILL_TIMEOUT_S = 10.0
+_WATCH_S = 0.5
+
+
+class RankGroup:
+    """Owner of a group's placement and of one actor for each of its ranks."""
+
+    def __init__(
+        self, placement: PlacementGroup, device: str, num_ranks_on_node: Sequence[int], is_local: bool
+    ) -> None:
+        """Begins to start the actors. `num_ranks_on_node`: by rank, those of all groups beside it. `is_local`: whether
+        the processes run on this machine."""
+        self._placement, self._device, self._is_local = placement, device, is_local
+        self._num_ranks_on_node = num_ranks_on_node
+        self.actors = [self._start_actor(rank) for rank in range(len(num_ranks_on_node))]
+        self.endpoints: list[RankEndpoint] = []
+
+    def _start_actor(self, rank: int) -> Any:  # noqa: ANN401 (an actor handle)
+        actor_class = ray.remote(RankActor).options(**actor_options(self._placement, rank, self._device))
+        return actor_class.remote(rank, self._device, self._is_local, self._num_ranks_on_node[rank])
+
+    def replace(self, lost: Mapping[int, RankLoss], require_alive: Callable[[], None]) -> None:
+        """Has new processes take the places of the lost ranks. Raises UnavailableError if one does not start."""
+        for rank, loss in lost.items():
+            ray.kill(self.actors[rank])
+            if loss is RankLoss.HANGS:
+                self._kill_process(self.endpoints[rank])
+            self.actors[rank] = self._start_actor(rank)
+        started = await_endpoints([self.actors[rank] for rank in lost], require_alive)
+        for rank, endpoint in zip(lost, started, strict=True):
+            self.endpoints[rank] = endpoint
+
+    def _kill_process(self, endpoint: RankEndpoint) -> None:
+        """Ray asks a process to end, which one that is stopped never hears."""
+        if self._is_local:
+            _kill(endpoint.process_id)
+            return
+        on_its_node = NodeAffinitySchedulingStrategy(endpoint.node_id, soft=False)
+        kill = ray.remote(num_cpus=0)(_kill).options(scheduling_strategy=on_its_node)
+        with contextlib.suppress(RayError):  # the node is gone, and the process with it
+            ray.get(kill.remote(endpoint.process_id), timeout=_KILL_TIMEOUT_S)
+
+    def find_dead_rank(self) -> tuple[int, str] | None:
+        """Which rank's process has ended, and how; None if all answer."""
+        for rank, actor in enumerate(self.actors):
+            try:
+                ray.get(actor.ping.remote(), timeout=_PING_TIMEOUT_S)
+            except RayActorError as error:
+                return rank, f"died: {cause(error)}"
+            except GetTimeoutError:
+                return rank, "does not answer"
+        return None
+
+    def end(self) -> None:
+        """Without a goodbye."""
+        for actor in self.actors:
+            ray.kill(actor)
+        remove_placement_group(self._placement)
+
+
+def _kill(process_id: int) -> None:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        if any("RankActor" in part for part in psutil.Process(process_id).cmdline()):  # and no other of that number
+            os.kill(process_id, signal.SIGKILL)
+
+
+def await_endpoints(actors: Sequence[Any], require_alive: Callable[[], None]) -> list[RankEndpoint]:
+    """Starts the actors' servers; where they listen. Raises UnavailableError if one does not start, and what
+    `require_alive` raises meanwhile."""
+    starts = pending = [actor.start.remote() for actor in actors]
+    deadline = time.monotonic() + _ACTOR_START_TIMEOUT_S
+    try:
+        while pending:
+            done, pending = ray.wait(pending, timeout=_WATCH_S)
+            ray.get(done)
+            require_alive()
+            if time.monotonic() > deadline:
+                raise UnavailableError(f"the ranks did not start within {_ACTOR_START_TIMEOUT_S:.0f} s")
+        return [RankEndpoint(*ray.get(start)) for start in starts]
+    except RayError as error:
+        raise UnavailableError(f"a rank did not start: {cause(error)}") from error
+
+
+def cause(error: BaseException) -> str:
+    """The line that says what happened: Ray appends the rank's own traceback, which ends with it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    detail = lines[-1].rpartition("Worker exit detail: ")[2]
+    return detail.partition(" Some common causes")[0]
