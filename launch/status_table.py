@@ -71,19 +71,8 @@ def _parts(status: admin_pb2.GetStatusResponse) -> Iterable[str | Table]:
 
 
 def _groups(status: admin_pb2.GetStatusResponse) -> Table:
-    table = _table(
-        "groups",
-        "group",
-        "state",
-        "epoch",
-        "restarts",
-        "running",
-        "blocks used",
-        "blocks",
-        "steps",
-        "ms a step",
-        "tokens",
-    )
+    state = ("group", "state", "epoch", "restarts")
+    table = _table("groups", *state, "running", "blocks used", "blocks", "steps", "ms a step", "tokens")
     for group in status.groups:
         used = group.num_blocks - group.num_free_blocks
         step_ms = 1000 * group.steps.step_time_s / group.steps.num_steps if group.steps.num_steps else 0.0

@@ -1,7 +1,7 @@
 """Starts the processes of one server in order, watches them, and ends them: gateways, coordinator, Ray's actors.
 
-A rank that dies is replaced (launch/recovery.py). Another process that dies ends the server with one clear line. Nothing
-is left behind: processes, sockets, files.
+A rank that dies is replaced (launch/recovery.py); any other process that dies ends the server with one clear line.
+Nothing is left behind: processes, sockets, files.
 """
 
 import concurrent.futures
@@ -29,7 +29,8 @@ from .run_dir import RunDir
 from .start_display import StartDisplay
 
 if TYPE_CHECKING:
-    from .ray_cluster import RankEndpoint, RayCluster
+    from .rank_actor import RankEndpoint
+    from .ray_cluster import RayCluster
 
 _GATEWAY_START_TIMEOUT_S = 60.0
 _GATEWAY_STOP_TIMEOUT_S = 12.0  # a gateway's own grace for running requests is 10 s

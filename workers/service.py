@@ -139,9 +139,8 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             if self._runner is None or self._request is None:
                 raise FailedPreconditionError("this worker is not configured")
             if self._stream is not None:
-                raise FailedPreconditionError(
-                    f"a stream has driven this worker in epoch {self._request.epoch}; it must be configured for a new one"
-                )
+                epoch = self._request.epoch
+                raise FailedPreconditionError(f"a stream has driven this worker already in epoch {epoch}")
             self._stream = StepStream(self._request, self._runner, self._pipeline, context)
             await self._stream.run(plans)
 

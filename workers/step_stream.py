@@ -75,7 +75,9 @@ class StepStream:
             came = f"plan {plan.step_id} of epoch {plan.epoch} came"
             return self._refuse(FailedPreconditionError(f"{came}; plan {due[1]} of epoch {due[0]} is due"))
         self._next_step_id += 1
-        return asyncio.wrap_future(self._pipeline.step(self._runner, plan))
+        result = asyncio.wrap_future(self._pipeline.step(self._runner, plan))
+        result.add_done_callback(_note_failure)
+        return result
 
     def _refuse(self, error: Exception) -> asyncio.Future[worker_pb2.StepResult]:
         """A result that raises `error` where the answers are written."""
@@ -83,3 +85,9 @@ class StepStream:
         refused: asyncio.Future[worker_pb2.StepResult] = asyncio.get_running_loop().create_future()
         refused.set_exception(error)
         return refused
+
+
+def _note_failure(result: asyncio.Future[worker_pb2.StepResult]) -> None:
+    """The call that it is for may have ended, and nobody hears of it."""
+    if not result.cancelled():
+        result.exception()

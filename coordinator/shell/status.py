@@ -36,7 +36,7 @@ def group_status(
     """Of a group in any state; what it holds only while the scheduler has it."""
     status = admin_pb2.GroupStatus(
         group_id=member.group_id,
-        state=member.state.value,
+        state=admin_pb2.GroupState.Name(member.state.value),
         epoch=member.epoch,
         ranks=[
             admin_pb2.RankStatus(rank=rank, address=endpoint.address, device=endpoint.device)

@@ -98,7 +98,9 @@ class WorkerLink:
                 on_result(result)
             on_error(WorkerError(rank, "it closed its stream"))
         except grpc.aio.AioRpcError as error:
-            on_error(self._lost_rank(rank) if rank in self._unwritable else WorkerError.of(rank, error))
+            # A rank that lives says what is wrong in its last answer.
+            is_gone = rank in self._unwritable or error.code() is grpc.StatusCode.UNAVAILABLE
+            on_error(self._lost_rank(rank) if is_gone else WorkerError.of(rank, error))
         except Exception as error:  # nobody awaits this task: unheard, the group would wait forever
             _log.exception("rank %d: its result could not be taken", rank)
             on_error(InternalError(f"rank {rank}: its result could not be taken: {error}"))
