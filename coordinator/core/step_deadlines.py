@@ -15,7 +15,7 @@ class StepDeadlines:
     """Remembers the recent steps of one group, by size: powers of two of their tokens."""
 
     def __init__(self, least_s: float) -> None:
-        """`least_s`: no step is late before."""
+        """`least_s`: no step is late before; 0: none ever is."""
         self._least_s = least_s
         self._recent: dict[int, deque[float]] = {}
 
@@ -24,7 +24,9 @@ class StepDeadlines:
         self._recent.setdefault(num_tokens.bit_length(), deque(maxlen=_NUM_RECENT)).append(duration_s)
 
     def allowed_s(self, num_tokens: int) -> float:
-        """For a step of so many tokens."""
+        """For a step of so many tokens; 0: for ever."""
+        if not self._least_s:
+            return 0.0
         if recent := self._recent.get(num_tokens.bit_length()):
             return max(self._least_s, _FACTOR * max(recent))
         slowest_s = max((max(recent) for recent in self._recent.values()), default=0.0)

@@ -69,9 +69,14 @@ class Watchdog:
             self._check_step()
 
     def _check_ranks(self) -> None:
-        for rank, asked_at in enumerate(self._asked_at):
-            if asked_at is not None and 0 < self._timeout_s < self._now_s - asked_at:
-                raise WorkerError(rank, f"it has not answered for {self._now_s - asked_at:.1f} s")
+        for rank in range(len(self._asked_at)):
+            if 0 < self._timeout_s < (owed_s := self._owed_s(rank)):
+                raise WorkerError(rank, f"it has not answered for {owed_s:.1f} s")
+
+    def _owed_s(self, rank: int) -> float:
+        """How long a rank has owed the answer to a ping."""
+        asked_at = self._asked_at[rank]
+        return 0.0 if asked_at is None else self._now_s - asked_at
 
     def _check_step(self) -> None:
         if any(self._is_profiling):  # writing the profile down may take minutes
@@ -80,4 +85,8 @@ class Watchdog:
             return
         since, allowed_s = self._step
         if self._now_s - since > allowed_s > 0:
-            raise WorkerError(None, f"a step has taken {self._now_s - since:.1f} s; steps like it take far less")
+            late = f"a step has not ended after {self._now_s - since:.1f} s"
+            for rank in range(len(self._asked_at)):
+                if self._owed_s(rank) > _PING_S:
+                    raise WorkerError(rank, f"it does not answer, and {late}")
+            raise WorkerError(None, f"{late}; its ranks still answer")

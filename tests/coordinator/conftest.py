@@ -173,7 +173,8 @@ class CountingWorker(worker_pb2_grpc.WorkerServicer):
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
-        self.plans: list[worker_pb2.BatchPlan] = []
+        self.epochs: list[int] = []
+        self.plans: list[worker_pb2.BatchPlan] = []  # of the last epoch
         self.fail_at_step = 0
         self.abort_at_step = 0  # end the call without a word before, as no worker does that lives
         self.spoil_at_step = 0
@@ -184,14 +185,19 @@ class CountingWorker(worker_pb2_grpc.WorkerServicer):
         self.hold.set()
         self.answers_pings = asyncio.Event()
         self.answers_pings.set()
+        self.loaded = asyncio.Event()
+        self.loaded.set()
         self.computed: dict[int, int] = {}
         self.known: dict[int, int] = {}
         self.decode_slots: list[int] = []
 
     async def Configure(self, request, context):
         assert request.rank == self.rank
+        self.epochs.append(request.epoch)
+        self.plans, self.computed, self.known, self.decode_slots = [], {}, {}, []
         if request.config.model_path == "broken":
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "tensor w is missing")
+        await self.loaded.wait()
         yield worker_pb2.ConfigureProgress(stage="weights", duration_s=1.0 + self.rank)
         yield worker_pb2.ConfigureProgress(stage="kv cache", duration_s=0.5, num_blocks=self.num_blocks)
 
@@ -309,6 +315,9 @@ class Cluster:
         session = GatewaySession(call)
         await session.read()  # the first, empty one
         return session
+
+    async def await_failures(self, *known_epochs: int) -> list[engine_pb2.GroupFailure]:
+        return list((await self.stub.AwaitFailure(engine_pb2.AwaitFailureRequest(known_epochs=known_epochs))).failures)
 
     async def status(self) -> admin_pb2.GetStatusResponse:
         return await self.stub.GetStatus(admin_pb2.GetStatusRequest())
