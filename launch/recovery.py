@@ -150,6 +150,7 @@ class _GroupRecovery:
             self._note_failed_attempt(str(error))
             return ""
         self._has_failed_to_rebuild = False
+        self._policy.serves(time.monotonic())
         self._say(self._describe(failure, replaced, time.monotonic() - failed_at))
         return ""
 

@@ -3,7 +3,8 @@
 from collections import deque
 
 WINDOW_S = 600.0
-_FIRST_DELAY_S = 0.5  # before the second attempt; the first is made at once
+_LONG_LIFE_S = 30.0  # a group that served for so long does not keep dying
+_FIRST_DELAY_S = 0.5
 _MAX_DELAY_S = 30.0
 
 
@@ -14,19 +15,31 @@ class RestartPolicy:
         """`max_restarts` within WINDOW_S."""
         self._max_restarts = max_restarts
         self._failed_at: deque[float] = deque()
+        self._served_from: float | None = None  # None: the last attempt failed
+        self._num_short_lives = -1  # one after another; the first failure of all is forgiven
 
     @property
     def num_failures(self) -> int:
         """Within the window, when the last one came."""
         return len(self._failed_at)
 
+    def serves(self, now: float) -> None:
+        """It was rebuilt."""
+        self._served_from = now
+
     def delay_s(self, now: float) -> float | None:
-        """It has failed now. How long to wait before it is rebuilt, twice as long each time; None: it is given up."""
+        """It has failed now. How long to wait before it is rebuilt; None: it is given up.
+
+        At once after a long life, and twice as long each time that it dies young.
+        """
         self._failed_at.append(now)
         while self._failed_at[0] < now - WINDOW_S:
             self._failed_at.popleft()
         if self.num_failures > self._max_restarts:
             return None
-        if self.num_failures == 1:
+        has_lived_long = self._served_from is not None and now - self._served_from > _LONG_LIFE_S
+        self._num_short_lives = 0 if has_lived_long else self._num_short_lives + 1
+        self._served_from = None
+        if self._num_short_lives == 0:
             return 0.0
-        return float(min(_FIRST_DELAY_S * 2 ** (self.num_failures - 2), _MAX_DELAY_S))
+        return float(min(_FIRST_DELAY_S * 2 ** (self._num_short_lives - 1), _MAX_DELAY_S))

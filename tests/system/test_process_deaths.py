@@ -1,4 +1,5 @@
-"""One process of a running server is killed: the server says so in one line and ends, and leaves nothing behind."""
+"""One process of a running server that is not replaced is killed: the server says so in one line and ends, and leaves
+nothing behind. Ranks that are replaced: test_rank_deaths.py."""
 
 import os
 import re
@@ -31,6 +32,7 @@ class Server:
     def __init__(self, parent) -> None:
         self.parent = parent
         options = ["--tensor-parallel-size", "2", "--device", "cpu", "--port", "0", "--grpc-port", str(free_port())]
+        options += ["--max-group-restarts", "0"]
         self.process = subprocess.Popen(
             [sys.executable, "-m", "octavo", "serve", *options],
             stdout=subprocess.PIPE,
