@@ -51,12 +51,12 @@ class TritonAttentionPlan:
             self._inputs = (cos[:n], sin[:n], kv_indices[:n]), (cos[n:], sin[n:], kv_indices[n:])
         return self._inputs
 
-    def gather(self, num_heads: int, k_cache: Tensor) -> GatherPlan | None:
+    def gather(self, q: Tensor, k_cache: Tensor) -> GatherPlan | None:
         """For the chunks' attention; None where it reads the cache through the block tables."""
         if not self._has_gather:
             _, block_size, _, head_dim = k_cache.shape
-            if is_worth_gathering(self.batch, head_dim, k_cache.dtype):
-                self._gather = plan_gather(self.batch, num_heads, block_size)
+            if is_worth_gathering(self.batch, head_dim, q.dtype, k_cache.dtype != q.dtype):
+                self._gather = plan_gather(self.batch, q.shape[1], block_size)
             self._has_gather = True
         return self._gather
 
@@ -123,8 +123,9 @@ class TritonOperations(Operations):
         v_cache: Tensor,
         kv_indices: Tensor,
         num_heads: int,
+        scales: Tensor | None = None,
     ) -> Tensor:
-        return rope_and_cache(qkv, cos, sin, k_cache, v_cache, kv_indices, num_heads)
+        return rope_and_cache(qkv, cos, sin, k_cache, v_cache, kv_indices, num_heads, scales=scales)
 
     def plan_attention(self, batch: AttentionBatch, block_size: int, dtype: torch.dtype) -> TritonAttentionPlan:
         """Computes nothing: the kernels read the step's tensors."""
@@ -135,7 +136,7 @@ class TritonOperations(Operations):
         self,
         qkv: Tensor,
         rope: tuple[Tensor, Tensor],
-        cache: tuple[Tensor, Tensor],
+        cache: tuple[Tensor, ...],
         kv_indices: Tensor,
         plan: TritonAttentionPlan,
         num_heads: int,
@@ -146,42 +147,62 @@ class TritonOperations(Operations):
         decodes, chunks = plan.split(rope, kv_indices)
         num_tokens, _, head_dim = qkv.shape
         out = qkv.new_empty(num_tokens, num_heads, head_dim)
-        workspace = self._decode_workspace(plan.batch.block_tables, num_heads, cache[0])
+        k_cache, v_cache = cache[:2]
+        scales = cache[2] if len(cache) > 2 else None
+        workspace = self._decode_workspace(plan.batch.block_tables, num_heads, k_cache, qkv.dtype)
         n = plan.num_decodes
         rows = plan.batch.block_tables, *plan.decodes
-        paged_decode_attention(qkv[:n], *decodes, *cache, *rows, num_heads, scale, workspace, out[:n])
+        paged_decode_attention(
+            qkv[:n], *decodes, k_cache, v_cache, *rows, num_heads, scale, workspace, out[:n], scales
+        )
         if plan.max_query_len:
             q = torch.empty_like(out)  # the chunks' places are those in the step
             cos, sin, cells = chunks
-            rope_and_cache(qkv[n:], cos, sin, *cache, cells, num_heads, q[n:])
-            self._attend_chunks(q, *cache, plan, scale, out)
+            rope_and_cache(qkv[n:], cos, sin, k_cache, v_cache, cells, num_heads, q[n:], scales)
+            self._attend_chunks(q, k_cache, v_cache, plan, scale, out, scales)
         return out
 
-    def attend(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: TritonAttentionPlan, scale: float) -> Tensor:
+    def attend(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        plan: TritonAttentionPlan,
+        scale: float,
+        scales: Tensor | None = None,
+    ) -> Tensor:
         assert not plan.num_decodes, "`attention` does all of a decode's in one kernel"
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        self._attend_chunks(q, k_cache, v_cache, plan, scale, out)
+        self._attend_chunks(q, k_cache, v_cache, plan, scale, out, scales)
         return out
 
-    def _decode_workspace(self, block_tables: Tensor, num_heads: int, k_cache: Tensor) -> DecodeWorkspace:
+    def _decode_workspace(
+        self, block_tables: Tensor, num_heads: int, k_cache: Tensor, dtype: torch.dtype
+    ) -> DecodeWorkspace:
         """One for all steps of a slot table, whose rows are as many as can decode: captured graphs keep it in use."""
-        key = (*block_tables.shape, num_heads, *k_cache.shape[1:], k_cache.dtype)
+        key = (*block_tables.shape, num_heads, *k_cache.shape[1:], dtype)
         if key not in self._decode_workspaces:
             (num_slots, max_blocks), (_, block_size, num_kv_heads, head_dim) = block_tables.shape, k_cache.shape
             self._decode_workspaces[key] = decode_workspace(
-                num_slots, num_heads, num_kv_heads, head_dim, k_cache.dtype, max_blocks * block_size, k_cache.device
+                num_slots, num_heads, num_kv_heads, head_dim, dtype, max_blocks * block_size, k_cache.device
             )
         return self._decode_workspaces[key]
 
     def _attend_chunks(
-        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: TritonAttentionPlan, scale: float, out: Tensor
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        plan: TritonAttentionPlan,
+        scale: float,
+        out: Tensor,
+        scales: Tensor | None,
     ) -> None:
-        if (gather := plan.gather(q.shape[1], k_cache)) is not None:
-            attend_gathered(q, k_cache, v_cache, gather, scale, out)
+        if (gather := plan.gather(q, k_cache)) is not None:
+            attend_gathered(q, k_cache, v_cache, gather, scale, out, scales)
             return
-        paged_chunk_attention(
-            q, k_cache, v_cache, plan.batch.block_tables, *plan.chunks, plan.max_query_len, scale, out
-        )
+        tables = plan.batch.block_tables, *plan.chunks
+        paged_chunk_attention(q, k_cache, v_cache, *tables, plan.max_query_len, scale, out, scales)
 
     def _or_reference(self, kernel: Callable[..., T], slower: Callable[..., T], *args: object) -> T:
         try:
