@@ -14,6 +14,7 @@ import triton.language as tl
 
 from .fp8_cache import (
     SMALLEST_SCALE,
+    block_stride,
     fit_queries,
     inverse_power_of_two,
     key_scales,
@@ -21,6 +22,7 @@ from .fp8_cache import (
     split_pairs,
     value_scales,
 )
+from .launch import Launch
 from .paged_cache import cell_offsets, check_cache, check_rows, load_block_ids, load_cells, padded
 
 
@@ -70,6 +72,7 @@ def _attend_keys(
     head_dim: tl.constexpr,
     head_dim_padded: tl.constexpr,
     block_size: tl.constexpr,
+    scale_stride: tl.constexpr,
     keys_per_tile: tl.constexpr,
     masked: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
@@ -85,11 +88,9 @@ def _attend_keys(
         is_key = keys < end
         offsets = cell_offsets(block_ids, keys, block_size, num_kv_heads * head_dim // dims_per_word)
         k = load_cells(k_head_ptr, offsets * dims_per_word, is_key, head_dim, head_dim_padded, masked)
-        v = load_cells(
-            v_head_ptr, offsets, is_key, head_dim // dims_per_word, head_dim_padded // dims_per_word, masked
-        )
+        v = load_cells(v_head_ptr, offsets, is_key, head_dim // dims_per_word, head_dim_padded // dims_per_word, masked)
         if is_fp8:
-            in_scales = block_ids.to(tl.int64) * (num_kv_heads * block_size) + (keys & (block_size - 1))
+            in_scales = block_ids.to(tl.int64) * scale_stride + (keys & (block_size - 1))
             scales = tl.load(scales_ptr + in_scales, mask=is_key, other=0)
         block_ids = load_block_ids(table_ptr, keys + keys_per_tile, end, block_size)
         scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee")
@@ -143,6 +144,7 @@ def _chunk_kernel(
     head_dim: tl.constexpr,
     head_dim_padded: tl.constexpr,
     block_size: tl.constexpr,
+    scale_stride: tl.constexpr,
     queries_per_tile: tl.constexpr,
     keys_per_tile: tl.constexpr,
 ) -> None:
@@ -203,6 +205,7 @@ def _chunk_kernel(
         head_dim,
         head_dim_padded,
         block_size,
+        scale_stride,
         keys_per_tile,
         False,
     )
@@ -225,6 +228,7 @@ def _chunk_kernel(
         head_dim,
         head_dim_padded,
         block_size,
+        scale_stride,
         keys_per_tile,
         True,
     )
@@ -258,39 +262,57 @@ def paged_chunk_attention(
     the kernel does not take.
     """
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
+    rows = block_tables, slots, seq_lens, query_starts, max_query_len
+    launch = chunk_attention_launch(q, k_cache, v_cache, *rows, scale, out, scales)
+    if len(slots) and max_query_len > 0:
+        with torch.cuda.device_of(q):
+            launch.run()
+    return out
+
+
+def chunk_attention_launch(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    slots: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_starts: torch.Tensor,
+    max_query_len: int,
+    scale: float,
+    out: torch.Tensor,
+    scales: torch.Tensor | None = None,
+) -> Launch:
+    """What paged_chunk_attention launches: to be run only if there are rows and query tokens."""
     check_cache(q, k_cache, v_cache, out, scales)
     check_rows(block_tables, slots, seq_lens)
     if query_starts.dtype != torch.int32 or query_starts.shape != (len(slots) + 1,) or not query_starts.is_contiguous():
         raise ValueError(f"query_starts {tuple(query_starts.shape)} of {query_starts.dtype} for {len(slots)} rows")
     _, num_heads, head_dim = q.shape
     _, block_size, num_kv_heads, _ = k_cache.shape
-    if len(slots) == 0 or max_query_len <= 0:
-        return out
     config = chunk_config(max_query_len, head_dim, q.dtype)
-    num_tiles = -(-max_query_len // config.queries_per_tile)
-    with torch.cuda.device_of(q):
-        _chunk_kernel[(num_heads, num_tiles, len(slots))](
-            out,
-            q,
-            k_cache,
-            v_cache,
-            scales,
-            block_tables,
-            slots,
-            seq_lens,
-            query_starts,
-            scale * math.log2(math.e),
-            out.stride(0),
-            q.stride(0),
-            block_tables.stride(0),
-            num_kv_heads=num_kv_heads,
-            group=num_heads // num_kv_heads,
-            head_dim=head_dim,
-            head_dim_padded=padded(head_dim),
-            block_size=block_size,
-            queries_per_tile=config.queries_per_tile,
-            keys_per_tile=config.keys_per_tile,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
-    return out
+    arguments = {
+        "out_ptr": out,
+        "q_ptr": q,
+        "k_cache_ptr": k_cache,
+        "v_cache_ptr": v_cache,
+        "scales_ptr": scales,
+        "block_tables_ptr": block_tables,
+        "slots_ptr": slots,
+        "seq_lens_ptr": seq_lens,
+        "query_starts_ptr": query_starts,
+        "log2_scale": scale * math.log2(math.e),
+        "out_stride": out.stride(0),
+        "q_stride": q.stride(0),
+        "table_stride": block_tables.stride(0),
+        "num_kv_heads": num_kv_heads,
+        "group": num_heads // num_kv_heads,
+        "head_dim": head_dim,
+        "head_dim_padded": padded(head_dim),
+        "block_size": block_size,
+        "scale_stride": block_stride(scales),
+        "queries_per_tile": config.queries_per_tile,
+        "keys_per_tile": config.keys_per_tile,
+    }
+    grid = num_heads, -(-max_query_len // config.queries_per_tile), len(slots)
+    return Launch(_chunk_kernel, grid, arguments, {"num_warps": config.num_warps, "num_stages": config.num_stages})

@@ -20,6 +20,7 @@ import triton.language as tl
 from .decode_splits import DecodeWorkspace, decode_config, decode_workspace, meet_splits, num_sms
 from .fp8_cache import (
     SMALLEST_SCALE,
+    block_stride,
     fit_queries,
     inverse_power_of_two,
     key_scales,
@@ -31,6 +32,7 @@ from .fp8_cache import (
     split_pairs,
     value_scales,
 )
+from .launch import Launch
 from .paged_cache import check_cache, check_rows, padded
 from .pdl import let_next_kernel_start, starts_early, wait_for_earlier_kernels
 from .rope_cache import check_qkv
@@ -120,6 +122,7 @@ def _decode_kernel(
     head_dim: tl.constexpr,
     head_dim_padded: tl.constexpr,
     block_size: tl.constexpr,
+    scale_stride: tl.constexpr,
     keys_per_tile: tl.constexpr,
     heads_per_tile: tl.constexpr,  # of a merge
     splits_per_tile: tl.constexpr,
@@ -179,7 +182,7 @@ def _decode_kernel(
             cached = quantise(q, new_scales)
             key_scale = tl.sum(tl.where(heads == group, new_scales, 0.0), 0)
             value_scale = tl.sum(tl.where(heads == group + 1, new_scales, 0.0), 0)
-            in_scales = (cell // block_size * num_kv_heads + kv_head) * block_size + cell % block_size
+            in_scales = cell // block_size * scale_stride + kv_head * block_size + cell % block_size
             tl.store(scales_ptr + in_scales, scale_word(key_scale, value_scale))
         tl.store(k_head_ptr + in_cell, cached, mask=(heads == group)[:, None] & is_dim[None, :])
         tl.store(v_head_ptr + in_cell, cached, mask=(heads == group + 1)[:, None] & is_dim[None, :])
@@ -216,7 +219,7 @@ def _decode_kernel(
             k = tl.load(k_ptrs + offsets * dims_per_word)
         v = tl.load(v_ptrs + offsets, mask=is_key[:, None] & is_value_word[None, :], other=0)
         if is_fp8:
-            in_scales = block_ids.to(tl.int64) * (num_kv_heads * block_size)
+            in_scales = block_ids.to(tl.int64) * scale_stride
             if block_size > keys_per_tile:
                 in_scales += tile_start & (block_size - 1)
             scales = tl.load(scale_ptrs + in_scales, mask=is_key, other=0)
@@ -298,58 +301,82 @@ def paged_decode_attention(
     tokens any stride apart.
     Raises ValueError for shapes that the kernel does not take.
     """
+    if out is None:
+        out = qkv.new_empty(len(qkv), num_heads, qkv.shape[-1])
+    rows = block_tables, slots, seq_lens
+    launch = decode_attention_launch(
+        qkv, cos, sin, kv_indices, k_cache, v_cache, *rows, num_heads, scale, workspace, out, scales
+    )
+    if len(qkv):
+        with torch.cuda.device_of(qkv):
+            launch.run()
+    return out
+
+
+def decode_attention_launch(
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    kv_indices: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    slots: torch.Tensor,
+    seq_lens: torch.Tensor,
+    num_heads: int,
+    scale: float,
+    workspace: DecodeWorkspace,
+    out: torch.Tensor,
+    scales: torch.Tensor | None = None,
+) -> Launch:
+    """What paged_decode_attention launches: to be run only if there are rows."""
     check_qkv(qkv, cos, sin, kv_indices, k_cache, v_cache, scales, num_heads)
     q = qkv[:, :num_heads]
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
     check_cache(q, k_cache, v_cache, out, scales)
     check_rows(block_tables, slots, seq_lens)
     num_rows, num_heads, head_dim = q.shape
     _, block_size, num_kv_heads, _ = k_cache.shape
     if len(slots) != num_rows:
         raise ValueError(f"{len(slots)} slots for {num_rows} rows")
-    if num_rows == 0:
-        return out
     max_keys = block_tables.shape[1] * block_size
     config = decode_config(num_rows, num_heads, num_kv_heads, head_dim, q.dtype, max_keys, num_sms(q.device))
     workspace.check(num_rows, num_heads, num_kv_heads, head_dim, config.num_splits)
     group = num_heads // num_kv_heads
     # One row's programs would wait in the way of the product in front (8B on an H200: a step of 4.20 ms, 3.99 without).
     pdl = num_rows > 1 and starts_early(q.device, num_rows)
-    with torch.cuda.device_of(q):
-        _decode_kernel[(num_rows * num_kv_heads, config.num_splits)](
-            out,
-            qkv,
-            cos,
-            sin,
-            kv_indices,
-            k_cache,
-            v_cache,
-            scales,
-            block_tables,
-            slots,
-            seq_lens,
-            workspace.partials,
-            workspace.log_sums,
-            workspace.arrivals,
-            scale * math.log2(math.e),
-            out.stride(0),
-            qkv.stride(0),
-            block_tables.stride(0),
-            config.num_splits,
-            config.min_keys_per_split,
-            is_split=config.num_splits > 1,
-            num_kv_heads=num_kv_heads,
-            group=group,
-            tile_rows=padded(group + 2),
-            head_dim=head_dim,
-            head_dim_padded=padded(head_dim),
-            block_size=block_size,
-            keys_per_tile=config.keys_per_tile,
-            heads_per_tile=triton.next_power_of_2(group),
-            splits_per_tile=config.splits_per_tile,
-            pdl=pdl,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-            launch_pdl=pdl,
-        )
-    return out
+    arguments = {
+        "out_ptr": out,
+        "qkv_ptr": qkv,
+        "cos_ptr": cos,
+        "sin_ptr": sin,
+        "kv_indices_ptr": kv_indices,
+        "k_cache_ptr": k_cache,
+        "v_cache_ptr": v_cache,
+        "scales_ptr": scales,
+        "block_tables_ptr": block_tables,
+        "slots_ptr": slots,
+        "seq_lens_ptr": seq_lens,
+        "partials_ptr": workspace.partials,
+        "log_sums_ptr": workspace.log_sums,
+        "arrivals_ptr": workspace.arrivals,
+        "log2_scale": scale * math.log2(math.e),
+        "out_stride": out.stride(0),
+        "qkv_stride": qkv.stride(0),
+        "table_stride": block_tables.stride(0),
+        "num_splits": config.num_splits,
+        "min_keys_per_split": config.min_keys_per_split,
+        "is_split": config.num_splits > 1,
+        "num_kv_heads": num_kv_heads,
+        "group": group,
+        "tile_rows": padded(group + 2),
+        "head_dim": head_dim,
+        "head_dim_padded": padded(head_dim),
+        "block_size": block_size,
+        "scale_stride": block_stride(scales),
+        "keys_per_tile": config.keys_per_tile,
+        "heads_per_tile": triton.next_power_of_2(group),
+        "splits_per_tile": config.splits_per_tile,
+        "pdl": pdl,
+    }
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "launch_pdl": pdl}
+    return Launch(_decode_kernel, (num_rows * num_kv_heads, config.num_splits, 1), arguments, options)

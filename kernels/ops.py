@@ -106,9 +106,11 @@ class Operations:
         plan: Any,  # noqa: ANN401
         num_heads: int,
         scale: float,
+        out: Tensor | None = None,
     ) -> Tensor:
         """All between the QKV product [num_tokens, all heads, head_dim] and the output projection: rotates, caches and
-        attends. Returns [num_tokens, num_heads, head_dim]."""
+        attends. Returns [num_tokens, num_heads, head_dim]: in `out` if one is given and it can be written there."""
+        del out
         k_cache, v_cache, *scales = cache
         q = self.rope_and_cache(qkv, *rope, k_cache, v_cache, kv_indices, num_heads, *scales)
         return self.attend(q, k_cache, v_cache, plan, scale, *scales)

@@ -9,7 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .fp8_cache import check_dtype, largest, quantise, scales_of
+from .fp8_cache import block_stride, check_dtype, largest, quantise, scales_of
+from .launch import Launch
 from .pdl import starts_early, wait_for_earlier_kernels
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -39,6 +40,7 @@ def _rope_and_cache_kernel(
     head_block: tl.constexpr,
     half_block: tl.constexpr,  # the power of two that holds half
     block_size: tl.constexpr,  # of an FP8 cache
+    scale_stride: tl.constexpr,  # the same: words from a block's to the next one's
     pdl: tl.constexpr,
 ) -> None:
     dim: tl.constexpr = 2 * half
@@ -79,7 +81,7 @@ def _rope_and_cache_kernel(
         high = quantise(high, scales)
         rotated_low, rotated_high = low, high
         kv_head = tl.where(is_key, head - num_heads, head - num_heads - num_kv_heads)
-        word = (slot // block_size * num_kv_heads + kv_head) * block_size + slot % block_size
+        word = slot // block_size * scale_stride + kv_head * block_size + slot % block_size
         # Keys and values are other programs' too: each stores its half of the word.
         half_ptrs = scales_ptr.to(tl.pointer_type(tl.bfloat16)) + word * 2 + is_value.to(tl.int32)
         tl.store(half_ptrs, scales.to(tl.bfloat16)[:, None], (is_key | is_value) & (slot >= 0))
@@ -110,42 +112,59 @@ def rope_and_cache(
     qkv: [num_tokens, num_heads + 2 * num_kv_heads, head_dim], the heads of queries, keys and values in this order;
     cos, sin: [num_tokens, 1, head_dim], the first half of sin negated; caches: [num_blocks, block_size, num_kv_heads,
     head_dim]; kv_indices: [num_tokens] int64, block_id * block_size + offset, or negative for a padding row, whose key
-    and value are dropped; out: [num_tokens, num_heads, head_dim]; scales: an FP8 cache's (kernels/fp8_cache.py), written
-    too. All contiguous.
+    and value are dropped; out: [num_tokens, num_heads, head_dim]. All contiguous. scales: an FP8 cache's
+    (kernels/fp8_cache.py), written too.
 
     Raises ValueError for tensors that the kernel does not take.
     """
+    q = qkv.new_empty(len(qkv), num_heads, qkv.shape[-1]) if out is None else out
+    launch = rope_and_cache_launch(qkv, cos, sin, k_cache, v_cache, kv_indices, num_heads, q, scales)
+    if len(qkv):
+        launch.run()
+    return q
+
+
+def rope_and_cache_launch(
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    kv_indices: torch.Tensor,
+    num_heads: int,
+    out: torch.Tensor,
+    scales: torch.Tensor | None = None,
+) -> Launch:
+    """What rope_and_cache launches: to be run only if there are tokens."""
     check_qkv(qkv, cos, sin, kv_indices, k_cache, v_cache, scales, num_heads)
     num_tokens, all_heads, head_dim = qkv.shape
-    q = qkv.new_empty(num_tokens, num_heads, head_dim) if out is None else out
-    if q.shape != (num_tokens, num_heads, head_dim) or q.dtype != qkv.dtype or not q.is_contiguous():
+    if out.shape != (num_tokens, num_heads, head_dim) or out.dtype != qkv.dtype or not out.is_contiguous():
         raise ValueError(
             f"rope_and_cache: out must be {[num_tokens, num_heads, head_dim]}, {qkv.dtype} and contiguous, "
-            f"not {list(q.shape)}, {q.dtype}, strides {q.stride()}"
+            f"not {list(out.shape)}, {out.dtype}, strides {out.stride()}"
         )
-    if num_tokens:
-        half, pdl = head_dim // 2, starts_early(qkv.device, num_tokens)
-        head_block = _HEAD_BLOCK if num_tokens < _MANY_TOKENS else _WIDE_HEAD_BLOCK
-        _rope_and_cache_kernel[(num_tokens, triton.cdiv(all_heads, head_block))](
-            qkv,
-            cos,
-            sin,
-            q,
-            k_cache,
-            v_cache,
-            scales,
-            kv_indices,
-            num_heads=num_heads,
-            num_kv_heads=k_cache.shape[2],
-            half=half,
-            head_block=head_block,
-            half_block=triton.next_power_of_2(half),
-            block_size=0 if scales is None else k_cache.shape[1],
-            pdl=pdl,
-            num_warps=4,
-            launch_pdl=pdl,
-        )
-    return q
+    half, pdl = head_dim // 2, starts_early(qkv.device, num_tokens)
+    head_block = _HEAD_BLOCK if num_tokens < _MANY_TOKENS else _WIDE_HEAD_BLOCK
+    arguments = {
+        "qkv_ptr": qkv,
+        "cos_ptr": cos,
+        "sin_ptr": sin,
+        "q_ptr": out,
+        "k_cache_ptr": k_cache,
+        "v_cache_ptr": v_cache,
+        "scales_ptr": scales,
+        "kv_indices_ptr": kv_indices,
+        "num_heads": num_heads,
+        "num_kv_heads": k_cache.shape[2],
+        "half": half,
+        "head_block": head_block,
+        "half_block": triton.next_power_of_2(half),
+        "block_size": 0 if scales is None else k_cache.shape[1],
+        "scale_stride": block_stride(scales),
+        "pdl": pdl,
+    }
+    grid = num_tokens, triton.cdiv(all_heads, head_block), 1
+    return Launch(_rope_and_cache_kernel, grid, arguments, {"num_warps": 4, "launch_pdl": pdl})
 
 
 def check_qkv(

@@ -13,6 +13,7 @@ import torch
 
 from ..kernels.batch import AttentionBatch
 from ..kernels.sampling import candidate_keys
+from .bucket_choice import sizes_worth_having
 from .graph_recorder import Recorder, Recording, Tensors
 from .kv_cache import KVCache
 from .models.registry import Model
@@ -74,11 +75,19 @@ class DecodeGraphs:
         self._sampling: SamplingBatch | None = None  # what temperature and seeds were last written for
 
     def capture(self) -> None:
-        """Captures every bucket, the largest first: the others then share its memory."""
+        """Captures every bucket, the largest first: the others then share its memory. On all ranks at once.
+
+        Those that a larger one outruns are dropped.
+        """
+        times_ms = {}
         with self._recorder.session():
             for size in reversed(self._sizes):
                 self._write_inputs(size, _padding(size, self._spare_cell))
                 self._graphs[size] = self._capture(size)
+                # Without a key to attend to: what attention takes does not hang on padding.
+                times_ms[size] = self._recorder.time_ms([self._graphs[size].forward])
+            self._sizes = sizes_worth_having(times_ms, self._vocab.tp)
+        self._graphs = {size: self._graphs[size] for size in self._sizes}
 
     def forward(self, rows: StepRows) -> DecodeOutput:
         """Runs a step of decodes up to the logits."""

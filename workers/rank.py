@@ -72,7 +72,7 @@ def _stages(
     builder = _RunnerBuilder(config, model, tp, num_ranks_on_host)
     graphs = None
     if device.type == "cuda" and not config.enforce_eager:
-        graphs = SegmentGraphs(model, config.max_num_batched_tokens, GraphRecorder(device))
+        graphs = SegmentGraphs(model, config.max_num_batched_tokens, GraphRecorder(device), tp)
     runner = builder.runner(builder.kv_cache(builder.num_blocks(graphs)))
     yield Stage("kv cache")
     if graphs is not None:
@@ -122,7 +122,7 @@ def _find_kernels(
         model = miniature(config.model_path, tp, dtype, config.max_model_len)
         builder = _RunnerBuilder(config, model, tp, num_ranks_on_host)
         cache = builder.kv_cache(blocks_for_warm_up(1, num_tokens, config.block_size))
-        graphs = SegmentGraphs(model, num_tokens, UnrecordedGraphs())
+        graphs = SegmentGraphs(model, num_tokens, UnrecordedGraphs(), tp)
         graphs.capture(cache)
         runner = builder.runner(cache)
         runner.capture_graphs(graphs)

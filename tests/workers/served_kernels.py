@@ -104,6 +104,7 @@ def pretend_gpu():
     llama.operations_for = triton_ops.TritonOperations
     sampler.sampler_operations_for = lambda device: triton_operations.TritonSamplerOperations()
     torch.Tensor.pin_memory = lambda tensor: tensor
+    torch.backends.cuda.preferred_blas_library = lambda *library: None
 
 
 def start_here(config):
@@ -113,7 +114,7 @@ def start_here(config):
     rank._find_kernels(config, torch.bfloat16, tp, 1)
     builder = rank._RunnerBuilder(config, rank._load(config, tp, 1), tp, 1)
     cache = builder.kv_cache(1000)
-    graphs = SegmentGraphs(builder.model, NUM_TOKENS, UnrecordedGraphs())
+    graphs = SegmentGraphs(builder.model, NUM_TOKENS, UnrecordedGraphs(), tp)
     runner = builder.runner(cache)
     with launches_compile():
         graphs.capture(cache)
