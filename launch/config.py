@@ -46,7 +46,9 @@ class ServeConfig:
     load_format: LoadFormat = field(
         default="auto", metadata=_help("safetensors (auto), or dummy: random weights of the model's shape.")
     )
-    block_size: int = field(default=16, metadata=_help("Tokens in a block of the KV cache."))
+    block_size: int = field(
+        default=16, metadata=_help("Tokens in a block of the KV cache; on GPUs 8, 16, 32, 64 or 128.")
+    )
     max_model_len: int | None = field(
         default=None, metadata=_help("Most tokens of a prompt and its output.", "the model's own")
     )
@@ -59,6 +61,17 @@ class ServeConfig:
     )
     num_gpu_blocks_override: int | None = field(
         default=None, metadata=_help("Blocks of the KV cache on each rank.", "as many as fit")
+    )
+    swap_space: float = field(
+        default=0.0,
+        metadata=_help(
+            "GiB of host memory on each rank for KV blocks that leave the device: of preempted sequences, and of "
+            "prefixes that are found again. 0: none.",
+            "0",
+        ),
+    )
+    enable_prefix_caching: bool = field(
+        default=True, metadata=_help("Have requests share the KV blocks of prefixes that were computed before.")
     )
     max_num_waiting: int = field(
         default=8192, metadata=_help("Most requests that wait for a place in a batch; more are refused.")
@@ -103,6 +116,8 @@ class ServeConfig:
             raise _refusal("gpu_memory_utilization", f"must be in (0, 1], got {self.gpu_memory_utilization}")
         if not (math.isfinite(self.itl_target_ms) and self.itl_target_ms >= 0):
             raise _refusal("itl_target_ms", f"must be 0 or more, got {self.itl_target_ms}")
+        if not 0 <= self.swap_space <= _MAX_SWAP_SPACE:
+            raise _refusal("swap_space", f"must be in [0, {_MAX_SWAP_SPACE}] GiB, got {self.swap_space}")
         if self.max_num_batched_tokens is not None and self.max_num_batched_tokens < self.max_num_seqs:
             reason = f"must be at least max_num_seqs ({self.max_num_seqs}), got {self.max_num_batched_tokens}"
             raise _refusal("max_num_batched_tokens", reason)
@@ -119,6 +134,7 @@ OFFLINE_DEFAULTS: dict[str, Any] = {"itl_target_ms": 0.0}
 
 _MAX_UINT16 = 65_535
 _MAX_INT32 = 2**31 - 1
+_MAX_SWAP_SPACE = 1 << 20  # GiB
 # The upper ends are what the protocol can say, or far beyond what is of use.
 _RANGES: dict[str, tuple[int, int]] = {
     "tensor_parallel_size": (1, 1024),

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import grpc
 
@@ -12,6 +13,14 @@ _START_TIMEOUT_S = 60.0
 _PROBE_S = 0.2
 # A coordinator that is alive and busy answers within a step; after this long it hangs.
 _STATUS_TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class GroupBlocks:
+    """KV blocks of a group: on its devices, and in its hosts' memory."""
+
+    num_blocks: int
+    num_host_blocks: int
 
 
 class EngineControl:
@@ -34,20 +43,21 @@ class EngineControl:
                 continue
         raise UnavailableError(f"the coordinator did not answer within {_START_TIMEOUT_S:.0f} s")
 
-    def add_group(self, request: engine_pb2.AddGroupRequest, report: Callable[[str, float], None]) -> int:
-        """Has the group load the model; `report(stage, duration_s)` after each stage. Returns its KV blocks.
+    def add_group(self, request: engine_pb2.AddGroupRequest, report: Callable[[str, float], None]) -> GroupBlocks:
+        """Has the group load the model; `report(stage, duration_s)` after each stage.
 
         Raises UnavailableError with the first rank's reason.
         """
-        num_blocks = 0
+        blocks = GroupBlocks(0, 0)
         try:
             for progress in self._stub.AddGroup(request):
-                num_blocks = progress.num_blocks or num_blocks
-                if not progress.num_blocks:
+                if progress.num_blocks:
+                    blocks = GroupBlocks(progress.num_blocks, progress.num_host_blocks)
+                else:
                     report(progress.stage, progress.duration_s)
         except grpc.RpcError as error:
             raise _to_error(error, f"worker group {request.group_id} did not start") from error
-        return num_blocks
+        return blocks
 
     def status(self) -> admin_pb2.GetStatusResponse:
         """Raises UnavailableError if the coordinator does not answer."""

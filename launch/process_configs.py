@@ -7,6 +7,8 @@ from ..proto import engine_pb2, gateway_pb2
 from .config import ServeConfig
 from .resolve import Placement, ServedModel
 
+_GIB = 1024**3
+
 
 class Endpoint(Protocol):
     """Where one rank listens."""
@@ -35,6 +37,7 @@ def engine_config(
         max_num_waiting=config.max_num_waiting,
         num_inflight_steps=config.num_inflight_steps,
         itl_target_ms=config.itl_target_ms,
+        enable_prefix_caching=config.enable_prefix_caching,
     )
 
 
@@ -75,6 +78,7 @@ def add_group_request(
         store_address=ranks[0].store_address,
         seed=config.seed or 0,
         enforce_eager=config.enforce_eager,
+        swap_space_bytes=int(config.swap_space * _GIB),
     )
     workers = [engine_pb2.WorkerEndpoint(address=rank.address, device=rank.device) for rank in ranks]
     return engine_pb2.AddGroupRequest(group_id=group_id, workers=workers, config=worker)

@@ -20,7 +20,7 @@ from ..errors import UnavailableError
 from ..proto import admin_pb2, engine_pb2
 from .child_process import ChildProcess
 from .config import ServeConfig
-from .engine_control import EngineControl
+from .engine_control import EngineControl, GroupBlocks
 from .process_configs import add_group_request, engine_config, gateway_config
 from .resolve import Placement, ServedModel, check_ports, check_ray_address, resolve_model, resolve_placement
 from .run_dir import RunDir
@@ -115,11 +115,12 @@ class Supervisor:
                 add_group_request(group_id, self._config, model, placement, ranks)
                 for group_id, ranks in enumerate(groups)
             ]
-            num_blocks = self._add_groups(requests)
-            num_tokens = min(num_blocks) * self._config.block_size
-            step.detail = f"{placement.dtype}, {min(num_blocks)} KV blocks ({num_tokens} tokens) a group"
+            blocks = min(self._add_groups(requests))
+            num_tokens = blocks.num_blocks * self._config.block_size
+            on_host = f", {blocks.num_host_blocks} more in host memory" if blocks.num_host_blocks else ""
+            step.detail = f"{placement.dtype}, {blocks.num_blocks} KV blocks ({num_tokens} tokens) a group{on_host}"
 
-    def _add_groups(self, requests: list[engine_pb2.AddGroupRequest]) -> list[int]:
+    def _add_groups(self, requests: list[engine_pb2.AddGroupRequest]) -> list[GroupBlocks]:
         """All at once. Raises the first group's error, with the cause that Ray knows if a rank died."""
         pool = concurrent.futures.ThreadPoolExecutor(len(requests), "add group")
         try:
@@ -134,7 +135,7 @@ class Supervisor:
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _add_group(self, request: engine_pb2.AddGroupRequest) -> int:
+    def _add_group(self, request: engine_pb2.AddGroupRequest) -> GroupBlocks:
         assert self._control is not None
 
         def report(stage: str, duration_s: float) -> None:

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..errors import ResourceExhaustedError
+from ..errors import FailedPreconditionError, ResourceExhaustedError
+from .block_rows import BlockRows
 from .device_memory import DeviceMemory, mib
+from .plan import BlockMoves
 
 _MIB = 1024 * 1024
 _MAX_CPU_BYTES = 4096 * _MIB
@@ -32,13 +34,21 @@ class KVCache:
         self.num_layers, self.num_blocks, self.block_size = num_layers, num_blocks, block_size
         self.num_kv_heads, self.head_dim = num_kv_heads, head_dim
         self.dtype, self.device = dtype, device
-        shape = (num_layers, num_blocks, block_size, num_kv_heads, head_dim)
-        self.keys = _zeros(shape, dtype, device)
-        self.values = _zeros(shape, dtype, device)
+        cells = _zeros((2, num_layers, num_blocks, block_size, num_kv_heads, head_dim), dtype, device)
+        self.keys, self.values = cells[0], cells[1]
+        self.rows = BlockRows(cells.view(2 * num_layers, num_blocks, -1))
 
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of one layer, each [num_blocks, block_size, num_kv_heads, head_dim]."""
         return self.keys[index], self.values[index]
+
+    def copy(self, copies: BlockMoves) -> None:
+        """Queues copies of blocks in all layers. Raises FailedPreconditionError for ids that are not there, and for a
+        block that is both copied from and to."""
+        copies.check(self.num_blocks, self.num_blocks)
+        if np.isin(copies.targets, copies.sources).any():
+            raise FailedPreconditionError("a block is copied from and to in one plan")
+        self.rows.copy(copies)
 
     @staticmethod
     def bytes_per_block(

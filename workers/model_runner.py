@@ -1,9 +1,12 @@
 """Runs the steps of one rank: plan in, tokens out, with the sampled tokens kept on the device for the next step."""
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
+from ..errors import FailedPreconditionError
+from .host_tier import HostTier
 from .kv_cache import KVCache
 from .models.registry import Model
 from .parallel import TensorParallel
@@ -29,9 +32,17 @@ _PROMPT_LOGPROB_ROWS = 128
 class ModelRunner:
     """Owner of a rank's slot table. Steps are queued on the device in the order of the calls; nothing waits for it."""
 
-    def __init__(self, model: Model, kv_cache: KVCache, shape: SlotTableShape, tp: TensorParallel) -> None:
+    def __init__(
+        self,
+        model: Model,
+        kv_cache: KVCache,
+        shape: SlotTableShape,
+        tp: TensorParallel,
+        host_tier: HostTier | None = None,
+    ) -> None:
         self.shape = shape
         self._model, self._kv_cache, self._tp = model, kv_cache, tp
+        self._host_tier = host_tier
         self._slots = SlotTable(shape, tp.device)
         self._vocab = VocabSlice(tp, model.vocab_start, model.local_vocab_size, shape.vocab_size)
         # None on a CPU, and before they are captured.
@@ -59,11 +70,24 @@ class ModelRunner:
         Raises FailedPreconditionError or InvalidArgumentError for a plan that does not fit the slot table; the runner
         is then not to be used on.
         """
+        self._transfer(plan)  # which is none of the step's time, where the host does it
         clock = StepClock(self._tp.device)
         self._slots.apply(plan)
+        if len(plan.copies):
+            self._kv_cache.copy(plan.copies)
         rows = take_step(self._slots, plan)
-        if rows is None:
-            return PendingResult(self._tp, clock, None, None, [])
+        result = self._compute(clock, rows) if rows else PendingResult(self._tp, clock, None, None, [])
+        if self._host_tier is not None:
+            result.report_transfers(partial(self._host_tier.finished, 0 if rows else plan.step_id))
+        return result
+
+    def _transfer(self, plan: Plan) -> None:
+        if self._host_tier is not None:
+            self._host_tier.apply(plan)
+        elif len(plan.saves) or len(plan.loads):
+            raise FailedPreconditionError("a plan moves blocks to or from the host, where this rank has none")
+
+    def _compute(self, clock: StepClock, rows: StepRows) -> PendingResult:
         if self._decode_graphs is not None and not rows.chunks:
             return self._replay(clock, rows, self._decode_graphs)
         batch = send_step(rows, self._slots)

@@ -1,11 +1,11 @@
 """BatchPlan off the wire: packed fields as numpy arrays, their lengths checked."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import InvalidArgumentError
+from ..errors import FailedPreconditionError, InvalidArgumentError
 from ..proto import sampling_pb2, worker_pb2
 
 Ints = NDArray[np.int64]
@@ -24,8 +24,39 @@ class Join:
 
 
 @dataclass(frozen=True, slots=True)
+class BlockMoves:
+    """Blocks whose content goes to others, one by one."""
+
+    sources: NDArray[np.int32]
+    targets: NDArray[np.int32]  # beside sources
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def check(self, num_sources: int, num_targets: int) -> None:
+        """Raises FailedPreconditionError unless the ids are in range and no block is moved to twice."""
+        for ids, limit in ((self.sources, num_sources), (self.targets, num_targets)):
+            if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < limit:
+                raise FailedPreconditionError(f"a block id is not in [0, {limit})")
+        if len(np.unique(self.targets)) != len(self.targets):
+            raise FailedPreconditionError("two blocks are moved to the same one")
+
+
+def _no_slots() -> Ints:
+    return np.zeros(0, dtype=np.int64)
+
+
+def _no_ids() -> NDArray[np.int32]:
+    return np.zeros(0, dtype=np.int32)
+
+
+def _no_moves() -> BlockMoves:
+    return BlockMoves(_no_ids(), _no_ids())
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
-    """One step: edits of the slot table in the order of the fields, then the rows that compute."""
+    """One step: what changes before it, and the rows that compute."""
 
     epoch: int
     step_id: int
@@ -36,6 +67,12 @@ class Plan:
     decode_slots: Ints | None  # None: the set of the step before
     chunk_slots: Ints
     chunk_num_tokens: Ints  # beside chunk_slots
+    amend_slots: Ints = field(default_factory=_no_slots)
+    amend_token_ids: NDArray[np.int32] = field(default_factory=_no_ids)  # beside amend_slots
+    saves: BlockMoves = field(default_factory=_no_moves)  # from the KV cache to the host tier
+    loads: BlockMoves = field(default_factory=_no_moves)  # from the host tier to the KV cache
+    copies: BlockMoves = field(default_factory=_no_moves)  # within the KV cache
+    finished_transfers: int = 0  # the last step whose saves and loads this one may count on
 
 
 def unpack_int32(data: bytes, field: str) -> NDArray[np.int32]:
@@ -55,12 +92,30 @@ def decode_plan(message: worker_pb2.BatchPlan) -> Plan:
         decode_slots=_unpack_slots(message.decode_slots, "decode_slots") if message.decode_slots_changed else None,
         chunk_slots=_unpack_slots(message.chunk_slots, "chunk_slots"),
         chunk_num_tokens=unpack_int32(message.chunk_num_tokens, "chunk_num_tokens").astype(np.int64),
+        amend_slots=_unpack_slots(message.amend_slots, "amend_slots"),
+        amend_token_ids=unpack_int32(message.amend_token_ids, "amend_token_ids"),
+        saves=_decode_moves(message.save_block_ids, message.save_host_ids, "save_block_ids", "save_host_ids"),
+        loads=_decode_moves(message.load_host_ids, message.load_block_ids, "load_host_ids", "load_block_ids"),
+        copies=_decode_moves(
+            message.copy_from_block_ids, message.copy_to_block_ids, "copy_from_block_ids", "copy_to_block_ids"
+        ),
+        finished_transfers=message.finished_transfers,
     )
-    if len(plan.append_slots) != len(plan.append_block_ids):
-        raise InvalidArgumentError("append_slots and append_block_ids differ in length", "append_block_ids")
-    if len(plan.chunk_slots) != len(plan.chunk_num_tokens):
-        raise InvalidArgumentError("chunk_slots and chunk_num_tokens differ in length", "chunk_num_tokens")
+    _check_beside(plan.append_slots, plan.append_block_ids, "append_slots", "append_block_ids")
+    _check_beside(plan.chunk_slots, plan.chunk_num_tokens, "chunk_slots", "chunk_num_tokens")
+    _check_beside(plan.amend_slots, plan.amend_token_ids, "amend_slots", "amend_token_ids")
     return plan
+
+
+def _decode_moves(sources: bytes, targets: bytes, sources_field: str, targets_field: str) -> BlockMoves:
+    moves = BlockMoves(unpack_int32(sources, sources_field), unpack_int32(targets, targets_field))
+    _check_beside(moves.sources, moves.targets, sources_field, targets_field)
+    return moves
+
+
+def _check_beside(values: NDArray[np.generic], others: NDArray[np.generic], field: str, other_field: str) -> None:
+    if len(values) != len(others):
+        raise InvalidArgumentError(f"{field} and {other_field} differ in length", other_field)
 
 
 def _decode_join(join: worker_pb2.SlotJoin) -> Join:

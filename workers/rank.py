@@ -12,6 +12,8 @@ from ..proto import engine_pb2, worker_pb2
 from .device_memory import DeviceMemory
 from .gpu_support import GpuSupport
 from .graph_recorder import GraphRecorder
+from .host_memory import check_swap_space, num_host_blocks
+from .host_tier import HostTier
 from .kv_cache import BlockBudget, KVCache, num_blocks_that_fit
 from .model_config import DTYPES
 from .model_loader import check_model, load_model
@@ -30,6 +32,8 @@ class Stage:
 
     name: str
     runner: ModelRunner | None = None
+    num_host_blocks: int = 0
+    host_block_us: float = 0.0  # measured time to move one block between device and host
 
 
 def check_request(request: worker_pb2.ConfigureRequest) -> None:
@@ -61,6 +65,7 @@ def _stages(
     request: worker_pb2.ConfigureRequest, device: torch.device, store: dist.Store | None, num_ranks_on_host: int
 ) -> Iterator[Stage]:
     config = request.config
+    check_swap_space(config.swap_space_bytes, num_ranks_on_host)
     tp = _connect(request, device, store)
     yield Stage("connect")
     model = _load(config, tp, num_ranks_on_host)
@@ -73,14 +78,19 @@ def _stages(
     graphs = None
     if device.type == "cuda" and not config.enforce_eager:
         graphs = SegmentGraphs(model, config.max_num_batched_tokens, GraphRecorder(device), tp)
-    runner = builder.runner(builder.kv_cache(builder.num_blocks(graphs)))
+    cache = builder.kv_cache(builder.num_blocks(graphs))
+    tier = builder.host_tier(cache, builder.num_host_blocks())
+    runner = builder.runner(cache, tier)
     yield Stage("kv cache")
     if graphs is not None:
         runner.capture_graphs(graphs)
         yield Stage("cuda graphs")
     # The largest step has run on a GPU by now. A CPU needs little: its libraries load with the first token.
     warm_up(runner, num_seqs=1, num_tokens=1)
-    yield Stage("warm-up", runner)
+    if tier is None:
+        yield Stage("warm-up", runner)
+    else:
+        yield Stage("warm-up", runner, tier.num_blocks, tier.measure_block_us())
 
 
 def _connect(request: worker_pb2.ConfigureRequest, device: torch.device, store: dist.Store | None) -> TensorParallel:
@@ -149,7 +159,14 @@ class _RunnerBuilder:
             device=self.tp.device,
         )
 
-    def runner(self, cache: KVCache) -> ModelRunner:
+    def host_tier(self, cache: KVCache, num_blocks: int) -> HostTier | None:
+        return HostTier(cache, num_blocks) if num_blocks else None
+
+    def num_host_blocks(self) -> int:
+        """Blocks that the host tier of every rank can have; 0 without one."""
+        return self.tp.min_int(num_host_blocks(self.config.swap_space_bytes, self._budget().bytes_per_block))
+
+    def runner(self, cache: KVCache, tier: HostTier | None = None) -> ModelRunner:
         shape = SlotTableShape(
             num_slots=self.config.max_num_seqs,
             max_model_len=self.config.max_model_len,
@@ -157,7 +174,7 @@ class _RunnerBuilder:
             num_blocks=cache.num_blocks,
             vocab_size=self.model.config.vocab_size,
         )
-        return ModelRunner(self.model, cache, shape, self.tp)
+        return ModelRunner(self.model, cache, shape, self.tp, tier)
 
     def num_blocks(self, graphs: SegmentGraphs | None) -> int:
         """Blocks that the KV cache of every rank can have. Captures `graphs`."""
@@ -178,7 +195,10 @@ class _RunnerBuilder:
         """
         num_seqs, num_tokens = self.config.max_num_seqs, self.config.max_num_batched_tokens
         cache = self.kv_cache(blocks_for_warm_up(num_seqs, num_tokens, self.config.block_size))
-        runner = self.runner(cache)
+        tier = self.host_tier(cache, min(1, self.num_host_blocks()))  # as much as any takes on the device
+        if tier is not None:
+            tier.measure_block_us()
+        runner = self.runner(cache, tier)
         if graphs is not None:
             graphs.capture(cache)
             runner.capture_graphs(graphs)

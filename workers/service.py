@@ -54,6 +54,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
                 if stage.runner is not None:
                     self._runner = stage.runner
                     progress.num_blocks = stage.runner.shape.num_blocks
+                    progress.num_host_blocks, progress.host_block_us = stage.num_host_blocks, stage.host_block_us
                 yield progress
                 started_at = now
             # What is there now stays: a collection that looked at it all would hold every thread up for long.

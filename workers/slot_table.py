@@ -58,13 +58,15 @@ class SlotTable:
         self.sampling = SamplingTable(shape.num_slots)
 
     def apply(self, plan: Plan) -> None:
-        """Applies the plan's edits: leaves, joins, appended blocks, the set of decode slots."""
+        """Applies the plan's edits: leaves, joins, appended blocks, amended tokens, the set of decode slots."""
         if len(plan.leave_slots):
             self._leave(plan.leave_slots)
         if plan.joins:
             self._join(plan.joins)
         if len(plan.append_slots):
             self._append_blocks(plan.append_slots, plan.append_block_ids)
+        if len(plan.amend_slots):
+            self._amend(plan.amend_slots, plan.amend_token_ids)
         if plan.decode_slots is not None:
             self.decode_slots = plan.decode_slots
         self._check_step(plan)
@@ -116,6 +118,18 @@ class SlotTable:
         np.add.at(self.num_blocks, slots, 1)
         flat = to_device(slots * self.shape.max_blocks + columns, self.device)
         self.block_tables.view(-1).index_copy_(0, flat, to_device(block_ids.copy(), self.device))
+
+    def _amend(self, slots: Ints, token_ids: NDArray[np.int32]) -> None:
+        """Puts other tokens in the place of the newest ones, whose keys and values no step has computed yet."""
+        self._check_occupied(slots, "amend")
+        if len(np.unique(slots)) != len(slots):
+            raise FailedPreconditionError("a plan amends a slot twice")
+        if (self.num_known[slots] <= self.num_prompt[slots]).any():
+            raise FailedPreconditionError("a plan amends a slot that knows no token beyond its prompt")
+        if int(token_ids.min()) < 0 or int(token_ids.max()) >= self.shape.vocab_size:
+            raise FailedPreconditionError(f"an amended token id is not in [0, {self.shape.vocab_size})")
+        cells = to_device(self.cells(slots, self.num_known[slots] - 1), self.device)
+        self.token_ids.view(-1).index_copy_(0, cells, to_device(token_ids.copy(), self.device))
 
     def _check_join(self, join: Join) -> None:
         shape = self.shape

@@ -1,5 +1,6 @@
 """A step's result on its way from the device to the wire."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,13 +45,19 @@ class PendingResult:
         self._rows = None if rows is None else (rows, _logprobs_to_host(rows.logprobs))
         self._chunks = [(chunk, _logprobs_to_host(chunk.logprobs)) for chunk in chunks]
         self._tp, self._clock = tp, clock
+        self._finished_transfers: Callable[[], int] = lambda: 0
         clock.stop()
+
+    def report_transfers(self, finished: Callable[[], int]) -> None:
+        """Has the result say what `finished` says when the device is done with the step."""
+        self._finished_transfers = finished
 
     def wait(self) -> worker_pb2.StepResult:
         """Waits for the device; the caller fills in epoch and step_id. Raises UnavailableError if ranks lost touch."""
         model_time_us = self._clock.wait_us()
         self._tp.check()
-        result = worker_pb2.StepResult(model_time_us=model_time_us)
+        finished_transfers = self._finished_transfers()
+        result = worker_pb2.StepResult(model_time_us=model_time_us, finished_transfers=finished_transfers)
         if self._token_ids is not None:
             result.token_ids = self._token_ids.numpy().tobytes()
         if self._rows is not None:

@@ -32,6 +32,9 @@ from octavo.launch.serve_command import merge_options
         ("gpu_memory_utilization", 0.0),
         ("gpu_memory_utilization", 1.1),
         ("gpu_memory_utilization", math.nan),
+        ("swap_space", -0.5),
+        ("swap_space", math.nan),
+        ("swap_space", math.inf),
         ("seed", -1),
         ("model", ""),
         ("served_model_name", ("a", "")),
@@ -110,6 +113,14 @@ def test_an_integer_is_a_number(tmp_path):
     assert merge_options(file, {}).gpu_memory_utilization == 1
 
 
+def test_what_is_kept_of_the_kv_cache(tmp_path):
+    assert (ServeConfig().swap_space, ServeConfig().enable_prefix_caching) == (0, True)
+    file = tmp_path / "options.yaml"
+    file.write_text("swap-space: 2.5\nenable-prefix-caching: true\n")
+    config = merge_options(file, {"enable_prefix_caching": False})
+    assert (config.swap_space, config.enable_prefix_caching) == (2.5, False)
+
+
 def test_every_option_has_vllms_name_where_vllm_has_one():
     vllm = {
         "model",
@@ -122,6 +133,8 @@ def test_every_option_has_vllms_name_where_vllm_has_one():
         "max_num_batched_tokens",
         "gpu_memory_utilization",
         "num_gpu_blocks_override",
+        "swap_space",
+        "enable_prefix_caching",
         "host",
         "port",
         "served_model_name",

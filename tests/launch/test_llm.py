@@ -25,15 +25,30 @@ def test_a_missing_model_is_said_so():
         LLM("/no/such/model")
 
 
-@pytest.mark.parametrize(("options", "expected"), [({}, 0.0), ({"itl_target_ms": 5}, 5)])
-def test_prompts_are_cut_for_streams_only_when_asked(monkeypatch, options, expected):
+@pytest.fixture
+def config_of(monkeypatch):
+    """config_of(**options) -> the ServeConfig that LLM makes of them."""
     configs = []
 
     def supervisor(config, display):
         configs.append(config)
         raise NotFoundError("no model is started here")
 
+    def make(**options):
+        with pytest.raises(NotFoundError):
+            LLM("model", **options)
+        return configs[-1]
+
     monkeypatch.setattr("octavo.launch.llm.Supervisor", supervisor)
-    with pytest.raises(NotFoundError):
-        LLM("model", **options)
-    assert configs[0].itl_target_ms == expected
+    return make
+
+
+@pytest.mark.parametrize(("options", "expected"), [({}, 0.0), ({"itl_target_ms": 5}, 5)])
+def test_prompts_are_cut_for_streams_only_when_asked(config_of, options, expected):
+    assert config_of(**options).itl_target_ms == expected
+
+
+def test_what_is_kept_of_the_kv_cache(config_of):
+    assert (config_of().swap_space, config_of().enable_prefix_caching) == (0, True)
+    config = config_of(swap_space=4, enable_prefix_caching=False)
+    assert (config.swap_space, config.enable_prefix_caching) == (4, False)

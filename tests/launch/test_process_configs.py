@@ -43,6 +43,12 @@ def test_the_coordinators(resolved):
     assert (proto.model, proto.vocab_size, proto.address) == ("shown", 128, "unix:/e")
 
 
+@pytest.mark.parametrize("enable_prefix_caching", [True, False])
+def test_whether_prefixes_are_cached_is_the_coordinators_to_know(resolved, enable_prefix_caching):
+    config = engine_config(*resolved(enable_prefix_caching=enable_prefix_caching), "unix:/e")
+    assert config.enable_prefix_caching is enable_prefix_caching
+
+
 def test_the_gateways(resolved):
     config, model, _ = resolved(
         host="0.0.0.0", port=81, grpc_port=82, seed=4, served_model_name=("a", "b"), skip_tokenizer_init=True
@@ -62,7 +68,7 @@ def test_no_seed_is_drawn_by_the_gateway(resolved):
 
 def test_a_groups(resolved):
     options = {"block_size": 8, "max_num_seqs": 4, "max_num_batched_tokens": 64, "gpu_memory_utilization": 0.5}
-    config, model, placement = resolved(seed=9, num_gpu_blocks_override=33, dtype="float16", **options)
+    config, model, placement = resolved(seed=9, swap_space=1.5, num_gpu_blocks_override=33, dtype="float16", **options)
     ranks = [Rank("h:1", "cpu", "h:9"), Rank("h:2", "cpu", "")]
     request = add_group_request(3, config, model, placement, ranks)
     assert request.group_id == 3
@@ -70,4 +76,5 @@ def test_a_groups(resolved):
     assert {name: getattr(request.config, name) for name in options} == options
     worker = request.config
     assert (worker.store_address, worker.load_format, worker.dtype) == ("h:9", "dummy", "float16")
+    assert worker.swap_space_bytes == 3 << 29
     assert (worker.num_blocks_override, worker.seed, worker.max_model_len) == (33, 9, 1024)

@@ -51,6 +51,9 @@ class ThreadParallel(TensorParallel):
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         return torch.stack(self.meeting.exchange(self.rank, tensor))
 
+    def min_int(self, value: int) -> int:
+        return int(min(self.meeting.exchange(self.rank, torch.tensor(value))))
+
 
 def _run_ranks(size: int, function) -> list:
     if size == 1:

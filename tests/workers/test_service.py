@@ -67,6 +67,24 @@ def test_configures_in_stages_then_answers_plans_in_order(stub, make_request):
     assert all(r.model_time_us > 0 for r in results)
 
 
+def test_reports_its_host_tier_and_what_was_moved(stub, make_request):
+    # A block takes 8 tokens * 2 * 2 layers * 4 heads * 8 float32.
+    progress = list(stub.Configure(make_request(num_blocks_override=12, swap_space_bytes=7 * 4096 + 100)))
+    assert [p.num_host_blocks for p in progress] == [0, 0, 0, 7]
+    assert progress[-1].num_blocks == 12
+    assert 0 < progress[-1].host_block_us < 1e6
+    zero = np.zeros(1, "<i4").tobytes()
+    plans = [make_plan(1), make_plan(2, save_block_ids=zero, save_host_ids=zero), make_plan(3)]
+    results = list(stub.Steps(iter(plans)))
+    # The first may be made before or after the second plan is done.
+    assert [(r.step_id, r.finished_transfers, r.token_ids) for r in results[1:]] == [(2, 2, b""), (3, 2, b"")]
+
+
+def test_has_no_host_tier_without_swap_space(stub, make_request):
+    *_, last = stub.Configure(make_request())
+    assert (last.num_host_blocks, last.host_block_us) == (0, 0.0)
+
+
 @pytest.mark.parametrize(
     ("plans", "message"),
     [
@@ -118,6 +136,8 @@ def test_refuses_steps_before_it_is_configured_and_a_second_driver(stub, make_re
         ({"model_path": "/nowhere"}, grpc.StatusCode.NOT_FOUND, "/nowhere does not exist"),
         ({"dtype": "int3"}, grpc.StatusCode.INVALID_ARGUMENT, "dtype 'int3' is none of"),
         ({"load_format": "pickle"}, grpc.StatusCode.INVALID_ARGUMENT, "load_format 'pickle' is unknown"),
+        ({"swap_space_bytes": 1 << 50}, grpc.StatusCode.RESOURCE_EXHAUSTED, "lower --swap-space"),
+        ({"swap_space_bytes": 4095}, grpc.StatusCode.INVALID_ARGUMENT, "holds no KV block"),
         ({"num_blocks_override": 1 << 30}, grpc.StatusCode.RESOURCE_EXHAUSTED, "lower --num-gpu-blocks-override"),
     ],
 )

@@ -23,8 +23,8 @@ def join(slot, tokens, blocks=(0,), num_prompt=None, num_computed=0) -> worker_p
     )  # fmt: skip
 
 
-def make_plan(leave=(), joins=(), append=(), decode=None, chunks=()):
-    """append: (slot, block id) pairs; chunks: (slot, tokens) pairs. Through the wire's form."""
+def make_plan(leave=(), joins=(), append=(), decode=None, chunks=(), amend=(), **fields):
+    """append: (slot, block id) pairs; chunks: (slot, tokens); amend: (slot, token id). Through the wire's form."""
     return decode_plan(
         worker_pb2.BatchPlan(
             epoch=3,
@@ -37,6 +37,9 @@ def make_plan(leave=(), joins=(), append=(), decode=None, chunks=()):
             decode_slots=pack(decode or (), "<u2"),
             chunk_slots=pack([slot for slot, _ in chunks], "<u2"),
             chunk_num_tokens=pack([count for _, count in chunks]),
+            amend_slots=pack([slot for slot, _ in amend], "<u2"),
+            amend_token_ids=pack([token_id for _, token_id in amend]),
+            **fields,
         )
     )
 
@@ -93,7 +96,29 @@ def test_the_version_changes_when_rows_change_hands(table):
     assert table.version != version
 
 
+def test_the_newest_token_is_amended(table):
+    table.apply(make_plan(decode=[1]))
+    table.advance(np.array([1]), 1, np.array([1]))
+    table.token_ids[1, 5] = 77  # as the step samples it
+    table.apply(make_plan(amend=[(1, 99)]))
+    assert table.token_ids[1, :7].tolist() == [5, 6, 7, 8, 9, 99, 0]
+    assert (table.num_known[1], table.num_computed[1]) == (6, 5)
+
+
+def test_a_slot_that_joins_is_amended_in_the_same_plan(table):
+    table.apply(make_plan(joins=[join(0, [1, 2, 3], [7], 2, 2)], amend=[(1, 0), (0, 50)]))
+    assert table.token_ids[0, :4].tolist() == [1, 2, 50, 0]
+    assert table.token_ids[1, :6].tolist() == [5, 6, 7, 8, 0, 0]
+
+
 ILLEGAL = {
+    "amend a free slot": ({"amend": [(0, 1)]}, r"cannot amend slots \[0\]: they are free"),
+    "amend a slot that left": ({"leave": [1], "amend": [(1, 1)]}, r"cannot amend slots \[1\]: they are free"),
+    "amend a slot that does not exist": ({"amend": [(4, 1)]}, "cannot amend slot 4: there are 4"),
+    "amend twice": ({"amend": [(1, 1), (1, 2)]}, "amends a slot twice"),
+    "amend a prompt": ({"amend": [(2, 1)]}, "no token beyond its prompt"),
+    "amend with a token that does not exist": ({"amend": [(1, 100)]}, r"amended token id is not in \[0, 100\)"),
+    "amend with a negative token": ({"amend": [(1, -1)]}, r"amended token id is not in \[0, 100\)"),
     "leave a free slot": ({"leave": [0]}, r"cannot leave slots \[0\]: they are free"),
     "leave twice": ({"leave": [1, 1]}, "lets a slot leave twice"),
     "leave a slot that does not exist": ({"leave": [4]}, "cannot leave slot 4: there are 4"),
@@ -173,6 +198,20 @@ def test_a_plan_off_the_wire():
     assert joined.sampling_params == SAMPLING
 
 
+def test_moves_and_amended_tokens_off_the_wire():
+    plan = make_plan(
+        amend=[(3, 70000)], finished_transfers=6,
+        copy_from_block_ids=pack([1, 1]), copy_to_block_ids=pack([2, 3]), save_block_ids=pack([4]),
+        save_host_ids=pack([70001]), load_host_ids=pack([5, 6]), load_block_ids=pack([8, 7]),
+    )  # fmt: skip
+    assert (plan.amend_slots.tolist(), plan.amend_token_ids.tolist()) == ([3], [70000])
+    moves = [(moved.sources.tolist(), moved.targets.tolist()) for moved in (plan.saves, plan.loads, plan.copies)]
+    assert moves == [([4], [70001]), ([5, 6], [8, 7]), ([1, 1], [2, 3])]
+    assert plan.finished_transfers == 6
+    empty = make_plan()
+    assert [len(moved) for moved in (empty.saves, empty.loads, empty.copies)] == [0, 0, 0]
+
+
 def test_an_unchanged_decode_set_is_not_an_empty_one():
     assert make_plan(decode=None).decode_slots is None
     assert make_plan(decode=[]).decode_slots.tolist() == []
@@ -185,6 +224,14 @@ MALFORMED_PLANS = {
     "decode_slots": {"decode_slots": b"1", "decode_slots_changed": True},
     "chunk_slots": {"chunk_slots": b"1"},
     "chunk_num_tokens": {"chunk_slots": b"1234", "chunk_num_tokens": b"1234"},
+    "amend_slots": {"amend_slots": b"1"},
+    "amend_token_ids": {"amend_slots": b"12", "amend_token_ids": b""},
+    "copy_from_block_ids": {"copy_from_block_ids": b"1"},
+    "copy_to_block_ids": {"copy_from_block_ids": b"1234"},
+    "save_block_ids": {"save_block_ids": b"123"},
+    "save_host_ids": {"save_block_ids": b"1234", "save_host_ids": b"12345678"},
+    "load_host_ids": {"load_host_ids": b"12345"},
+    "load_block_ids": {"load_block_ids": b"1234"},
     "joins.token_ids": {"joins": [worker_pb2.SlotJoin(token_ids=b"12345")]},
     "joins.block_ids": {"joins": [worker_pb2.SlotJoin(block_ids=b"1")]},
 }
