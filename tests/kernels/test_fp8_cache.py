@@ -197,6 +197,31 @@ def test_scales_of_any_size_and_far_apart(exponent, dtype, make_rows, device):
         torch.testing.assert_close(found.float() / size, exact / size, **TOLERANCES[dtype])
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_one_graph_serves_rows_of_any_length(make_rows, device):
+    rows = make_rows((3000, 3000, 3000), 16, 8, 128, torch.float32)
+    caches = to_fp8(rows)
+    caches = *(x.float().nan_to_num().to(FP8) for x in caches[:2]), caches[2].where(caches[2] != NAN_WORD, 0)
+    qkv, cos, sin = make_step(3, 32, 8, 128, device, torch.bfloat16)
+    cells = torch.full((3,), -1, device=device)
+    decode(rows, caches, qkv, cos, sin, cells, 32)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = decode(rows, caches, qkv, cos, sin, cells, 32)
+    tables = rows.block_tables[rows.slots]
+    for lens in ((1, 65, 3000), (2999, 0, 130), (0, 0, 0)):
+        rows.seq_lens.copy_(torch.tensor(lens))
+        last = (rows.seq_lens.long() - 1).clamp(min=0)
+        blocks = tables.gather(1, (last // 16).unsqueeze(1)).squeeze(1)
+        cells.copy_((blocks * 16 + last % 16).where(rows.seq_lens > 0, -1))
+        qkv.normal_()
+        expected = decode(rows, tuple(cache.clone() for cache in caches), qkv, cos, sin, cells, 32)
+        for _ in range(20):
+            graph.replay()
+        torch.testing.assert_close(out, expected, rtol=0, atol=0)
+
+
 CHUNKS = {
     "one token": (((0, 1),), 4, 2, 64, 16, torch.float32),
     "whole prompts": (((0, 16), (0, 17), (0, 40), (0, 1)), 4, 2, 20, 16, torch.float32),
