@@ -19,7 +19,6 @@ from .fp8_cache import (
     inverse_power_of_two,
     key_scales,
     power_of_two,
-    split_pairs,
     value_scales,
 )
 from .launch import Launch
@@ -58,7 +57,6 @@ def _attend_keys(
     top: tl.tensor,
     total: tl.tensor,
     acc: tl.tensor,
-    acc_odd: tl.tensor,
     unit: tl.tensor,
     k_head_ptr: tl.tensor,
     v_head_ptr: tl.tensor,
@@ -75,20 +73,19 @@ def _attend_keys(
     scale_stride: tl.constexpr,
     keys_per_tile: tl.constexpr,
     masked: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
     """Takes keys [start, end) into the running maximum, sum and output; `masked` says which of them a query sees."""
     is_fp8: tl.constexpr = scales_ptr is not None
-    # Values of an FP8 cache are read as in kernels/decode_attention.py.
-    dims_per_word: tl.constexpr = 2 if is_fp8 else 1
+    cell_stride: tl.constexpr = num_kv_heads * head_dim
     # The next tile's block ids travel through the loop: loaded where they are used, the pipeline would wait for every
     # copy in flight.
     block_ids = load_block_ids(table_ptr, start + tl.arange(0, keys_per_tile), end, block_size)
     for tile_start in range(start, end, keys_per_tile):
         keys = tile_start + tl.arange(0, keys_per_tile)
         is_key = keys < end
-        offsets = cell_offsets(block_ids, keys, block_size, num_kv_heads * head_dim // dims_per_word)
-        k = load_cells(k_head_ptr, offsets * dims_per_word, is_key, head_dim, head_dim_padded, masked)
-        v = load_cells(v_head_ptr, offsets, is_key, head_dim // dims_per_word, head_dim_padded // dims_per_word, masked)
+        offsets = cell_offsets(block_ids, keys, block_size, cell_stride)
+        k = load_cells(k_head_ptr, offsets, is_key, head_dim, head_dim_padded, masked)
+        v = load_cells(v_head_ptr, offsets, is_key, head_dim, head_dim_padded, masked)
         if is_fp8:
             in_scales = block_ids.to(tl.int64) * scale_stride + (keys & (block_size - 1))
             scales = tl.load(scales_ptr + in_scales, mask=is_key, other=0)
@@ -109,14 +106,12 @@ def _attend_keys(
             inverse = inverse_power_of_two(new_unit)
             rescale *= unit * inverse
             weights = (weights * (value_scales(scales) * inverse)[None, :]).to(q.dtype)
-            even, odd = split_pairs(v, q.dtype)
-            acc = tl.dot(weights, even, acc * rescale[:, None], input_precision="ieee")
-            acc_odd = tl.dot(weights, odd, acc_odd * rescale[:, None], input_precision="ieee")
-            unit = new_unit
+            acc = tl.dot(weights, v.to(q.dtype), acc * rescale[:, None], input_precision="ieee")
+            unit = new_unit  # whole values: read in pairs as decodes do, they had wgmma fault (Triton 3.6, heads of 64)
         else:
             acc = tl.dot(weights.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
         top = new_top
-    return top, total, acc, acc_odd, unit
+    return top, total, acc, unit
 
 
 # Where a step's chunk rows start in its tensors changes with the number of decodes; the kernel must not. Nor does it
@@ -177,21 +172,19 @@ def _chunk_kernel(
     v_head_ptr = v_cache_ptr + head // group * head_dim
     top = tl.full([queries_per_tile], -float("inf"), dtype=tl.float32)
     total = tl.zeros([queries_per_tile], dtype=tl.float32)
-    acc = tl.zeros([queries_per_tile, head_dim_padded // (2 if is_fp8 else 1)], dtype=tl.float32)
-    acc_odd, unit = acc, total
+    acc = tl.zeros([queries_per_tile, head_dim_padded], dtype=tl.float32)
+    unit = total  # of acc, in FP8: follows the largest scale of the values in it
     if is_fp8:
         scales_ptr += head // group * block_size
-        v_head_ptr = v_head_ptr.to(tl.pointer_type(tl.uint16))
         unit = tl.full([], SMALLEST_SCALE, dtype=tl.float32)
         q, q_scales = fit_queries(q)
         log2_scale *= q_scales
     # Every query sees a key of the first tile that either loop takes, so no maximum is ever that of nothing.
-    top, total, acc, acc_odd, unit = _attend_keys(
+    top, total, acc, unit = _attend_keys(
         q,
         top,
         total,
         acc,
-        acc_odd,
         unit,
         k_head_ptr,
         v_head_ptr,
@@ -209,12 +202,11 @@ def _chunk_kernel(
         keys_per_tile,
         False,
     )
-    top, total, acc, acc_odd, unit = _attend_keys(
+    top, total, acc, unit = _attend_keys(
         q,
         top,
         total,
         acc,
-        acc_odd,
         unit,
         k_head_ptr,
         v_head_ptr,
@@ -233,7 +225,7 @@ def _chunk_kernel(
         True,
     )
     if is_fp8:
-        acc = tl.interleave(acc, acc_odd) * unit
+        acc *= unit
     attention = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + tokens[:, None] * out_stride + in_token[None, :], attention, mask=is_real)
 

@@ -302,6 +302,9 @@ def test_gathers_earlier_than_from_other_caches(make_rows, device):
     batch = make_batch(rows, (300,), rows.slots, device)
     assert is_worth_gathering(batch, 128, torch.bfloat16, is_fp8=True)
     assert not is_worth_gathering(batch, 128, torch.bfloat16)
+    long = replace(batch, host_seq_lens=(16 * 300,))
+    assert is_worth_gathering(long, 128, torch.bfloat16, is_fp8=True)
+    assert not is_worth_gathering(replace(long, host_seq_lens=(16 * 300 + 1,)), 128, torch.bfloat16, is_fp8=True)
     assert not is_worth_gathering(batch, 80, torch.bfloat16, is_fp8=True)
 
 
