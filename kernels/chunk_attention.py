@@ -106,8 +106,10 @@ def _attend_keys(
             inverse = inverse_power_of_two(new_unit)
             rescale *= unit * inverse
             weights = (weights * (value_scales(scales) * inverse)[None, :]).to(q.dtype)
+            # Not in pairs, as decodes read values: with heads of 32 and 64 the second product of a pair made wgmma read
+            # beside the shared memory (H100, Triton 3.6).
             acc = tl.dot(weights, v.to(q.dtype), acc * rescale[:, None], input_precision="ieee")
-            unit = new_unit  # whole values: read in pairs as decodes do, they had wgmma fault (Triton 3.6, heads of 64)
+            unit = new_unit
         else:
             acc = tl.dot(weights.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
         top = new_top

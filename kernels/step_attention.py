@@ -66,26 +66,38 @@ class StepAttention:
         out: Tensor,
     ) -> "_Layers":
         batch, n, (cos, sin) = self._batch, self._batch.num_decode_rows, rope
-        cells, scales = cache[:2], cache[2:]
+        keys, values = cache[:2]
+        scales = cache[2] if len(cache) > 2 else None
         layers = _Layers(n, scale)
         if n:
             workspace = self._decode_workspace(batch.block_tables, num_heads, cache[0])
             rows = batch.block_tables, batch.slots[:n], batch.seq_lens[:n]
             layers.decodes = decode_attention_launch(
-                qkv[:n], cos[:n], sin[:n], kv_indices[:n], *cells, *rows, num_heads, scale, workspace, out[:n], *scales
+                qkv[:n],
+                cos[:n],
+                sin[:n],
+                kv_indices[:n],
+                keys,
+                values,
+                *rows,
+                num_heads,
+                scale,
+                workspace,
+                out[:n],
+                scales,
             )
         if not self._max_query_len:
             return layers
         layers.q = q = torch.empty_like(out)  # the chunks' places are those in the step
         layers.rope = rope_and_cache_launch(
-            qkv[n:], cos[n:], sin[n:], *cells, kv_indices[n:], num_heads, q[n:], *scales
+            qkv[n:], cos[n:], sin[n:], keys, values, kv_indices[n:], num_heads, q[n:], scales
         )
-        if is_worth_gathering(batch, qkv.shape[-1], qkv.dtype, is_fp8=bool(scales)):
+        if is_worth_gathering(batch, qkv.shape[-1], qkv.dtype, is_fp8=scales is not None):
             layers.gather = plan_gather(batch, num_heads, cache[0].shape[1])
         else:
             rows = batch.block_tables, batch.slots[n:], batch.seq_lens[n:]
             layers.chunks = chunk_attention_launch(
-                q, *cells, *rows, batch.query_starts[n:], self._max_query_len, scale, out, *scales
+                q, keys, values, *rows, batch.query_starts[n:], self._max_query_len, scale, out, scales
             )
         return layers
 

@@ -55,7 +55,7 @@ class KVCache:
         group, place = divmod(layer, _scales_per_group(self.head_dim))
         num_words = self.num_kv_heads * self.block_size
         words = groups[group].flatten(1).view(torch.int32)[:, place * num_words :][:, :num_words]
-        return words.unflatten(1, (self.num_kv_heads, self.block_size))
+        return words.view(len(words), self.num_kv_heads, self.block_size)
 
     def copy(self, copies: BlockMoves) -> None:
         """Queues copies of blocks in all layers. Raises FailedPreconditionError for ids that are not there, and for a
