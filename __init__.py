@@ -7,14 +7,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .launch.beam_search import BeamSearchParams
     from .launch.client import Client
     from .launch.llm import LLM
     from .launch.sampling_params import SamplingParams
 
-__all__ = ["LLM", "Client", "SamplingParams", "__version__"]
+__all__ = ["LLM", "BeamSearchParams", "Client", "SamplingParams", "__version__"]
 
 _MODULES = {
     "LLM": ".launch.llm",
+    "BeamSearchParams": ".launch.beam_search",
     "Client": ".launch.client",
     "SamplingParams": ".launch.sampling_params",
 }

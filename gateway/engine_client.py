@@ -6,7 +6,8 @@ every open request with UNAVAILABLE: the coordinator cancels what a session leav
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -16,9 +17,10 @@ from ..errors import OctavoError, UnavailableError
 from ..internal_channel import CHANNEL_OPTIONS
 from ..proto import admin_pb2, engine_pb2, engine_pb2_grpc, sampling_pb2
 from .engine_outbox import EngineOutbox
-from .engine_stream import EngineStream
+from .engine_stream import EngineRequest, EngineStream
 from .errors import from_engine_failure, raise_from_rpc
 from .logprobs import PositionLogprobs, unpack_table
+from .released_beams import ReleasedBeams
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +35,18 @@ _CHANNEL_OPTIONS = [
 ]
 
 
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """A request as the engine takes it; fields as those of engine_pb2.Submit."""
+
+    prompt_token_ids: bytes  # packed int32
+    sampling_params: sampling_pb2.SamplingParams
+    priority: int = 0
+    num_samples: int = 1
+    cache_salt: bytes = b""
+    beam_search: engine_pb2.BeamSearch | None = None
+
+
 class EngineClient:
     """Owner of the session and of the handles of its requests. Belongs to one event loop."""
 
@@ -42,7 +56,9 @@ class EngineClient:
         self._stub = engine_pb2_grpc.EngineStub(self._channel)
         self._on_ready = on_ready
         self._ready = False
-        self._streams: dict[int, EngineStream] = {}
+        self._streams: dict[int, EngineStream] = {}  # open samples, by handle
+        self._requests: dict[int, EngineRequest] = {}  # those with an open sample, by the handle of the first
+        self._released_beams = ReleasedBeams()
         self._last_handle = 0
         self._outbox = EngineOutbox()
 
@@ -50,37 +66,49 @@ class EngineClient:
     def ready(self) -> bool:
         return self._ready
 
-    def submit(
-        self,
-        prompt_token_ids: bytes,
-        sampling_params: sampling_pb2.SamplingParams,
-        priority: int = 0,
-        only_end: bool = False,
-    ) -> EngineStream:
-        """Sends a request; `prompt_token_ids` is packed int32. Raises UnavailableError without a session."""
+    def submit(self, submission: Submission, only_end: bool = False) -> EngineRequest:
+        """Sends a request. Raises UnavailableError without a session."""
         if not self._ready:
             raise UnavailableError("the engine is not ready; try again")
-        stream = EngineStream(self._next_handle(), only_end)
-        self._streams[stream.handle] = stream
+        handle = self._next_handles(submission.num_samples)
+        request = EngineRequest(handle, submission.num_samples, only_end, submission.beam_search is not None)
+        self._requests[handle] = request
+        self._streams.update((stream.handle, stream) for stream in request.streams)
         self._outbox.submit(
             engine_pb2.Submit(
-                handle=stream.handle,
-                prompt_token_ids=prompt_token_ids,
-                sampling_params=sampling_params,
-                priority=priority,
+                handle=handle,
+                prompt_token_ids=submission.prompt_token_ids,
+                sampling_params=submission.sampling_params,
+                priority=submission.priority,
+                num_samples=submission.num_samples,
+                cache_salt=submission.cache_salt,
+                beam_search=submission.beam_search,
             )
         )
-        return stream
+        return request
 
-    def release(self, stream: EngineStream) -> None:
-        """The reader has gone: an unfinished request is cancelled in the engine. May be called again."""
-        if self._streams.pop(stream.handle, None) is not None:
-            self._outbox.cancel(stream.handle)
+    def release(self, request: EngineRequest) -> None:
+        """The reader has gone: unfinished samples are cancelled in the engine. May be called again."""
+        if request.num_open == 0:
+            return
+        handles = [stream.handle for stream in request.streams if self._close(stream)]
+        if handles and self._outbox.cancel(handles) and request.is_beam_search:
+            self._released_beams.add(handles)
 
     def stop(self, stream: EngineStream) -> None:
-        """Its text has reached a stop string: the engine ends the request, unless it has already."""
-        if self._streams.pop(stream.handle, None) is not None:
+        """Its text has reached a stop string: the engine ends the sample, unless it has already."""
+        if self._close(stream):
             self._outbox.stop(stream.handle)
+
+    def _close(self, stream: EngineStream) -> bool:
+        """Nothing more is delivered to it; whether something might have been."""
+        stream.end()
+        if self._streams.get(stream.handle) is not stream:
+            return False
+        del self._streams[stream.handle]
+        if stream.request.num_open == 0:
+            del self._requests[stream.request.handle]
+        return True
 
     async def get_status(self) -> admin_pb2.GetStatusResponse:
         """Raises UnavailableError if the coordinator does not answer."""
@@ -133,37 +161,56 @@ class EngineClient:
         """Ends what the session carried."""
         self._set_ready(False)
         self._outbox.close()
-        streams, self._streams = self._streams, {}
-        for stream in streams.values():
-            stream.fail(UnavailableError("the connection to the engine broke; try again"))
+        requests, self._requests = self._requests, {}
+        self._streams = {}
+        self._released_beams = ReleasedBeams()
+        for request in requests.values():
+            request.fail(UnavailableError("the connection to the engine broke; try again"))
 
     def _set_ready(self, ready: bool) -> None:
         if ready != self._ready:
             self._ready = ready
             self._on_ready(ready)
 
-    def _next_handle(self) -> int:
+    def _next_handles(self, num_samples: int) -> int:
+        """The first of so many that follow one another and are free."""
         while True:
-            self._last_handle = self._last_handle % _MAX_HANDLE + 1
-            if self._last_handle not in self._streams:
-                return self._last_handle
+            first = self._last_handle + 1
+            if first + num_samples - 1 > _MAX_HANDLE:
+                first = 1
+            self._last_handle = first + num_samples - 1
+            if not any(self._in_use(handle) for handle in range(first, first + num_samples)):
+                return first
+
+    def _in_use(self, handle: int) -> bool:
+        return handle in self._streams or handle in self._requests or handle in self._released_beams
 
     def _dispatch(self, response: engine_pb2.SessionResponse) -> None:
         """Splits one step's packed arrays among the requests. News of released ones is dropped."""
         for chunk in response.prompt_logprobs:
-            if stream := self._streams.get(chunk.handle):
-                stream.deliver_prompt_logprobs(unpack_table(chunk.table))
+            if request := self._requests.get(chunk.handle):
+                request.prompt_logprobs += unpack_table(chunk.table)
+        if response.cached_handles:
+            self._dispatch_cached(response)
         if response.handles:
             self._dispatch_entries(response)
         for failure in response.failures:
-            if stream := self._streams.pop(failure.handle, None):
-                stream.fail(_failure_error(failure))
+            self._fail(failure)
+
+    def _dispatch_cached(self, response: engine_pb2.SessionResponse) -> None:
+        """What the first sample found counts; the others share its prompt."""
+        handles = np.frombuffer(response.cached_handles, "<u4").tolist()
+        counts = np.frombuffer(response.num_cached_tokens, "<u4").tolist()
+        for handle, count in zip(handles, counts, strict=True):
+            if request := self._requests.get(handle):
+                request.num_cached_tokens = count
 
     def _dispatch_entries(self, response: engine_pb2.SessionResponse) -> None:
         handles: list[int] = np.frombuffer(response.handles, "<u4").tolist()
         counts: list[int] = np.frombuffer(response.num_tokens, "<u4").tolist()
         token_ids: list[int] = np.frombuffer(response.token_ids, "<i4").tolist()
         logprobs = {entry.entry: entry.table for entry in response.logprobs}
+        beam_scores = self._beam_scores(response, handles) if response.beam_scores else {}
         no_logprobs: list[PositionLogprobs] = []
         start = 0
         entries: Any = zip(handles, counts, response.finish_reasons, strict=True)
@@ -172,10 +219,37 @@ class EngineClient:
             stream = self._streams.get(handle)
             if stream is not None:
                 rows = unpack_table(logprobs[index]) if index in logprobs else no_logprobs
-                stream.deliver(token_ids[start:end], rows, finish_reason)
+                stream.deliver(token_ids[start:end], rows, finish_reason, beam_scores.get(handle))
                 if finish_reason:
-                    del self._streams[handle]
+                    self._close(stream)
             start = end
+
+    def _beam_scores(self, response: engine_pb2.SessionResponse, handles: Sequence[int]) -> dict[int, float]:
+        """By handle. Those of released beam searches, which the engine has not heard of, take theirs too."""
+        ended = [
+            handle
+            for handle, finish_reason in zip(handles, response.finish_reasons, strict=True)
+            if finish_reason and (self._is_beam(handle) or self._released_beams.take(handle))
+        ]
+        scores = np.frombuffer(response.beam_scores, "<f4").tolist()
+        return dict(zip(ended, scores, strict=True))
+
+    def _is_beam(self, handle: int) -> bool:
+        stream = self._streams.get(handle)
+        return stream is not None and stream.request.is_beam_search
+
+    def _fail(self, failure: engine_pb2.Failure) -> None:
+        """One of a request's first handle ends the request; one of another sample does so too, and the rest of the
+        samples are cancelled when its reader hears of it."""
+        error = _failure_error(failure)
+        stream = self._streams.get(failure.handle)
+        if (request := self._requests.get(failure.handle)) is not None:
+            for sample in request.streams:
+                self._close(sample)
+            request.fail(error)
+        elif stream is not None:
+            self._close(stream)
+            stream.request.fail(error)
 
 
 def _failure_error(failure: engine_pb2.Failure) -> OctavoError:

@@ -1,7 +1,7 @@
 """What waits to be sent on one session: submits, cancels and stops, merged into a message for each turn of the loop."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 import numpy as np
 
@@ -22,14 +22,16 @@ class EngineOutbox:
         self._submits[submit.handle] = submit
         self._changed.set()
 
-    def cancel(self, handle: int) -> None:
-        """A request that has not been sent is only taken back."""
-        if self._submits.pop(handle, None) is None:
-            self._cancels.append(handle)
-            self._changed.set()
+    def cancel(self, handles: Sequence[int]) -> bool:
+        """The open samples of one request. One that has not been sent is only taken back; whether it had been."""
+        if self._submits.pop(handles[0], None) is not None:
+            return False
+        self._cancels += handles
+        self._changed.set()
+        return True
 
     def stop(self, handle: int) -> None:
-        """The request's text has reached a stop string."""
+        """The sample's text has reached a stop string."""
         self._stops.append(handle)
         self._changed.set()
 

@@ -1,6 +1,6 @@
 """The public gRPC door: octavo.v1.Generation and octavo.v1.Admin."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
 from typing import NoReturn, TypeVar
 
@@ -9,9 +9,10 @@ import grpc
 from ..errors import InvalidArgumentError
 from ..proto import admin_pb2, admin_pb2_grpc, generation_pb2, generation_pb2_grpc
 from .errors import to_grpc_status
-from .generation import CheckedRequest, GenerationService
+from .generation import CheckedRequest, GenerationService, RequestOptions
 from .logprobs import Logprob, PositionLogprobs
-from .output import OutputDelta, merge
+from .output import OutputDelta, RequestDelta
+from .samples import StreamField
 from .sampling import SamplingRequest
 from .text import TextModel
 from .unknown_fields import refuse_unknown_fields
@@ -21,6 +22,7 @@ T = TypeVar("T")
 _ROLES = ("system", "user", "assistant")
 _OUTPUT_MODES = generation_pb2.OutputMode.values()
 _SAMPLING_PREFIX = "sampling_params."
+_STREAMS_BY = StreamField("output_mode", "set output_mode to OUTPUT_MODE_FINAL")
 
 
 async def abort(context: grpc.aio.ServicerContext, error: BaseException) -> NoReturn:
@@ -46,9 +48,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
         self, request: generation_pb2.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> None:
         try:
-            checked = await self._check(request)
-            async with aclosing(self._service.stream(checked, _wants_final(request))) as deltas:
-                await self._write(request, checked, deltas, context.write)
+            await self._answer(request, await self._check(request), context.write)
         except Exception as error:
             await abort(context, error)
 
@@ -81,7 +81,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
         sampling = _sampling_request(request.sampling_params)
         prompt_token_ids = await self._prompt_token_ids(request)
         try:
-            return self._service.check(prompt_token_ids, sampling, request.request_id, request.priority)
+            return self._service.check(prompt_token_ids, sampling, _options(request))
         except InvalidArgumentError as error:
             if error.field in SamplingRequest.__dataclass_fields__:
                 raise InvalidArgumentError(str(error), _SAMPLING_PREFIX + error.field) from error
@@ -110,19 +110,19 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
         except InvalidArgumentError as error:
             raise InvalidArgumentError(f"chat.{error}", f"chat.{error.field}") from error
 
-    async def _write(
+    async def _answer(
         self,
         request: generation_pb2.GenerateRequest,
         checked: CheckedRequest,
-        deltas: AsyncIterator[OutputDelta],
         write: Callable[[generation_pb2.GenerateResponse], Awaitable[None]],
     ) -> None:
         builder = _ResponseBuilder(checked, self._service.limits.text, request.return_prompt_token_ids)
         if _wants_final(request):
-            await write(builder.build(merge([delta async for delta in deltas])))
+            await write(builder.build(await self._service.complete(checked)))
             return
-        async for delta in deltas:
-            await write(builder.build(delta))
+        async with aclosing(self._service.stream(checked)) as deltas:
+            async for delta in deltas:
+                await write(builder.build(delta))
 
     async def _tokenize(self, request: generation_pb2.TokenizeRequest) -> generation_pb2.TokenizeResponse:
         refuse_unknown_fields(request)
@@ -148,6 +148,11 @@ def _wants_final(request: generation_pb2.GenerateRequest) -> bool:
     return bool(request.output_mode == generation_pb2.OUTPUT_MODE_FINAL)
 
 
+def _options(request: generation_pb2.GenerateRequest) -> RequestOptions:
+    streams_by = None if _wants_final(request) else _STREAMS_BY
+    return RequestOptions(request.request_id, request.priority, request.cache_salt, streams_by)
+
+
 def _sampling_request(params: generation_pb2.SamplingParams) -> SamplingRequest:
     """The fields that are set; the rest take SamplingRequest's defaults."""
     values = {descriptor.name: value for descriptor, value in params.ListFields()}
@@ -163,20 +168,21 @@ class _ResponseBuilder:
         self._prompt_token_ids = checked.prompt_token_ids.tolist() if return_prompt_token_ids else []
         self._wants_prompt_logprobs = checked.sampling_params.HasField("num_prompt_logprobs")
 
-    def build(self, delta: OutputDelta) -> generation_pb2.GenerateResponse:
+    def build(self, delta: RequestDelta) -> generation_pb2.GenerateResponse:
         response = generation_pb2.GenerateResponse(
             request_id=self._checked.request_id,
-            outputs=[self._output(delta)],
+            outputs=map(self._output, delta.outputs),
             prompt_token_ids=self._prompt_token_ids,
             prompt_logprobs=self._prompt_rows(delta),
         )
-        if delta.finish_reason:
-            response.usage.prompt_tokens = len(self._checked.prompt_token_ids)
-            response.usage.completion_tokens = delta.num_output_tokens
+        if delta.usage is not None:
+            response.usage.prompt_tokens = delta.usage.num_prompt_tokens
+            response.usage.completion_tokens = delta.usage.num_completion_tokens
+            response.usage.cached_tokens = delta.usage.num_cached_tokens
         self._prompt_token_ids = []
         return response
 
-    def _prompt_rows(self, delta: OutputDelta) -> list[generation_pb2.TokenLogprobs]:
+    def _prompt_rows(self, delta: RequestDelta) -> list[generation_pb2.TokenLogprobs]:
         if not self._wants_prompt_logprobs:
             return []
         self._wants_prompt_logprobs = False
@@ -184,10 +190,12 @@ class _ResponseBuilder:
 
     def _output(self, delta: OutputDelta) -> generation_pb2.SequenceOutput:
         output = generation_pb2.SequenceOutput(
+            index=delta.index,
             text=delta.text,
             token_ids=delta.token_ids,
             logprobs=map(self._row, delta.logprobs),
             finish_reason=delta.finish_reason,  # type: ignore[arg-type]
+            beam_score=delta.beam_score,
         )
         if isinstance(delta.stop_reason, str):
             output.stop_string = delta.stop_reason

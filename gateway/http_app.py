@@ -11,6 +11,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..errors import InvalidArgumentError, OctavoError
+from .block_report import block_report
 from .config import MAX_MESSAGE_BYTES
 from .errors import PayloadTooLargeError
 from .generation import GenerationService
@@ -65,6 +66,7 @@ def build_http_app(service: GenerationService) -> FastAPI:
     _add_generation_routes(app, service)
     _add_model_routes(app, service)
     _add_text_routes(app, service)
+    _add_status_routes(app, service)
     return app
 
 
@@ -117,6 +119,15 @@ def _add_text_routes(app: FastAPI, service: GenerationService) -> None:
     async def detokenize(body: DetokenizeBody) -> Response:
         service.check_model(body.model)
         return json_response({"prompt": service.decode(body.tokens, "tokens")})
+
+
+def _add_status_routes(app: FastAPI, service: GenerationService) -> None:
+    @app.get("/v1/octavo/blocks", response_model=None)
+    async def blocks() -> Response:
+        """The KV blocks of each group; the fields are BlockReport's."""
+        status = await service.engine.get_status()
+        groups = [block_report(group).to_json() for group in status.groups]
+        return json_response({"object": "octavo.blocks", "model": status.model, "groups": groups})
 
 
 async def _tokenize(service: GenerationService, body: TokenizeBody) -> Sequence[int]:

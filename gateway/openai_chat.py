@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions: one conversation in, one choice out, whole or streamed."""
+"""POST /v1/chat/completions: one conversation in, n choices out, whole or streamed."""
 
 import time
 from collections.abc import AsyncGenerator
@@ -9,10 +9,10 @@ from starlette.responses import Response
 
 from ..errors import InvalidArgumentError
 from .generation import CheckedRequest, GenerationService
-from .http_check import check_stream_options, renamed
-from .openai_format import chat_logprobs, finish_name, prompt_logprobs, usage
-from .openai_models import ChatBody, plain_messages, sampling_request
-from .output import OutputDelta
+from .openai_format import chat_logprobs, choice_end, finish_name, prompt_logprobs, usage_object
+from .openai_models import ChatBody, plain_messages
+from .openai_sampling import check_stream_options, names_of_beams, renamed, request_options, sampling_request
+from .output import OutputDelta, RequestDelta
 from .sse import EventStream, JsonAnswer
 
 
@@ -24,14 +24,16 @@ async def answer_chat(service: GenerationService, body: ChatBody) -> Response:
     messages = plain_messages(body.messages)
     token_ids = await service.encode_chat(messages, add_special_tokens=bool(body.add_special_tokens))
     with renamed(_names(body)):
-        checked = service.check(token_ids, sampling, body.request_id, body.priority)
+        checked = service.check(token_ids, sampling, request_options(body, body.request_id))
     chat = _Chat(service, body, model, checked)
     return EventStream(chat.events()) if body.stream else JsonAnswer(chat.complete)
 
 
 def _names(body: ChatBody) -> dict[str, str]:
     """What this door calls the fields that it has under another name."""
-    names = {"logprobs": "top_logprobs", "prompt": "messages"}
+    names = {"prompt": "messages", **names_of_beams(body)}
+    if body.top_logprobs is not None:
+        names["logprobs"] = "top_logprobs"
     return names | ({"max_tokens": "max_completion_tokens"} if body.max_completion_tokens is not None else {})
 
 
@@ -63,26 +65,24 @@ class _Chat:
         self._include_usage = bool(body.stream_options and body.stream_options.include_usage)
 
     async def complete(self) -> dict[str, Any]:
-        delta = await self._service.complete(self._checked)
-        message = {"role": "assistant", "content": delta.text, "refusal": None}
-        choice = {"index": 0, "message": message, **self._choice_end(delta)}
-        response = {**self._common, "object": "chat.completion", "choices": [choice], "usage": self._usage(delta)}
-        return response | self._about_prompt(delta)
+        whole = await self._service.complete(self._checked)
+        response = {**self._common, "object": "chat.completion", "choices": list(map(self._choice, whole.outputs))}
+        return {**response, **self._usage(whole), **self._about_prompt(whole)}
 
     async def events(self) -> AsyncGenerator[dict[str, Any]]:
-        """The role once tokens come, then text, then, when asked for, usage."""
+        """The role of each choice once its tokens come, then text, then, when asked for, usage."""
         async with aclosing(self._service.stream(self._checked)) as deltas:
-            is_first = True
+            started: set[int] = set()
             async for delta in deltas:
-                if is_first:
-                    role = self._delta_choice({"role": "assistant", "content": ""})
-                    yield {**self._chunk([role]), **self._about_prompt(delta)}
-                    is_first = False
-                if delta.text or delta.logprobs or delta.finish_reason or self._body.return_token_ids:
-                    choice = self._delta_choice({"content": delta.text} if delta.text else {})
-                    yield self._chunk([{**choice, **self._choice_end(delta)}])
+                for output in delta.outputs:
+                    if output.index not in started:
+                        about_prompt = {} if started else self._about_prompt(delta)
+                        yield {**self._chunk([self._first_choice(output.index)]), **about_prompt}
+                        started.add(output.index)
+                    if output.text or output.logprobs or output.finish_reason or self._body.return_token_ids:
+                        yield self._chunk([self._delta_choice(output)])
         if self._include_usage:
-            yield {**self._chunk([]), "usage": self._usage(delta)}
+            yield {**self._chunk([]), **self._usage(delta)}
 
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         chunk = {**self._common, "object": "chat.completion.chunk", "choices": choices}
@@ -90,7 +90,7 @@ class _Chat:
             chunk["usage"] = None
         return chunk
 
-    def _about_prompt(self, delta: OutputDelta) -> dict[str, Any]:
+    def _about_prompt(self, delta: RequestDelta) -> dict[str, Any]:
         about: dict[str, Any] = {}
         if self._body.prompt_logprobs is not None:
             about["prompt_logprobs"] = prompt_logprobs(delta.prompt_logprobs, self._service.limits.text)
@@ -99,17 +99,28 @@ class _Chat:
         return about
 
     @staticmethod
-    def _delta_choice(delta: dict[str, Any]) -> dict[str, Any]:
-        return {"index": 0, "delta": delta, "logprobs": None, "finish_reason": None}
+    def _first_choice(index: int) -> dict[str, Any]:
+        delta = {"role": "assistant", "content": ""}
+        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
-    def _choice_end(self, delta: OutputDelta) -> dict[str, Any]:
+    def _delta_choice(self, output: OutputDelta) -> dict[str, Any]:
+        delta = {"content": output.text} if output.text else {}
+        return {"index": output.index, "delta": delta, **self._beside_text(output)}
+
+    def _choice(self, output: OutputDelta) -> dict[str, Any]:
+        message = {"role": "assistant", "content": output.text, "refusal": None}
+        return {"index": output.index, "message": message, **self._beside_text(output)}
+
+    def _beside_text(self, output: OutputDelta) -> dict[str, Any]:
         logprobs = None
         if self._body.logprobs:
-            logprobs = chat_logprobs(delta.logprobs, self._body.top_logprobs or 0, self._service.limits.text)
-        end: dict[str, Any] = {"logprobs": logprobs, "finish_reason": finish_name(delta.finish_reason)}
+            logprobs = chat_logprobs(output.logprobs, self._body.top_logprobs or 0, self._service.limits.text)
+        beside: dict[str, Any] = {"logprobs": logprobs, "finish_reason": finish_name(output.finish_reason)}
         if self._body.return_token_ids:
-            end["token_ids"] = list(delta.token_ids)
-        return end | ({"stop_reason": delta.stop_reason} if delta.finish_reason else {})
+            beside["token_ids"] = list(output.token_ids)
+        return beside | choice_end(output)
 
-    def _usage(self, delta: OutputDelta) -> dict[str, int]:
-        return usage(len(self._checked.prompt_token_ids), delta.num_output_tokens)
+    @staticmethod
+    def _usage(delta: RequestDelta) -> dict[str, Any]:
+        assert delta.usage is not None, "the last delta has it"
+        return {"usage": usage_object(delta.usage)}

@@ -1,4 +1,4 @@
-"""POST /v1/completions: one or several prompts in, a choice for each out, whole or streamed."""
+"""POST /v1/completions: one or several prompts in, n choices for each out, whole or streamed."""
 
 import asyncio
 import secrets
@@ -12,16 +12,18 @@ from starlette.responses import Response
 
 from ..errors import InvalidArgumentError
 from .generation import CheckedRequest, GenerationService
-from .http_check import check_stream_options, renamed
 from .interleave import interleave
-from .logprobs import PositionLogprobs
-from .openai_format import CompletionLogprobs, finish_name, prompt_logprobs, usage
-from .openai_models import MAX_PROMPTS, CompletionBody, sampling_request
-from .output import LENGTH, OutputDelta
-from .sampling import SamplingRequest
+from .openai_choice import PromptChoices
+from .openai_format import usage_object
+from .openai_models import MAX_PROMPTS, CompletionBody
+from .openai_sampling import check_stream_options, names_of_beams, renamed, request_options, sampling_request
+from .output import RequestDelta, Usage
+from .sampling import MAX_PROMPT_LOGPROBS, SamplingRequest
 from .sse import EventStream, JsonAnswer
 
 _DEFAULT_MAX_TOKENS = 16  # OpenAI's, for this endpoint only
+_MAX_SAMPLES = 4096  # of a call
+_MAX_ECHOED_TOKENS = 2**21  # of a call, about 8 MiB of text
 
 
 async def answer_completion(service: GenerationService, body: CompletionBody) -> Response:
@@ -32,10 +34,33 @@ async def answer_completion(service: GenerationService, body: CompletionBody) ->
     sampling = _sampling(body)
     request_id = body.request_id or secrets.token_hex(12)
     names = [request_id] if len(prompts) == 1 else [f"{request_id}-{index}" for index in range(len(prompts))]
-    with renamed({"prompt_logprobs": "logprobs"} if body.prompt_logprobs is None else {}):  # see _sampling
-        checked = [service.check(p, sampling, name, body.priority) for p, name in zip(prompts, names, strict=True)]
+    with renamed(_names(body)):
+        options = [request_options(body, name) for name in names]
+        checked = [service.check(p, sampling, one) for p, one in zip(prompts, options, strict=True)]
+        _check_num_choices(body, checked)
     completion = _Completion(service, body, model, request_id, checked)
     return EventStream(completion.events()) if body.stream else JsonAnswer(completion.complete)
+
+
+def _names(body: CompletionBody) -> dict[str, str]:
+    """What this door calls the fields that it has under another name; for prompt_logprobs see _sampling."""
+    names = names_of_beams(body)
+    return names if body.prompt_logprobs is not None else {"prompt_logprobs": "logprobs", **names}
+
+
+def _check_num_choices(body: CompletionBody, checked: Sequence[CheckedRequest]) -> None:
+    """A short body may ask for many samples, and for its prompts in each: what that makes is bounded."""
+    n, num_drawn = checked[0].samples.n, checked[0].samples.num_drawn
+    if num_drawn > 1 and len(checked) * num_drawn > _MAX_SAMPLES:
+        name = "best_of" if num_drawn > n else "n"
+        message = f"{name}: {len(checked)} prompts with {num_drawn} samples each make {len(checked) * num_drawn}"
+        raise InvalidArgumentError(f"{message}; a call takes at most {_MAX_SAMPLES}", name)
+    num_echoed = n * sum(len(request.prompt_token_ids) for request in checked) if body.echo and n > 1 else 0
+    num_entries = num_echoed * (1 + body.logprobs) if body.logprobs is not None else 0
+    if num_echoed > _MAX_ECHOED_TOKENS or num_entries > MAX_PROMPT_LOGPROBS:
+        message = f"echo: prompts in each of {n} choices make {num_echoed} tokens, {num_entries} log probabilities"
+        message = f"{message}; a call takes at most {_MAX_ECHOED_TOKENS} and {MAX_PROMPT_LOGPROBS}"
+        raise InvalidArgumentError(message, "echo")
 
 
 async def _prompt_token_ids(service: GenerationService, body: CompletionBody) -> list[Sequence[int]]:
@@ -90,105 +115,43 @@ class _Completion:
             "model": model,
         }
         prompts = zip(_prompts(body), checked, strict=True)
-        self._choices = [_Choice(service, body, index, *prompt) for index, prompt in enumerate(prompts)]
+        self._prompts = [PromptChoices(service.limits.text, body, index, *one) for index, one in enumerate(prompts)]
+        self._usage = Usage(0, 0, 0)
         self._include_usage = bool(body.stream_options and body.stream_options.include_usage)
 
     async def complete(self) -> dict[str, Any]:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(_outcome(self._service, request)) for request in self._checked]
-        outcomes = [task.result() for task in tasks]
-        for outcome in outcomes:
+        choices: list[dict[str, Any]] = []
+        for prompt, task in zip(self._prompts, tasks, strict=True):
+            outcome = task.result()
             if isinstance(outcome, Exception):
                 raise outcome
-        deltas = [outcome for outcome in outcomes if isinstance(outcome, OutputDelta)]
-        choices = [choice.build(delta, is_first=True) for choice, delta in zip(self._choices, deltas, strict=True)]
-        return {**self._common, "choices": choices, "usage": self._usage()}
+            choices += self._read(prompt, outcome)
+        return {**self._common, "choices": choices, "usage": usage_object(self._usage)}
 
     async def events(self) -> AsyncGenerator[dict[str, Any]]:
         """Text of the choices as it comes, then, when asked for, usage."""
         usage_field = {"usage": None} if self._include_usage else {}
-        started: set[int] = set()
         streams = [self._service.stream(request) for request in self._checked]
         async with aclosing(interleave(streams)) as deltas:
             async for index, delta in deltas:
-                choice = self._choices[index].build(delta, is_first=index not in started)
-                started.add(index)
-                if any(choice[name] for name in choice if name != "index"):
-                    yield {**self._common, "choices": [choice], **usage_field}
+                for choice in self._read(self._prompts[index], delta):
+                    if any(choice[name] for name in choice if name != "index"):
+                        yield {**self._common, "choices": [choice], **usage_field}
         if self._include_usage:
-            yield {**self._common, "choices": [], "usage": self._usage()}
+            yield {**self._common, "choices": [], "usage": usage_object(self._usage)}
 
-    def _usage(self) -> dict[str, int]:
-        num_prompt_tokens = sum(len(request.prompt_token_ids) for request in self._checked)
-        return usage(num_prompt_tokens, sum(choice.num_output_tokens for choice in self._choices))
+    def _read(self, prompt: PromptChoices, delta: RequestDelta) -> list[dict[str, Any]]:
+        """The choices, or pieces of them, that the news makes; counts usage."""
+        if delta.usage is not None:
+            self._usage += prompt.usage(delta.usage)
+        return [prompt.choice(output, delta) for output in delta.outputs]
 
 
-async def _outcome(service: GenerationService, request: CheckedRequest) -> OutputDelta | Exception:
+async def _outcome(service: GenerationService, request: CheckedRequest) -> RequestDelta | Exception:
     """Errors as values: a TaskGroup would wrap them, and one is enough for the client."""
     try:
         return await service.complete(request)
     except Exception as error:
         return error
-
-
-class _Choice:
-    """One prompt's choice. The first piece carries what is about the prompt."""
-
-    def __init__(
-        self,
-        service: GenerationService,
-        body: CompletionBody,
-        index: int,
-        prompt: str | list[int],
-        request: CheckedRequest,
-    ) -> None:
-        self._text = service.limits.text
-        self._body = body
-        self._index = index
-        self._prompt = prompt
-        self._prompt_token_ids = request.prompt_token_ids
-        self._skip_special_tokens = request.options.skip_special_tokens
-        self._logprobs = CompletionLogprobs(self._text, self._skip_special_tokens)
-        self._drops_output = bool(body.echo) and body.max_tokens == 0
-        self.num_output_tokens = 0
-
-    def build(self, delta: OutputDelta, is_first: bool) -> dict[str, Any]:
-        echo = bool(self._body.echo) and is_first
-        prefix = self._prompt_text() if echo else ""
-        self.num_output_tokens = 0 if self._drops_output else delta.num_output_tokens
-        ended_by = delta.finish_reason
-        if self._drops_output and ended_by:
-            ended_by = LENGTH  # of nothing, whatever the token that is left out
-        choice = {
-            "index": self._index,
-            "text": prefix + ("" if self._drops_output else delta.text),
-            "logprobs": self._logprobs_of(delta, echo),
-            "finish_reason": finish_name(ended_by),
-        }
-        if delta.finish_reason:
-            choice["stop_reason"] = None if self._drops_output else delta.stop_reason
-        if self._body.return_token_ids:
-            choice["token_ids"] = [] if self._drops_output else list(delta.token_ids)
-        return choice | (self._about_prompt(delta) if is_first else {})
-
-    def _about_prompt(self, delta: OutputDelta) -> dict[str, Any]:
-        about: dict[str, Any] = {}
-        if self._body.prompt_logprobs is not None:
-            about["prompt_logprobs"] = prompt_logprobs(delta.prompt_logprobs, self._text)
-        if self._body.return_token_ids:
-            about["prompt_token_ids"] = self._prompt_token_ids.tolist()
-        return about
-
-    def _prompt_text(self) -> str:
-        """The prompt as it was sent; token ids as text."""
-        if isinstance(self._prompt, str):
-            return self._prompt
-        return self._text.decode(self._prompt, self._skip_special_tokens) if self._text is not None else ""
-
-    def _logprobs_of(self, delta: OutputDelta, echo: bool) -> dict[str, Any] | None:
-        if self._body.logprobs is None:
-            return None
-        rows: list[PositionLogprobs | int] = [] if self._drops_output else list(delta.logprobs)
-        if echo:
-            rows[:0] = [int(self._prompt_token_ids[0]), *delta.prompt_logprobs]
-        return self._logprobs.build(rows)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .logprobs import Logprob, PositionLogprobs
-from .output import STOP, UNFINISHED
+from .output import STOP, UNFINISHED, OutputDelta, Usage
 from .text import TextModel
 
 _MIN_LOGPROB = -9999.0  # OpenAI's stand-in for minus infinity, which JSON cannot write
@@ -18,12 +18,20 @@ def finish_name(finish_reason: int) -> str | None:
     return "stop" if finish_reason == STOP else "length"
 
 
-def usage(num_prompt_tokens: int, num_output_tokens: int) -> dict[str, int]:
+def usage_object(usage: Usage) -> dict[str, Any]:
+    """OpenAI's `usage`."""
     return {
-        "prompt_tokens": num_prompt_tokens,
-        "completion_tokens": num_output_tokens,
-        "total_tokens": num_prompt_tokens + num_output_tokens,
+        "prompt_tokens": usage.num_prompt_tokens,
+        "completion_tokens": usage.num_completion_tokens,
+        "total_tokens": usage.num_prompt_tokens + usage.num_completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.num_cached_tokens},
     }
+
+
+def choice_end(delta: OutputDelta) -> dict[str, Any]:
+    """vLLM's and our own fields of a choice that has ended."""
+    score = {} if delta.beam_score is None else {"beam_score": delta.beam_score}
+    return {"stop_reason": delta.stop_reason, **score} if delta.finish_reason else {}
 
 
 def _token_text(token_id: int, text: TextModel | None) -> str:

@@ -6,20 +6,17 @@ sampling parameters are checked in sampling.py, for both doors. What is checked 
 small: validation stops at the first wrong item of a list, and objects have few fields.
 """
 
-import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 from pydantic_core import PydanticCustomError
 
-from ..errors import InvalidArgumentError
 from .generation import MAX_MESSAGES
-from .sampling import MAX_BAD_WORDS, MAX_LOGIT_BIAS, MAX_STOP_STRINGS, SamplingRequest
+from .sampling import MAX_BAD_WORDS, MAX_LOGIT_BIAS, MAX_STOP_STRINGS
 
 MAX_PROMPTS = 256
 _MAX_FIELDS = 128  # of an object; ChatBody has about 50
 _MAX_PARTS = 1024  # of a message's content
-_TOKEN_ID = re.compile("0|[1-9][0-9]{0,9}", re.ASCII)
 
 
 def _refuse(value: object) -> None:
@@ -55,7 +52,6 @@ Ids = Annotated[list[int], _first_error_ends]
 
 # A field that may only be null, or null and the values at which it does nothing.
 NotServed = Annotated[None, BeforeValidator(_refuse)]
-OnlyOne = Annotated[int | None, _only_no_op(None, 1)]
 OnlyFalse = Annotated[bool | None, _only_no_op(None, False)]
 
 
@@ -107,9 +103,14 @@ class GenerationBody(_Body):
     request_id: Text = ""
     add_special_tokens: bool | None = None
     return_token_ids: bool | None = None
-    # Served at the value that does nothing.
-    best_of: OnlyOne = None
-    use_beam_search: OnlyFalse = None
+    best_of: int | None = None
+    cache_salt: Annotated[Text | None, StringConstraints(min_length=1)] = None
+    # Of beam search; `beam_width` is another name of `num_beams`, see openai_beams.py.
+    num_beams: int | None = None
+    beam_width: int | None = None
+    use_beam_search: bool | None = None
+    length_penalty: float | None = None
+    early_stopping: bool | Literal["never"] | None = None
 
 
 class CompletionBody(GenerationBody):
@@ -201,26 +202,3 @@ class DetokenizeBody(_Body):
 
     model: Text = ""
     tokens: Ids
-
-
-_DIRECT = (
-    *("n", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"),
-    *("seed", "stop_token_ids", "max_tokens", "min_tokens", "ignore_eos", "bad_words", "prompt_logprobs"),
-    *("include_stop_str_in_output", "skip_special_tokens"),
-)
-
-
-def sampling_request(body: GenerationBody, logprobs: int | None, max_tokens: int | None) -> SamplingRequest:
-    """The body's sampling parameters; null means the default. Raises InvalidArgumentError naming `logit_bias`."""
-    values = {name: getattr(body, name) for name in _DIRECT}
-    values["stop"] = [body.stop] if isinstance(body.stop, str) else body.stop
-    values["logit_bias"] = _by_token_id(body.logit_bias) if body.logit_bias is not None else None
-    values |= {"logprobs": logprobs, "max_tokens": max_tokens}
-    return SamplingRequest(**{name: value for name, value in values.items() if value is not None})
-
-
-def _by_token_id(logit_bias: dict[str, float]) -> dict[int, float]:
-    for key in logit_bias:
-        if not _TOKEN_ID.fullmatch(key):
-            raise InvalidArgumentError("logit_bias: every key must be a token id", "logit_bias")
-    return {int(key): bias for key, bias in logit_bias.items()}

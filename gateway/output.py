@@ -1,7 +1,7 @@
-"""One sequence's engine tokens to what a client reads: text, stop strings, usage. Pure: values in, values out."""
+"""A request's engine tokens to what a client reads: text, stop strings, usage. Pure: values in, values out."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..proto import generation_pb2
 from .detokenizer import Detokenizer
@@ -28,22 +28,49 @@ class OutputOptions:
 
 @dataclass(frozen=True, slots=True)
 class OutputDelta:
-    """News of one sequence. The last has a finish reason."""
+    """News of one sample. The last has a finish reason."""
 
+    index: int
     text: str
     token_ids: Sequence[int]
     logprobs: Sequence[PositionLogprobs]  # beside token_ids, when asked for
     finish_reason: int = UNFINISHED  # octavo.v1.FinishReason
     stop_reason: str | int | None = None  # the stop string or named stop token that ended it
     num_output_tokens: int = 0  # so far
-    prompt_logprobs: Sequence[PositionLogprobs] = ()  # from position 1 on; in the first delta, when asked for
+    beam_score: float | None = None  # with the finish reason, of a beam search
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of a request, or of several. Completion tokens are those of all samples drawn, returned or not."""
+
+    num_prompt_tokens: int
+    num_completion_tokens: int
+    num_cached_tokens: int  # of the prompt's
+
+    def __add__(self, other: "Usage") -> "Usage":
+        return Usage(
+            self.num_prompt_tokens + other.num_prompt_tokens,
+            self.num_completion_tokens + other.num_completion_tokens,
+            self.num_cached_tokens + other.num_cached_tokens,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class RequestDelta:
+    """News of one request, of each sample that has some, by ascending index. The last has usage."""
+
+    outputs: Sequence[OutputDelta]
+    prompt_logprobs: Sequence[PositionLogprobs] = ()  # from position 1 on; the same in every delta, when asked for
+    usage: Usage | None = None
 
 
 class OutputAssembler:
-    """Owner of one sequence's text state. Without a detokenizer (token ids only) the text stays empty."""
+    """Owner of one sample's text state. Without a detokenizer (token ids only) the text stays empty."""
 
-    def __init__(self, options: OutputOptions, detokenizer: Detokenizer | None) -> None:
+    def __init__(self, options: OutputOptions, detokenizer: Detokenizer | None, index: int = 0) -> None:
         self._options = options
+        self._index = index
         self._detokenizer = detokenizer
         self._matcher = None
         if options.stop:
@@ -99,25 +126,52 @@ class OutputAssembler:
     ) -> OutputDelta:
         self._num_tokens += num_tokens
         return OutputDelta(
+            self._index,
             text,
             delta.token_ids[:num_tokens],
             delta.logprobs[:num_tokens],
             finish_reason,
             stop_reason,
             self._num_tokens,
-            delta.prompt_logprobs,
+            delta.beam_score,
         )
 
 
-def merge(deltas: Sequence[OutputDelta]) -> OutputDelta:
-    """Consecutive deltas of one sequence as one."""
+def merge(deltas: Sequence[RequestDelta]) -> RequestDelta:
+    """All deltas of one request as one."""
+    samples: dict[int, list[OutputDelta]] = {}
+    for delta in deltas:
+        for output in delta.outputs:
+            samples.setdefault(output.index, []).append(output)
+    outputs = [_merge_sample(samples[index]) for index in sorted(samples)]
+    return RequestDelta(outputs, deltas[-1].prompt_logprobs, deltas[-1].usage)
+
+
+def _merge_sample(deltas: Sequence[OutputDelta]) -> OutputDelta:
+    if len(deltas) == 1:
+        return deltas[0]
     last = deltas[-1]
     return OutputDelta(
+        last.index,
         "".join([delta.text for delta in deltas]),
         [token_id for delta in deltas for token_id in delta.token_ids],
         [row for delta in deltas for row in delta.logprobs],
         last.finish_reason,
         last.stop_reason,
         last.num_output_tokens,
-        [row for delta in deltas for row in delta.prompt_logprobs],
+        last.beam_score,
     )
+
+
+def best(delta: RequestDelta, n: int) -> RequestDelta:
+    """The n outputs of highest mean log probability, best first, as the only ones; usage stays that of all."""
+    ranked = sorted(delta.outputs, key=_mean_logprob, reverse=True)[:n]
+    return replace(delta, outputs=[replace(output, index=index) for index, output in enumerate(ranked)])
+
+
+def _mean_logprob(output: OutputDelta) -> float:
+    return sum(row.token.logprob for row in output.logprobs) / len(output.logprobs)
+
+
+def without_logprobs(delta: RequestDelta) -> RequestDelta:
+    return replace(delta, outputs=[replace(output, logprobs=()) for output in delta.outputs])

@@ -31,7 +31,11 @@ class SamplingRequest:
     """What a client asked for. Names and defaults as in octavo.v1.SamplingParams; None where it has no default."""
 
     n: int = 1
-    temperature: float = 1.0
+    best_of: int | None = None
+    num_beams: int = 0
+    length_penalty: float = 1.0
+    early_stopping: int = 0  # octavo.v1.EarlyStopping
+    temperature: float | None = None  # of beam search 0, else 1
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
@@ -50,6 +54,25 @@ class SamplingRequest:
     prompt_logprobs: int | None = None
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
+
+    @property
+    def is_beam_search(self) -> bool:
+        return self.num_beams >= 2
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature is not None and self.temperature < _GREEDY_BELOW
+
+    @property
+    def num_drawn(self) -> int:
+        """Samples drawn, where it is no beam search."""
+        return self.n if self.best_of is None else self.best_of
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """What the engine is asked for: best_of ranks by the log probabilities of the sampled tokens."""
+        ranks = not self.is_beam_search and self.num_drawn > self.n
+        return 0 if self.logprobs is None and ranks else self.logprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,14 +110,17 @@ def check_prompt(token_ids: Sequence[int], limits: ModelLimits) -> NDArray[np.in
 def resolve_sampling(
     request: SamplingRequest, num_prompt_tokens: int, limits: ModelLimits, draw_seed: Callable[[], int]
 ) -> sampling_pb2.SamplingParams:
-    """The checked parameters with every default filled in and every string tokenized. `draw_seed` gives uint64."""
+    """The checked parameters with every default filled in and every string tokenized. `draw_seed` gives uint64.
+
+    How many outputs there are is checked in samples.py.
+    """
     _check_numbers(request)
     _check_prompt_logprobs(request, num_prompt_tokens)
     _check_strings(request, limits)
     _check_ids(request, limits)
     max_tokens = _max_tokens(request, num_prompt_tokens, limits.max_model_len)
     resolved = sampling_pb2.SamplingParams(
-        temperature=request.temperature if request.temperature >= _GREEDY_BELOW else 0.0,
+        temperature=_temperature(request),
         top_k=max(request.top_k, 0),
         top_p=request.top_p,
         min_p=request.min_p,
@@ -110,32 +136,37 @@ def resolve_sampling(
         max_tokens=max_tokens,
         min_tokens=request.min_tokens,
     )
-    if request.logprobs is not None:
-        resolved.num_logprobs = request.logprobs
+    if request.num_logprobs is not None:
+        resolved.num_logprobs = request.num_logprobs
     if request.prompt_logprobs is not None:
         resolved.num_prompt_logprobs = request.prompt_logprobs
     return resolved
 
 
+def _temperature(request: SamplingRequest) -> float:
+    if request.is_beam_search or request.is_greedy:
+        return 0.0
+    return 1.0 if request.temperature is None else request.temperature
+
+
 def _check_numbers(request: SamplingRequest) -> None:
-    if request.n != 1:
-        raise InvalidArgumentError(f"n must be 1, got {request.n}: several samples of a prompt are not served", "n")
-    _in_range("temperature", request.temperature, 0, 100)
-    _in_range("top_p", request.top_p, 0, 1, above_low=True)
-    _in_range("top_k", request.top_k, -1, _MAX_INT32)
-    _in_range("min_p", request.min_p, 0, 1)
-    _in_range("presence_penalty", request.presence_penalty, -2, 2)
-    _in_range("frequency_penalty", request.frequency_penalty, -2, 2)
-    _in_range("repetition_penalty", request.repetition_penalty, 0, 2, above_low=True)
-    _in_range("min_tokens", request.min_tokens, 0, _MAX_INT32)
+    if request.temperature is not None:
+        in_range("temperature", request.temperature, 0, 100)
+    in_range("top_p", request.top_p, 0, 1, above_low=True)
+    in_range("top_k", request.top_k, -1, _MAX_INT32)
+    in_range("min_p", request.min_p, 0, 1)
+    in_range("presence_penalty", request.presence_penalty, -2, 2)
+    in_range("frequency_penalty", request.frequency_penalty, -2, 2)
+    in_range("repetition_penalty", request.repetition_penalty, 0, 2, above_low=True)
+    in_range("min_tokens", request.min_tokens, 0, _MAX_INT32)
     if request.max_tokens is not None:
-        _in_range("max_tokens", request.max_tokens, 1, _MAX_INT32)
+        in_range("max_tokens", request.max_tokens, 1, _MAX_INT32)
     if request.seed is not None:
-        _in_range("seed", request.seed, -(2**63), 2**63 - 1)
+        in_range("seed", request.seed, -(2**63), 2**63 - 1)
     if request.logprobs is not None:
-        _in_range("logprobs", request.logprobs, 0, MAX_LOGPROBS)
+        in_range("logprobs", request.logprobs, 0, MAX_LOGPROBS)
     if request.prompt_logprobs is not None:
-        _in_range("prompt_logprobs", request.prompt_logprobs, 0, MAX_LOGPROBS)
+        in_range("prompt_logprobs", request.prompt_logprobs, 0, MAX_LOGPROBS)
 
 
 def _check_prompt_logprobs(request: SamplingRequest, num_prompt_tokens: int) -> None:
@@ -149,8 +180,11 @@ def _check_prompt_logprobs(request: SamplingRequest, num_prompt_tokens: int) -> 
         raise InvalidArgumentError(message, "prompt_logprobs")
 
 
-def _in_range(name: str, value: float, low: float, high: float, above_low: bool = False) -> None:
-    """Also refuses NaN, for which every comparison is false; and what float32 would round to a forbidden 0."""
+def in_range(name: str, value: float, low: float, high: float, above_low: bool = False) -> None:
+    """Raises InvalidArgumentError outside [low, high], or (low, high].
+
+    Also refuses NaN, for which every comparison is false; and what float32 would round to a forbidden 0.
+    """
     inside = low <= value <= high
     if not inside or (above_low and np.float32(value) <= low):
         opening = "(" if above_low else "["

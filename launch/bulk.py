@@ -84,6 +84,19 @@ class BulkClient:
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error, self._address) from error
 
+    def detokenize(self, token_ids: Sequence[Sequence[int]]) -> list[str]:
+        """The text of each sequence, special tokens too."""
+        texts: list[str] = self._submit(self._detokenize_all(token_ids)).result()
+        return texts
+
+    async def _detokenize_all(self, token_ids: Sequence[Sequence[int]]) -> list[str]:
+        stub = generation_pb2_grpc.GenerationStub(self._channel)
+        requests = [generation_pb2.DetokenizeRequest(token_ids=ids) for ids in token_ids]
+        try:
+            return [response.text for response in await asyncio.gather(*map(stub.Detokenize, requests))]
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error, self._address) from error
+
     def close(self) -> None:
         """Ends the channel and the thread."""
         self._submit(self._channel.close()).result()

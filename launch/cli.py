@@ -60,15 +60,27 @@ def _generate(
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     seed: Seed = None,
+    n: Annotated[int, typer.Option("--n", help="Outputs to show; over 1 only with a temperature or beams.")] = 1,
+    num_beams: Annotated[int, typer.Option(help="Beam search with so many beams; 0 is off.")] = 0,
 ) -> None:
-    """Continue a text, streamed."""
-    from .prompts import RequestOptions
-    from .streaming import print_stream
+    """Continue a text, streamed; several outputs come when all have ended."""
+    from .beam_search import BeamSearchParams
+    from .prompts import AnyParams, RequestOptions
+    from .streaming import print_samples, print_stream
 
-    prompt = _prompt(text, token_ids)
-    params = SamplingParams(temperature=temperature, top_p=top_p, seed=seed, max_tokens=max_tokens)
+    prompt, options = _prompt(text, token_ids), RequestOptions(model=model)
+    params: AnyParams = SamplingParams(
+        temperature=temperature, top_p=top_p, seed=seed, max_tokens=max_tokens, n=1 if num_beams else n
+    )
+    if num_beams:
+        if (temperature, top_p, seed) != (0, 1, None):
+            raise InvalidArgumentError("--temperature, --top-p and --seed do not go with --num-beams; leave them out")
+        params = BeamSearchParams(num_beams, max_tokens, n=n)
     with Client(address) as client:
-        print_stream(client.stream(prompt, params, RequestOptions(model=model)))
+        if n == 1 and not num_beams:
+            print_stream(client.stream(prompt, params, options))
+        else:
+            print_samples(client.generate(prompt, params, options))
 
 
 def _prompt(text: str | None, token_ids: str | None) -> str | list[int]:
@@ -100,12 +112,17 @@ def _chat(
         run_chat(client, params, RequestOptions(model=model), system, Console())
 
 
-def _status(address: Address = DEFAULT_ADDRESS) -> None:
+def _status(
+    address: Address = DEFAULT_ADDRESS,
+    blocks: Annotated[
+        bool, typer.Option("--blocks", help="Show what the KV blocks hold: sharing, prefix cache, fragmentation.")
+    ] = False,
+) -> None:
     """Show groups, ranks, blocks, the queue and counters."""
-    from .status_table import print_status
+    from .status_table import print_blocks, print_status
 
     with Client(address) as client:
-        print_status(client.status(), Console())
+        (print_blocks if blocks else print_status)(client.status(), Console())
 
 
 def _profile(

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -11,7 +12,7 @@ from ..errors import UnavailableError
 from ..proto import admin_pb2, admin_pb2_grpc, generation_pb2, generation_pb2_grpc
 from .config import DEFAULT_GRPC_PORT
 from .outputs import RequestOutput, merge_outputs
-from .prompts import ChatMessage, Prompt, RequestOptions, build_request, prompt_text, require_messages
+from .prompts import AnyParams, ChatMessage, Prompt, RequestOptions, build_request, prompt_text, require_messages
 from .rpc_errors import from_rpc_error
 from .sampling_params import SamplingParams
 
@@ -38,15 +39,17 @@ class Client:
         self._admin = admin_pb2_grpc.AdminStub(self._channel)
 
     def generate(
-        self, prompt: Prompt, params: SamplingParams | None = None, options: RequestOptions | None = None
+        self, prompt: Prompt, params: AnyParams | None = None, options: RequestOptions | None = None
     ) -> RequestOutput:
-        """The whole output for one prompt: text, token ids or chat messages."""
+        """The whole output for one prompt: text, token ids or chat messages. With BeamSearchParams its outputs are the
+        best beams."""
+        options = replace(options or RequestOptions(), only_end=True)
         return merge_outputs(self.stream(prompt, params, options))
 
     def chat(
         self,
         messages: Sequence[ChatMessage],
-        params: SamplingParams | None = None,
+        params: AnyParams | None = None,
         options: RequestOptions | None = None,
     ) -> RequestOutput:
         """The assistant's answer to a conversation, oldest message first."""
@@ -54,9 +57,10 @@ class Client:
         return self.generate(messages, params, options)
 
     def stream(
-        self, prompt: Prompt, params: SamplingParams | None = None, options: RequestOptions | None = None
+        self, prompt: Prompt, params: AnyParams | None = None, options: RequestOptions | None = None
     ) -> Iterator[RequestOutput]:
-        """Output as it comes: each carries what is new. Closing the iterator early cancels the request."""
+        """Output as it comes: each carries what is new, of each sample that has news, told apart by their `index`.
+        Closing the iterator early cancels the request."""
         request = build_request(prompt, params or SamplingParams(), options or RequestOptions())
         self._connect()
         call = self._generation.Generate(request, timeout=self._timeout_s)

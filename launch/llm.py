@@ -10,11 +10,21 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..errors import InvalidArgumentError, UnavailableError
+from .beam_search import BeamSearchOutput, BeamSearchParams, add_text, beam_search_output
 from .bulk import BulkClient, BulkRequest
 from .config import OFFLINE_DEFAULTS, ServeConfig
 from .config_file import check_type
 from .outputs import RequestOutput
-from .prompts import ChatMessage, Prompt, RequestOptions, TextPrompt, TokensPrompt, build_request, prompt_text
+from .prompts import (
+    AnyParams,
+    ChatMessage,
+    Prompt,
+    RequestOptions,
+    TextPrompt,
+    TokensPrompt,
+    build_request,
+    prompt_text,
+)
 from .sampling_params import SamplingParams
 from .start_display import StartDisplay
 from .supervisor import Supervisor
@@ -38,6 +48,7 @@ class LLM:
         self._hurry = threading.Event()
         self._supervisor: Supervisor | None = Supervisor(config, StartDisplay(self._console))
         self._client: BulkClient | None = None
+        self._has_text = not config.skip_tokenizer_init
         try:
             self._supervisor.start()
             max_num_requests = min(_MAX_NUM_REQUESTS, config.max_num_waiting)
@@ -53,13 +64,22 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
-        """One output a prompt, in the order of the prompts. `use_tqdm` shows a progress bar (the name is vLLM's)."""
-        several = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
-        if any(not isinstance(prompt, str | Mapping) for prompt in several):
-            raise InvalidArgumentError(
-                "prompts must be text or {'prompt_token_ids': [...]}, or a list of those", "prompts"
-            )
-        return self._run(several, sampling_params, use_tqdm)
+        """One output a prompt, in the order of the prompts, with `n` samples in its `outputs`. `use_tqdm` shows a
+        progress bar (the name is vLLM's)."""
+        several = _several(prompts)
+        return self._run(several, _params_for(sampling_params, len(several)), use_tqdm)
+
+    def beam_search(
+        self, prompts: OfflinePrompt | Sequence[OfflinePrompt], params: BeamSearchParams, use_tqdm: bool = False
+    ) -> list[BeamSearchOutput]:
+        """The best sequences of each prompt, in the order of the prompts; as in vLLM their tokens and text include the
+        prompt's."""
+        several = _several(prompts)
+        outputs = self._run(several, [params] * len(several), use_tqdm)
+        found = [beam_search_output(output, params) for output in outputs]
+        if self._has_text and self._client is not None:
+            add_text(found, self._client.detokenize)
+        return found
 
     def chat(
         self,
@@ -74,17 +94,11 @@ class LLM:
         conversations = cast("Sequence[Prompt]", [messages] if is_one else messages)
         if not all(conversations):
             raise InvalidArgumentError("messages must have at least one message each", "messages")
-        return self._run(conversations, sampling_params, use_tqdm)
+        return self._run(conversations, _params_for(sampling_params, len(conversations)), use_tqdm)
 
-    def _run(
-        self,
-        prompts: Sequence[Prompt],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
-        use_tqdm: bool,
-    ) -> list[RequestOutput]:
+    def _run(self, prompts: Sequence[Prompt], params: Sequence[AnyParams], use_tqdm: bool) -> list[RequestOutput]:
         if self._client is None or self._supervisor is None:
             raise InvalidArgumentError("this LLM is shut down; make another")
-        params = _params_for(sampling_params, len(prompts))
         requests = [_bulk_request(prompt, one) for prompt, one in zip(prompts, params, strict=True)]
         with _progress(self._console, use_tqdm) as progress:
             task = progress.add_task("Generating", total=len(requests), speed="")
@@ -151,6 +165,13 @@ def _offline_config(options: Mapping[str, Any]) -> ServeConfig:
     return ServeConfig(**(OFFLINE_DEFAULTS | checked), port=0, grpc_port=0)
 
 
+def _several(prompts: OfflinePrompt | Sequence[OfflinePrompt]) -> list[OfflinePrompt]:
+    several = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
+    if any(not isinstance(prompt, str | Mapping) for prompt in several):
+        raise InvalidArgumentError("prompts must be text or {'prompt_token_ids': [...]}, or a list of those", "prompts")
+    return several
+
+
 def _params_for(params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int) -> list[SamplingParams]:
     """One for each prompt. Raises InvalidArgumentError for a list of another length."""
     if params is None or isinstance(params, SamplingParams):
@@ -162,5 +183,5 @@ def _params_for(params: SamplingParams | Sequence[SamplingParams] | None, num_pr
     return list(params)
 
 
-def _bulk_request(prompt: Prompt, params: SamplingParams) -> BulkRequest:
+def _bulk_request(prompt: Prompt, params: AnyParams) -> BulkRequest:
     return BulkRequest(build_request(prompt, params, RequestOptions(only_end=True)), prompt_text(prompt))

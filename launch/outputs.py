@@ -35,6 +35,7 @@ class CompletionOutput:
     logprobs: list[PositionLogprobs] | None = None
     finish_reason: str | None = None  # "stop" or "length", when finished
     stop_reason: str | int | None = None  # the stop string or token id that ended it; None for the end of sequence
+    beam_score: float | None = None  # of beam search, when finished
 
     @property
     def cumulative_logprob(self) -> float | None:
@@ -55,6 +56,7 @@ class RequestOutput:
     outputs: list[CompletionOutput] = field(default_factory=list)
     finished: bool = False
     prompt_logprobs: list[PositionLogprobs | None] | None = None  # one a prompt token; the first is None
+    num_cached_tokens: int | None = None  # of the prompt, found in the prefix cache; when finished
 
     @classmethod
     def of(cls, response: generation_pb2.GenerateResponse, prompt: str | None) -> "RequestOutput":
@@ -62,6 +64,8 @@ class RequestOutput:
         output = cls(request_id=response.request_id, prompt=prompt, finished=response.HasField("usage"))
         output.prompt_token_ids = list(response.prompt_token_ids)
         output.outputs = [_completion(sample) for sample in response.outputs]
+        if output.finished:
+            output.num_cached_tokens = response.usage.cached_tokens
         if response.prompt_logprobs:
             output.prompt_logprobs = [_row(row) or None for row in response.prompt_logprobs]
         return output
@@ -70,6 +74,8 @@ class RequestOutput:
         """Appends what a later response of the same request says."""
         self.request_id = self.request_id or delta.request_id
         self.finished = self.finished or delta.finished
+        if delta.num_cached_tokens is not None:
+            self.num_cached_tokens = delta.num_cached_tokens
         self.prompt_token_ids += delta.prompt_token_ids
         self.prompt_logprobs = self.prompt_logprobs or delta.prompt_logprobs
         for sample in delta.outputs:
@@ -97,6 +103,7 @@ def _extend(whole: CompletionOutput, delta: CompletionOutput) -> None:
         whole.logprobs = (whole.logprobs or []) + delta.logprobs
     whole.finish_reason = delta.finish_reason or whole.finish_reason
     whole.stop_reason = delta.stop_reason if delta.stop_reason is not None else whole.stop_reason
+    whole.beam_score = delta.beam_score if delta.beam_score is not None else whole.beam_score
 
 
 def _completion(sample: generation_pb2.SequenceOutput) -> CompletionOutput:
@@ -109,6 +116,7 @@ def _completion(sample: generation_pb2.SequenceOutput) -> CompletionOutput:
         logprobs=[_row(row) for row in sample.logprobs] if sample.logprobs else None,
         finish_reason=_FINISH_REASONS[sample.finish_reason],
         stop_reason=stop_reason,
+        beam_score=sample.beam_score if sample.HasField("beam_score") else None,
     )
 
 

@@ -6,6 +6,7 @@ from typing import NotRequired, TypedDict, cast
 
 from ..errors import InvalidArgumentError
 from ..proto import generation_pb2
+from .beam_search import BeamSearchParams
 from .sampling_params import SamplingParams
 
 
@@ -21,14 +22,17 @@ class TokensPrompt(TypedDict):
 
     prompt_token_ids: Sequence[int]
     prompt: NotRequired[str]  # what the ids stand for; only handed back
+    cache_salt: NotRequired[str]  # see RequestOptions
 
 
 class TextPrompt(TypedDict):
     """A prompt as text."""
 
     prompt: str
+    cache_salt: NotRequired[str]  # see RequestOptions
 
 
+AnyParams = SamplingParams | BeamSearchParams
 Prompt = str | TokensPrompt | TextPrompt | Sequence[int] | Sequence[ChatMessage]
 
 
@@ -41,9 +45,10 @@ class RequestOptions:
     priority: int = 0  # lower is served first
     only_end: bool = False  # one response at the end instead of deltas
     return_prompt_token_ids: bool = True
+    cache_salt: str = ""  # cached prompts are shared only among requests of the same salt; at most 64 bytes
 
 
-def build_request(prompt: Prompt, params: SamplingParams, options: RequestOptions) -> generation_pb2.GenerateRequest:
+def build_request(prompt: Prompt, params: AnyParams, options: RequestOptions) -> generation_pb2.GenerateRequest:
     """Raises InvalidArgumentError naming `prompt` for something that is none."""
     final, delta = generation_pb2.OUTPUT_MODE_FINAL, generation_pb2.OUTPUT_MODE_DELTA
     request = generation_pb2.GenerateRequest(
@@ -53,6 +58,7 @@ def build_request(prompt: Prompt, params: SamplingParams, options: RequestOption
         priority=options.priority,
         output_mode=final if options.only_end else delta,
         return_prompt_token_ids=options.return_prompt_token_ids,
+        cache_salt=_cache_salt(prompt, options),
     )
     try:
         _set_prompt(request, prompt)
@@ -61,6 +67,13 @@ def build_request(prompt: Prompt, params: SamplingParams, options: RequestOption
             "prompt must be text, token ids, {'prompt_token_ids': [...]}, {'prompt': text} or chat messages", "prompt"
         ) from error
     return request
+
+
+def _cache_salt(prompt: Prompt, options: RequestOptions) -> str:
+    own = prompt.get("cache_salt", "") if isinstance(prompt, Mapping) else ""
+    if not isinstance(own, str) or (own and options.cache_salt not in ("", own)):
+        raise InvalidArgumentError("cache_salt must be text, and one: the prompt's or the options'", "cache_salt")
+    return own or options.cache_salt
 
 
 def _set_prompt(request: generation_pb2.GenerateRequest, prompt: Prompt) -> None:
@@ -76,7 +89,7 @@ def _set_prompt(request: generation_pb2.GenerateRequest, prompt: Prompt) -> None
 
 
 def _set_mapping(request: generation_pb2.GenerateRequest, prompt: Mapping[str, object]) -> None:
-    if unknown := prompt.keys() - {"prompt", "prompt_token_ids"}:
+    if unknown := prompt.keys() - {"prompt", "prompt_token_ids", "cache_salt"}:
         raise KeyError(unknown)
     if "prompt_token_ids" in prompt:
         request.token_ids.ids.extend(cast("Iterable[int]", prompt["prompt_token_ids"]))

@@ -11,6 +11,10 @@ from ..proto import generation_pb2
 # Bounds as in proto/generation.proto, which the server holds to; an open lower end excludes the bound itself.
 _INT32 = 2**31 - 1
 _RANGES: dict[str, tuple[float, float]] = {
+    "n": (1, 128),
+    "best_of": (1, 128),
+    "beam_width": (2, 64),
+    "length_penalty": (-10, 10),
     "temperature": (0, 100),
     "top_p": (0, 1),
     "top_k": (-1, _INT32),
@@ -25,19 +29,21 @@ _RANGES: dict[str, tuple[float, float]] = {
     "prompt_logprobs": (0, 20),
 }
 _OPEN = frozenset({"top_p", "repetition_penalty"})
-_INTEGERS = frozenset({"top_k", "seed", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs"})
+_INTEGERS = frozenset(
+    {"n", "best_of", "beam_width", "top_k", "seed", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs"}
+)
+_GREEDY_BELOW = 1e-5  # as in gateway/sampling.py
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """Construction checks every field. Raises InvalidArgumentError naming the first that is out of range.
 
-    `n`, `best_of` and `use_beam_search` are there to be refused by name until they are served.
+    As in vLLM, more than one sample needs a temperature. For beam search see BeamSearchParams.
     """
 
     n: int = 1
-    best_of: int | None = None
-    use_beam_search: bool = False
+    best_of: int | None = None  # samples drawn, of which the n of highest mean log probability are returned; None: n
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
@@ -59,30 +65,34 @@ class SamplingParams:
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
-        if self.n != 1:
-            raise _refusal("n", f"must be 1, got {self.n}: several samples of a prompt are not served yet")
-        if self.best_of not in (None, 1):
-            raise _refusal("best_of", f"must be 1, got {self.best_of}: it is not served yet")
-        if self.use_beam_search:
-            raise _refusal("use_beam_search", "is not served yet")
         self._check_lists()
         for name, value in self._scalars().items():
             if name in _RANGES and value is not None:
-                _check_range(name, value)
+                check_range(name, value)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise _refusal("min_tokens", f"({self.min_tokens}) is over max_tokens ({self.max_tokens})")
+            raise refusal("min_tokens", f"({self.min_tokens}) is over max_tokens ({self.max_tokens})")
+        self._check_samples()
+
+    def _check_samples(self) -> None:
+        if self.best_of is not None and self.best_of < self.n:
+            raise refusal("best_of", f"must be at least n, got {self.best_of} with n {self.n}")
+        if self.temperature < _GREEDY_BELOW and max(self.n, self.best_of or 1) > 1:
+            name = "n" if self.n > 1 else "best_of"
+            raise refusal(name, "must be 1 at temperature 0, where all samples are the same; set a temperature")
 
     def _check_lists(self) -> None:
         stop = [self.stop] if isinstance(self.stop, str) else self.stop
-        _check_items("stop", stop, str, "strings")
-        _check_items("stop_token_ids", self.stop_token_ids, int, "integers")
-        _check_items("bad_words", self.bad_words, str, "strings")
-        _check_items("logit_bias", self.logit_bias, int, "integers (its keys)")
+        check_items("stop", stop, str, "strings")
+        check_items("stop_token_ids", self.stop_token_ids, int, "integers")
+        check_items("bad_words", self.bad_words, str, "strings")
+        check_items("logit_bias", self.logit_bias, int, "integers (its keys)")
         values = list(self.logit_bias.values()) if isinstance(self.logit_bias, Mapping) else self.logit_bias
-        _check_items("logit_bias", values, (int, float), "numbers (its values)")
+        check_items("logit_bias", values, (int, float), "numbers (its values)")
 
     def _scalars(self) -> dict[str, Any]:
         return {
+            "n": self.n,
+            "best_of": self.best_of,
             "temperature": self.temperature,
             "top_p": self.top_p,
             "top_k": self.top_k,
@@ -105,7 +115,6 @@ class SamplingParams:
         stop = [self.stop] if isinstance(self.stop, str) else self.stop
         try:
             return generation_pb2.SamplingParams(
-                n=self.n,
                 stop=stop,
                 stop_token_ids=self.stop_token_ids,
                 bad_words=self.bad_words,
@@ -116,28 +125,28 @@ class SamplingParams:
             raise InvalidArgumentError(f"sampling parameters: {error}") from error
 
 
-def _check_items(name: str, items: Iterable[object] | None, kind: type | tuple[type, ...], kinds: str) -> None:
+def check_items(name: str, items: Iterable[object] | None, kind: type | tuple[type, ...], kinds: str) -> None:
     if items is None:
         return
     if isinstance(items, str | bytes) or not isinstance(items, Iterable):
-        raise _refusal(name, f"must hold {kinds}, got {items!r}")
+        raise refusal(name, f"must hold {kinds}, got {items!r}")
     wrong = [item for item in items if not isinstance(item, kind) or isinstance(item, bool)]
     if wrong:
-        raise _refusal(name, f"must hold {kinds}, got {wrong[0]!r}")
+        raise refusal(name, f"must hold {kinds}, got {wrong[0]!r}")
 
 
-def _check_range(name: str, value: object) -> None:
+def check_range(name: str, value: object) -> None:
     low, high = _RANGES[name]
     numeric = isinstance(value, int) if name in _INTEGERS else isinstance(value, int | float)
     if not numeric or isinstance(value, bool):
         kind = "an integer" if name in _INTEGERS else "a number"
-        raise _refusal(name, f"must be {kind}, got {value!r}")
+        raise refusal(name, f"must be {kind}, got {value!r}")
     assert isinstance(value, int | float)
     above = value > low if name in _OPEN else value >= low
     if not (math.isfinite(value) and above and value <= high):
         opening = "(" if name in _OPEN else "["
-        raise _refusal(name, f"must be in {opening}{low}, {high}], got {value}")
+        raise refusal(name, f"must be in {opening}{low}, {high}], got {value}")
 
 
-def _refusal(name: str, reason: str) -> InvalidArgumentError:
+def refusal(name: str, reason: str) -> InvalidArgumentError:
     return InvalidArgumentError(f"{name} {reason}", name)

@@ -1,21 +1,65 @@
 """`octavo status` as tables."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from rich.console import Console, Group
 from rich.table import Table
 
+from ..gateway.block_report import GROUP_STATES, BlockReport, block_report
 from ..proto import admin_pb2
 
-_STATES = {
-    admin_pb2.GROUP_STATE_STARTING: "starting",
-    admin_pb2.GROUP_STATE_READY: "ready",
-    admin_pb2.GROUP_STATE_FAILED: "failed",
-}
+_GROUPS_BESIDE = 4
 
 
 def print_status(status: admin_pb2.GetStatusResponse, console: Console) -> None:
     console.print(Group(*_parts(status)))
+
+
+def print_blocks(status: admin_pb2.GetStatusResponse, console: Console) -> None:
+    """What the KV blocks of each group hold: a column a group, a few groups beside each other."""
+    reports = [block_report(group) for group in status.groups]
+    if not reports:
+        console.print("no worker groups yet")
+    starts = range(0, len(reports), _GROUPS_BESIDE)
+    console.print(Group(*[_blocks(reports[start : start + _GROUPS_BESIDE]) for start in starts]))
+
+
+def _blocks(reports: Sequence[BlockReport]) -> Table:
+    table = _table("KV blocks", "", *[f"group {report.group_id}" for report in reports])
+    columns = [_block_rows(report) for report in reports]
+    for name in columns[0]:
+        table.add_row(name, *[column[name] for column in columns])
+    return table
+
+
+def _block_rows(report: BlockReport) -> dict[str, str]:
+    return {
+        "blocks": f"{report.num_blocks} x {report.block_size}",
+        "used": _of(report.num_used, report.num_blocks),
+        "  shared": str(report.num_shared),
+        "free": _of(report.num_free, report.num_blocks),
+        "  cached": _of(report.num_cached, report.num_blocks),
+        "in transfer": str(report.num_in_transfer),
+        "on the host": f"{report.num_host_used} of {report.num_host_blocks}" if report.num_host_blocks else "none",
+        "entries of block tables": str(report.num_table_entries),
+        "  empty places": str(report.num_empty_places),
+        "  fragmentation": f"{report.fragmentation:.1%}",
+        "  saved by sharing": f"{report.saved_by_sharing:.1%}",
+        "since the start": "",
+        "  fragmentation, mean": f"{report.mean_fragmentation:.1%}",
+        "  saved by sharing, mean": f"{report.mean_saved_by_sharing:.1%}",
+        "  prompt tokens looked up": str(report.num_looked_up_tokens),
+        "  found on the device": f"{report.device_hit_rate:.1%}",
+        "  found on the host": f"{report.host_hit_rate:.1%}",
+        "  blocks copied on write": str(report.num_copied_blocks),
+        "  saved to the host": str(report.num_saved_blocks),
+        "  loaded from the host": str(report.num_loaded_blocks),
+        "  cached, then evicted": str(report.num_evicted_blocks),
+    }
+
+
+def _of(part: int, whole: int) -> str:
+    return f"{part} ({part / whole:.0%})" if whole else str(part)
 
 
 def _parts(status: admin_pb2.GetStatusResponse) -> Iterable[str | Table]:
@@ -33,9 +77,9 @@ def _groups(status: admin_pb2.GetStatusResponse) -> Table:
         step_ms = 1000 * group.steps.step_time_s / group.steps.num_steps if group.steps.num_steps else 0.0
         table.add_row(
             str(group.group_id),
-            _STATES.get(group.state, "unknown"),
+            GROUP_STATES.get(group.state, "unknown"),
             str(group.num_running),
-            f"{used} ({used / group.num_blocks:.0%})" if group.num_blocks else "0",
+            _of(used, group.num_blocks),
             f"{group.num_blocks} x {group.block_size}",
             str(group.steps.num_steps),
             f"{step_ms:.2f}",

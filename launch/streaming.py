@@ -1,4 +1,4 @@
-"""Prints a stream of output to stdout as it comes."""
+"""Prints output to stdout: a stream of one sample as it comes, or several samples whole."""
 
 import sys
 from collections.abc import Iterator
@@ -19,3 +19,10 @@ def _printed(deltas: Iterator[RequestOutput]) -> Iterator[RequestOutput]:
             sys.stdout.write(sample.text)
             sys.stdout.flush()
         yield delta
+
+
+def print_samples(output: RequestOutput) -> None:
+    """A paragraph a sample, with its number and, if it has one, its score; token ids where there is no text."""
+    for sample in output.outputs:
+        score = "" if sample.beam_score is None else f" ({sample.beam_score:.4f})"
+        print(f"[{sample.index}]{score} {sample.text or ','.join(map(str, sample.token_ids))}")

@@ -74,19 +74,18 @@ class DecodeGraphs:
         self._graphs: dict[int, _Graph] = {}
         self._sampling: SamplingBatch | None = None  # what temperature and seeds were last written for
 
-    def capture(self) -> None:
+    def capture(self, keeps_all: bool = False) -> None:
         """Captures every bucket, the largest first: the others then share its memory. On all ranks at once.
 
-        Those that a larger one outruns are dropped.
+        Drops those that a larger one outruns, unless `keeps_all`: finding them takes a while.
         """
-        times_ms = {}
         with self._recorder.session():
             for size in reversed(self._sizes):
                 self._write_inputs(size, _padding(size, self._spare_cell))
                 self._graphs[size] = self._capture(size)
-                # Without a key to attend to: what attention takes does not hang on padding.
-                times_ms[size] = self._recorder.time_ms([self._graphs[size].forward])
-            self._sizes = sizes_worth_having(times_ms, self._vocab.tp)
+            if not keeps_all:
+                times_ms = {size: self._time_ms(size) for size in self._sizes}
+                self._sizes = sizes_worth_having(times_ms, self._vocab.tp)
         self._graphs = {size: self._graphs[size] for size in self._sizes}
 
     def forward(self, rows: StepRows) -> DecodeOutput:
@@ -147,6 +146,11 @@ class DecodeGraphs:
         forward, (logits,) = self._recorder.record(partial(self._forward, size))
         sampling, _ = self._recorder.record(partial(self._sample, size, logits))
         return _Graph(forward, sampling)
+
+    def _time_ms(self, size: int) -> float:
+        """Of a step without a key to attend to: what attention takes does not hang on padding."""
+        self._write_inputs(size, _padding(size, self._spare_cell))
+        return self._recorder.time_ms([self._graphs[size].forward])
 
     def _views(self, size: int) -> Iterator[torch.Tensor]:
         return iter(self._inputs[: _NUM_INPUTS * size].view(_NUM_INPUTS, size))

@@ -52,15 +52,16 @@ class ModelRunner:
         self._sampling_key: tuple[int, bytes] | None = None  # what _sampling was built for
 
     @torch.inference_mode()
-    def capture_graphs(self, segment_graphs: "SegmentGraphs") -> None:
+    def capture_graphs(self, segment_graphs: "SegmentGraphs", is_rehearsal: bool = False) -> None:
         """Has steps run as CUDA graphs from now on: those of decodes alone as a whole, others but for their attention.
 
-        The slot table must be empty. `segment_graphs` are captured already, and may serve several runners.
+        The slot table must be empty. `segment_graphs` are captured already, and may serve several runners. In a
+        rehearsal nothing is timed: it shows only what memory graphs take.
         """
         from .decode_graphs import DecodeGraphs  # Triton is there only beside a CUDA build of torch
 
         graphs = DecodeGraphs(self._model, self._kv_cache, self._slots, self._vocab, segment_graphs.recorder)
-        graphs.capture()
+        graphs.capture(keeps_all=is_rehearsal)
         self._decode_graphs, self._segment_graphs = graphs, segment_graphs
 
     @torch.inference_mode()

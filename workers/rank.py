@@ -213,7 +213,7 @@ class _RunnerBuilder:
         runner = self.runner(cache, tier)
         if graphs is not None:
             graphs.capture(cache)
-            runner.capture_graphs(graphs)
+            runner.capture_graphs(graphs, is_rehearsal=True)
         before_bytes = torch.cuda.memory_allocated(self.tp.device)
         torch.cuda.reset_peak_memory_stats(self.tp.device)
         warm_up(runner, num_seqs, num_tokens)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .sequence import Sequence
+from .transfers import StepTransfers
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +17,7 @@ class SlotJoin:
     num_computed_tokens: int
     block_ids: list[int]
     sampling: Any  # as the request carries it
+    index: int  # of the sequence in its request: its seed is the request's plus this
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +38,8 @@ class ScheduledRow:
 class BatchPlan:
     """Changes to the slot table and the rows of a step; see proto/worker.proto for the order in which they apply.
 
-    `rows` are the decode rows in the order of `decode_slots`, then the chunk rows in the order of `chunk_slots`.
+    `rows` are the decode rows in the order of `decode_slots`, then the chunk rows in the order of `chunk_slots`. A plan
+    without rows carries transfers, or learns that they have ended.
     """
 
     step_id: int
@@ -44,6 +47,10 @@ class BatchPlan:
     joins: list[SlotJoin] = field(default_factory=list)
     append_slots: list[int] = field(default_factory=list)
     append_block_ids: list[int] = field(default_factory=list)
+    amends: dict[int, int] = field(default_factory=dict)  # slot: its newest token
+    copies: list[tuple[int, int]] = field(default_factory=list)  # from block, to block
+    transfers: StepTransfers = field(default_factory=StepTransfers)
+    finished_transfers: int = 0  # the last step whose transfers are known to have ended
     decode_slots: list[int] = field(default_factory=list)
     decode_slots_changed: bool = False
     chunk_slots: list[int] = field(default_factory=list)

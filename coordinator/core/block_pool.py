@@ -1,40 +1,67 @@
-"""The blocks of one worker group: which are free, and how many owners each used one has."""
+"""The blocks of one worker group: how many owners each has, and in which order the free ones are taken again."""
 
-from collections import deque
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from itertools import islice
 
 
 class BlockPool:
-    """Owner of every `ref_count` of a group. Block ids are 0 .. num_blocks - 1, the same on each rank."""
+    """Owner of every `ref_count` of a group. Block ids are 0 .. num_blocks - 1, the same on each rank.
+
+    A free block keeps its content until it is allocated: whoever knows what is in it may `retain` it before.
+    """
 
     def __init__(self, num_blocks: int) -> None:
         assert num_blocks > 0
         self.num_blocks = num_blocks
+        self.num_shared = 0  # blocks with more than one owner
         self._ref_counts = [0] * num_blocks
-        self._free = deque(range(num_blocks))
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))  # the next to be taken first
 
     @property
     def num_free(self) -> int:
         return len(self._free)
 
+    def is_free(self, block_id: int) -> bool:
+        return self._ref_counts[block_id] == 0
+
+    def next_free(self, num_blocks: int) -> Iterator[int]:
+        """The free blocks that will be taken next, at most so many."""
+        return islice(self._free, num_blocks)
+
     def allocate(self, num_blocks: int) -> list[int]:
         """Takes `num_blocks` free blocks, each with one owner. The caller has checked `num_free`."""
         assert 0 <= num_blocks <= len(self._free), f"{num_blocks} blocks wanted, {len(self._free)} free"
-        block_ids = [self._free.popleft() for _ in range(num_blocks)]
+        block_ids = [self._free.popitem(last=False)[0] for _ in range(num_blocks)]
         for block_id in block_ids:
             self._ref_counts[block_id] = 1
         return block_ids
 
-    def release(self, block_ids: list[int]) -> None:
-        """Takes one owner from each block; those with none left are free, to be reused last."""
+    def retain(self, block_ids: Iterable[int]) -> None:
+        """Adds an owner to each block, free or not."""
         for block_id in block_ids:
-            assert self._ref_counts[block_id] > 0, f"block {block_id} released twice"
-            self._ref_counts[block_id] -= 1
-            if self._ref_counts[block_id] == 0:
-                self._free.append(block_id)
+            self._ref_counts[block_id] += 1
+            if self._ref_counts[block_id] == 1:
+                del self._free[block_id]
+            elif self._ref_counts[block_id] == 2:
+                self.num_shared += 1
+
+    def release(self, block_id: int, reuse_first: bool) -> None:
+        """Takes one owner from the block. With none left it is free, to be taken before all others or after them."""
+        assert self._ref_counts[block_id] > 0, f"block {block_id} released twice"
+        self._ref_counts[block_id] -= 1
+        if self._ref_counts[block_id] == 1:
+            self.num_shared -= 1
+        elif self._ref_counts[block_id] == 0:
+            self._free[block_id] = None
+            if reuse_first:
+                self._free.move_to_end(block_id, last=False)
+
+    def ref_count(self, block_id: int) -> int:
+        return self._ref_counts[block_id]
 
     def check_invariants(self) -> None:
-        free = set(self._free)
-        assert len(free) == len(self._free), "a block is free twice"
+        assert self.num_shared == sum(ref_count > 1 for ref_count in self._ref_counts)
         for block_id, ref_count in enumerate(self._ref_counts):
-            is_free = block_id in free
+            is_free = block_id in self._free
             assert (ref_count == 0) == is_free, f"block {block_id}: ref_count {ref_count}, free: {is_free}"

@@ -1,39 +1,21 @@
 """The scheduler: which tokens each step computes. Pure: events in, plans and outputs out, replayable."""
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from ...errors import InvalidArgumentError, ResourceExhaustedError
+from ...errors import ResourceExhaustedError
+from .admission import check_fits
 from .batch_plan import BatchPlan, ScheduledRow
-from .block_manager import num_blocks_for
 from .chunk_budget import paced_num_tokens
 from .ordered_sequences import WaitingQueue
+from .placement import belongs
+from .scheduler_config import SchedulerConfig
 from .sequence import FinishReason, Request, RequestKey, Sequence, SequenceStatus
-from .worker_group import WorkerGroup
+from .sequence_group import BeamOutput, SequenceGroup
+from .step_outcome import AcceptedScores, PromptScores, SampledToken, StepOutcome, StepReport
+from .worker_group import GroupMemory, WorkerGroup
 
 _RETRY_AFTER_S = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class SchedulerConfig:
-    """Bounds of scheduling; the same for each group."""
-
-    block_size: int
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    max_model_len: int
-    max_num_waiting: int
-    num_inflight_steps: int = 2
-    itl_target_ms: float = 0.0  # for which a step that decodes takes smaller chunks; 0: none
-
-    def __post_init__(self) -> None:
-        # A budget below the slots could be eaten by decodes alone, and prompts would starve.
-        if self.max_num_batched_tokens < self.max_num_seqs:
-            raise InvalidArgumentError(
-                f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least "
-                f"max_num_seqs ({self.max_num_seqs})",
-                field="max_num_batched_tokens",
-            )
 
 
 @dataclass(slots=True)
@@ -48,43 +30,6 @@ class SchedulerCounters:
     num_output_tokens: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class SampledToken:
-    """What a step gave one sequence. `row` is its index among the step's sampling rows."""
-
-    key: RequestKey
-    token_id: int
-    finish_reason: FinishReason | None
-    row: int
-
-
-@dataclass(frozen=True, slots=True)
-class PromptScores:
-    """Prompt logprobs of one chunk: `num_rows` of them, the first about the token at position `start`."""
-
-    chunk: int  # index into the plan's chunk_slots
-    start: int
-    num_rows: int
-
-
-@dataclass(frozen=True, slots=True)
-class AcceptedScores:
-    """What is new in the PromptScores at `index`: all but the first `num_skipped` rows."""
-
-    key: RequestKey
-    index: int
-    num_skipped: int
-
-
-@dataclass(frozen=True, slots=True)
-class StepOutcome:
-    """What a step's result means."""
-
-    plan: BatchPlan
-    tokens: list[SampledToken] = field(default_factory=list)
-    scores: list[AcceptedScores] = field(default_factory=list)
-
-
 class Scheduler:
     """Owner of every accepted request, of the waiting queue and of the groups' block tables."""
 
@@ -93,93 +38,117 @@ class Scheduler:
         self.waiting = WaitingQueue()
         self.groups: dict[int, WorkerGroup] = {}
         self.counters = SchedulerCounters()
-        self._sequences: dict[RequestKey, Sequence] = {}
+        self._outputs: dict[RequestKey, SequenceGroup] = {}  # unfinished ones
 
     # Events from outside
 
-    def add_group(self, group_id: int, num_blocks: int) -> None:
+    def add_group(self, group_id: int, memory: GroupMemory) -> None:
         assert group_id not in self.groups
-        self.groups[group_id] = WorkerGroup(group_id, num_blocks, self.config.block_size, self.config.max_num_seqs)
+        self.groups[group_id] = WorkerGroup(group_id, memory, self.config.block_size, self.config.max_num_seqs)
 
     def remove_group(self, group_id: int) -> None:
         """The group is gone. Its sequences wait again, with the tokens they have."""
         for sequence in list(self.groups[group_id].running):
-            self._preempt(sequence, f"group {group_id} is gone")
+            if sequence.is_running:
+                self._preempt(sequence, f"group {group_id} is gone")
         del self.groups[group_id]
 
     def add(self, request: Request) -> None:
         """Accepts `request`, or raises InvalidArgumentError or ResourceExhaustedError and forgets it."""
-        sequence = Sequence(request, self.counters.num_requests, self.config.max_model_len)
-        self._check_fits(sequence)
-        if len(self.waiting) >= self.config.max_num_waiting:
+        config = self.config
+        samples = SequenceGroup(request, self.counters.num_requests, config.block_size, config.max_model_len)
+        check_fits(samples, config, self.groups.values())
+        if len(self.waiting) >= config.max_num_waiting:
             raise ResourceExhaustedError(
                 f"{len(self.waiting)} requests are waiting, the most that this server queues; try again later",
                 retry_after_s=_RETRY_AFTER_S,
             )
-        assert request.key not in self._sequences
-        self._sequences[request.key] = sequence
-        self.waiting.add(sequence)
+        for key in samples.keys:
+            assert key not in self._outputs
+            self._outputs[key] = samples
+        self.waiting.add(samples.sequences[0])
         self.counters.num_requests += 1
-        self.counters.num_prompt_tokens += sequence.num_prompt_tokens
+        self.counters.num_prompt_tokens += len(request.prompt_token_ids)
 
     def cancel(self, key: RequestKey) -> None:
-        """Ends a request that nobody reads any more. One that has ended already is none of our business."""
-        self.counters.num_cancelled += self._end(key, FinishReason.CANCELLED)
-
-    def stop(self, key: RequestKey) -> None:
-        """Ends a request whose text has reached a stop string, unless it has ended already."""
-        self.counters.num_finished += self._end(key, FinishReason.STOP)
-
-    def drop(self, key: RequestKey) -> None:
-        """Forgets a request that nobody can serve; who calls tells its reader, and counts it."""
+        """Ends an output that nobody reads any more. One that has ended already is none of our business."""
         self._end(key, FinishReason.CANCELLED)
 
-    def _end(self, key: RequestKey, reason: FinishReason) -> bool:
-        """Whether it was still there to end."""
-        sequence = self._sequences.get(key)
-        if sequence is not None:
-            self._finish(sequence, reason)
-        return sequence is not None
+    def stop(self, key: RequestKey) -> None:
+        """Ends an output whose text has reached a stop string, unless it has ended already."""
+        self._end(key, FinishReason.STOP)
+
+    def drop(self, key: RequestKey) -> None:
+        """Forgets an output that nobody can serve; who calls tells its reader, and counts it."""
+        self._end(key, None)
+
+    def _end(self, key: RequestKey, reason: FinishReason | None) -> None:
+        samples = self._outputs.get(key)
+        if samples is None:
+            return
+        if samples.beams is not None:
+            self._end_beams(samples, reason or FinishReason.CANCELLED)
+        else:
+            self._finish_sample(samples.sequence(key), reason or FinishReason.CANCELLED)
+        if reason and not samples.sequences:
+            self._count_end(reason)
+
+    def _count_end(self, reason: FinishReason) -> None:
+        """Of a request, by how its last output ended."""
+        self.counters.num_cancelled += reason is FinishReason.CANCELLED
+        self.counters.num_finished += reason is not FinishReason.CANCELLED
 
     def unfinished_requests(self) -> list[RequestKey]:
-        return list(self._sequences)
+        """Keys of all unfinished outputs."""
+        return list(self._outputs)
 
-    def sequence(self, key: RequestKey) -> Sequence:
-        return self._sequences[key]
+    def samples(self, key: RequestKey) -> SequenceGroup:
+        """The request with that unfinished output."""
+        return self._outputs[key]
 
     # Steps
 
     def schedule(self, group_id: int) -> BatchPlan | None:
-        """The group's next step; None if enough are in flight or there is nothing to compute."""
+        """The group's next step; None if enough are in flight or there is nothing to do."""
         group = self.groups[group_id]
         if not group.has_room_in_flight(self.config.num_inflight_steps):
             return None
         plan = group.begin_step()
         preempted = self._schedule_decodes(group, plan)
-        unfinished = [sequence for sequence in group.running if sequence.num_pending_tokens > 1]
+        unfinished = [sequence for sequence in group.running if self._has_chunk(sequence, group)]
         budget = self._chunk_budget(group, plan, unfinished)
-        budget = self._schedule_chunks(unfinished, plan, budget)
+        budget = self._schedule_chunks(group, unfinished, plan, budget)
         if not preempted:
             self._admit_waiting(group, plan, budget)
-        return group.dispatch(plan) if plan.rows else None
+        group.save_blocks()
+        if not (plan.rows or group.blocks.has_unsent_transfers or group.must_ask):
+            return None
+        group.dispatch(plan)
+        self._let_samples_follow(plan)
+        return plan
 
-    def update(
-        self, group_id: int, token_ids: list[int], scores: Collection[PromptScores] = (), model_time_us: int = 0
-    ) -> StepOutcome:
-        """Takes the result of the group's oldest step in flight: sampled tokens in row order, and prompt logprobs.
-
-        `model_time_us` is how long its workers were at it; 0: not measured.
-        """
-        plan = self.groups[group_id].take_result(model_time_us)
-        outcome = StepOutcome(plan, scores=self._accept_scores(plan, scores))
+    def update(self, group_id: int, report: StepReport) -> StepOutcome:
+        """Takes the result of the group's oldest step in flight."""
+        group = self.groups[group_id]
+        plan = group.take_result(report.model_time_us, report.finished_transfers)
+        outcome = StepOutcome(plan, scores=self._accept_scores(plan, report.scores))
         sampled = 0
         for row in plan.rows:
             if not row.is_stale:
                 row.sequence.computed(row.num_tokens)
                 if row.samples:
-                    outcome.tokens.append(self._append(row.sequence, token_ids[sampled], sampled))
+                    self._take_sample(row.sequence, report, sampled, outcome)
             sampled += row.samples
         return outcome
+
+    def _take_sample(self, sequence: Sequence, report: StepReport, row: int, outcome: StepOutcome) -> None:
+        sequence.sampled()
+        if sequence.samples.beams is None:
+            outcome.tokens.append(self._append(sequence, report.token_ids[row], row))
+        else:
+            sequence.samples.beams.take(sequence, report.candidates(row), report.token_ids[row])
+            if sequence.samples.beams.is_complete:
+                outcome.beams.extend(self._advance_beams(sequence.samples))
 
     def _accept_scores(self, plan: BatchPlan, scores: Collection[PromptScores]) -> list[AcceptedScores]:
         accepted = []
@@ -187,7 +156,7 @@ class Scheduler:
             row = plan.rows[len(plan.decode_slots) + chunk.chunk]
             if not row.is_stale:
                 num_skipped = row.sequence.score_prompt(chunk.start, chunk.num_rows)
-                accepted.append(AcceptedScores(row.sequence.request.key, index, num_skipped))
+                accepted.append(AcceptedScores(row.sequence.key, index, num_skipped))
         return accepted
 
     # Decisions
@@ -196,25 +165,43 @@ class Scheduler:
         """A row for each sequence with one token to compute; returns whether blocks ran out and one was preempted."""
         num_preemptions = self.counters.num_preemptions
         for sequence in list(group.running):
-            if not sequence.is_running or sequence.num_pending_tokens != 1:
+            if not sequence.is_running or sequence.num_pending_tokens != 1 or not group.is_ready(sequence):
                 continue
-            num_tokens = sequence.num_computed_tokens + sequence.num_inflight_tokens + 1
-            if group.blocks.num_missing_blocks(sequence, num_tokens):
-                if not self._make_room(sequence, group):
-                    continue
-                group.grow(sequence, num_tokens, plan)
-            plan.decode_slots.append(sequence.slot)
-            plan.rows.append(ScheduledRow(sequence, sequence.num_preemptions, 1, samples=True))
+            if not self._make_room(sequence, group):
+                continue
+            self._add_decode(sequence, group, plan)
+            if sequence.samples.beams is not None:
+                for parent, child in sequence.samples.beams.take_forks():
+                    group.fork(parent, child, plan)
+                    self._add_decode(child, group, plan)
         return self.counters.num_preemptions > num_preemptions
 
+    @staticmethod
+    def _add_decode(sequence: Sequence, group: WorkerGroup, plan: BatchPlan) -> None:
+        group.introduce(sequence, plan)
+        group.grow(sequence, sequence.num_sent_tokens + 1, plan)
+        plan.decode_slots.append(sequence.slot)
+        plan.rows.append(ScheduledRow(sequence, sequence.num_preemptions, 1, samples=True))
+
     def _make_room(self, sequence: Sequence, group: WorkerGroup) -> bool:
-        """Frees a block for `sequence` by preempting the last in order; False if that was `sequence` itself."""
-        while group.blocks.num_free_blocks == 0:
-            last = group.running.last()
-            self._preempt(last, "out of blocks")
-            if last is sequence:
+        """Frees the blocks that the next token of `sequence` needs, and with it those of the beams beside it, by
+        preempting the last in order; False if `sequence` itself had to go."""
+        while self._num_missing_blocks(sequence, group) > group.blocks.num_free_blocks:
+            self._preempt(group.running.last(), "out of blocks")
+            if not sequence.is_running:
                 return False
         return True
+
+    @staticmethod
+    def _num_missing_blocks(sequence: Sequence, group: WorkerGroup) -> int:
+        beams = sequence.samples.beams
+        together = [sequence] if beams is None else [beam for beam in sequence.samples.sequences if beam.is_running]
+        missing = sum(group.blocks.num_missing_blocks(each, each.num_sent_tokens + 1) for each in together)
+        return missing + (len(beams.forks) if beams is not None else 0)  # each fork begins a block of its own
+
+    @staticmethod
+    def _has_chunk(sequence: Sequence, group: WorkerGroup) -> bool:
+        return sequence.num_pending_tokens > 1 and group.is_ready(sequence)
 
     def _chunk_budget(self, group: WorkerGroup, plan: BatchPlan, unfinished: list[Sequence]) -> int:
         """Prompt tokens for the step: what it has room for; beside decodes, what leaves them their pace."""
@@ -233,102 +220,148 @@ class Scheduler:
         share = -(-self.waiting.num_tokens // len(self.groups))
         return share + sum(sequence.num_pending_tokens for sequence in unfinished)
 
-    def _schedule_chunks(self, unfinished: list[Sequence], plan: BatchPlan, budget: int) -> int:
+    def _schedule_chunks(self, group: WorkerGroup, unfinished: list[Sequence], plan: BatchPlan, budget: int) -> int:
         """To the sequences that have several tokens to compute, the first in order first. Returns what is left."""
         for sequence in unfinished:
             if budget == 0:
                 break
-            budget -= self._add_chunk(sequence, budget, plan)
+            budget -= self._add_chunk(sequence, group, budget, plan)
         return budget
 
     def _admit_waiting(self, group: WorkerGroup, plan: BatchPlan, budget: int) -> None:
         """Slots and blocks to waiting sequences, strictly in order: one that does not fit holds the others back."""
-        while budget > 0 and self.waiting and self._belongs(self.waiting.first(), group):
+        while budget > 0 and self.waiting:
             sequence = self.waiting.first()
+            if not belongs(sequence, group, self.groups.values(), len(self.waiting)):
+                break
             self.waiting.remove(sequence)
-            group.join(sequence, plan)
-            budget -= self._add_chunk(sequence, budget, plan)
+            together = [sequence] if sequence.samples.beams is None else [sequence, *sequence.samples.take_held()]
+            for each in together:
+                group.admit(each, plan)
+                if budget > 0 and group.is_ready(each):
+                    budget -= self._add_chunk(each, group, budget, plan)
 
     @staticmethod
-    def _add_chunk(sequence: Sequence, budget: int, plan: BatchPlan) -> int:
+    def _add_chunk(sequence: Sequence, group: WorkerGroup, budget: int, plan: BatchPlan) -> int:
+        group.introduce(sequence, plan)
         num_tokens = min(sequence.num_pending_tokens, budget)
         samples = num_tokens == sequence.num_pending_tokens
         plan.chunk_slots.append(sequence.slot)
         plan.chunk_num_tokens.append(num_tokens)
         plan.rows.append(ScheduledRow(sequence, sequence.num_preemptions, num_tokens, samples))
+        group.blocks.publish(sequence, sequence.num_sent_tokens + num_tokens)
         return num_tokens
 
-    def _belongs(self, sequence: Sequence, group: WorkerGroup) -> bool:
-        """Whether `group` is to take `sequence`: of the groups with room for it, one with less than its share of all.
-
-        A share, so that a group fills itself in one step while others are busy, and leaves as much to them.
-        """
-        candidates = [each for each in self.groups.values() if self._has_room(each, sequence)]
-        num_sequences = len(self.waiting) + sum(len(each.running) for each in candidates)
-        return group in candidates and len(group.running) * len(candidates) < num_sequences
-
-    @staticmethod
-    def _has_room(group: WorkerGroup, sequence: Sequence) -> bool:
-        """For all its known tokens, and for a block more if others run there.
-
-        Without that block the newcomer would be preempted at the next block border.
-        """
-        needed = group.blocks.num_missing_blocks(sequence, sequence.num_tokens) + bool(group.running)
-        return group.num_free_slots > 0 and needed <= group.blocks.num_free_blocks
+    def _let_samples_follow(self, plan: BatchPlan) -> None:
+        """Where the plan computes the end of a prompt, the request's other samples may take slots."""
+        for row in plan.rows:
+            if row.sequence.samples.held and row.samples and row.sequence.samples.beams is None:
+                for sample in row.sequence.samples.take_held():
+                    self.waiting.add(sample)
 
     # Transitions
 
     def _preempt(self, sequence: Sequence, why: str) -> None:
-        self.groups[sequence.group_id].leave(sequence)
-        sequence.preempt(why)
+        """Takes slot and blocks from a running sequence, and from the beams beside it; they wait, with their tokens."""
+        samples, group = sequence.samples, self.groups[sequence.group_id]
+        together = [sequence] if samples.beams is None else [each for each in samples.sequences if each.is_running]
+        for each in together:
+            group.leave(each)
+            each.preempt(why)
+        if samples.beams is not None:
+            samples.beams.interrupt()
+            sequence, *samples.held = samples.sequences
         self.waiting.add(sequence)
         self.counters.num_preemptions += 1
 
     def _append(self, sequence: Sequence, token_id: int, row: int) -> SampledToken:
         self.counters.num_output_tokens += 1
         reason = sequence.append(token_id)
+        is_first = sequence.num_output_tokens == 1
+        num_cached_tokens = sequence.samples.num_cached_tokens if is_first else 0
         if reason is not None:
-            self._finish(sequence, reason)
-            self.counters.num_finished += 1
-        return SampledToken(sequence.request.key, token_id, reason, row)
+            self._finish_sample(sequence, reason)
+            if not sequence.samples.sequences:
+                self._count_end(reason)
+        else:
+            self._publish(sequence)
+        return SampledToken(sequence.key, token_id, reason, row, num_cached_tokens)
+
+    def _publish(self, sequence: Sequence) -> None:
+        """Lets others find the blocks that the known tokens of a running sequence fill."""
+        num_tokens = min(sequence.num_tokens, sequence.num_sent_tokens)
+        self.groups[sequence.group_id].blocks.publish(sequence, num_tokens)
+
+    def _finish_sample(self, sequence: Sequence, reason: FinishReason) -> None:
+        self._finish(sequence, reason)
+        del self._outputs[sequence.key]
+        samples = sequence.samples
+        if samples.held and len(samples.held) == len(samples.sequences):  # the one that was to lead them is gone
+            self.waiting.add(samples.held.pop(0))
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        """Ends a sequence, wherever it is."""
+        samples = sequence.samples
+        samples.sequences.remove(sequence)
         if sequence.is_running:
             self.groups[sequence.group_id].leave(sequence)
-        else:
+        elif sequence in self.waiting:
             self.waiting.remove(sequence)
+        elif sequence in samples.held:
+            samples.held.remove(sequence)
         sequence.finish(reason)
-        del self._sequences[sequence.request.key]
+
+    # Beams
+
+    def _advance_beams(self, samples: SequenceGroup) -> list[BeamOutput]:
+        """All beams of a request know their candidates: the search goes on. Its outputs, if it has ended."""
+        assert samples.beams is not None
+        sampled = samples.beams.sampled
+        dropped, tokens = samples.beams.advance()
+        if not tokens:
+            return self._take_outputs(samples)
+        for sequence in dropped:
+            self._finish(sequence, FinishReason.CANCELLED)
+        for sequence, token_id in tokens.items():
+            if token_id != sampled[sequence]:
+                self.groups[sequence.group_id].amend(sequence, token_id)
+            sequence.append(token_id)
+            self._publish(sequence)
+        return []
+
+    def _take_outputs(self, samples: SequenceGroup) -> list[BeamOutput]:
+        assert samples.beams is not None
+        self._end_beams(samples, FinishReason.STOP)
+        self._count_end(FinishReason.STOP)
+        outputs = samples.beams.outputs()
+        self.counters.num_output_tokens += sum(len(output.token_ids) for output in outputs)
+        return outputs
+
+    def _end_beams(self, samples: SequenceGroup, reason: FinishReason) -> None:
+        """Its outputs are made together, and end together."""
+        assert samples.beams is not None
+        for beam in list(samples.sequences):
+            self._finish(beam, reason)
+        samples.beams.interrupt()
+        for key in samples.keys:
+            del self._outputs[key]
 
     # Checks
-
-    def _check_fits(self, sequence: Sequence) -> None:
-        limit = self.config.max_model_len
-        if not 0 < sequence.num_prompt_tokens < limit:
-            raise InvalidArgumentError(
-                f"the prompt has {sequence.num_prompt_tokens} tokens; it must have at least 1 and leave room for "
-                f"one more within the context length of {limit}",
-                field="prompt",
-            )
-        # The last token's KV is never written.
-        needed = num_blocks_for(sequence.max_num_tokens - 1, self.config.block_size)
-        available = max((group.blocks.num_blocks for group in self.groups.values()), default=0)
-        if self.groups and needed > available:
-            raise InvalidArgumentError(
-                f"prompt plus max_tokens need {needed} KV blocks of {self.config.block_size} tokens; "
-                f"a group has {available}",
-                field="max_tokens",
-            )
 
     def check_invariants(self) -> None:
         """For tests: raises AssertionError if any state contradicts another."""
         running = [sequence for group in self.groups.values() for sequence in group.running]
-        assert {id(sequence) for sequence in self._sequences.values()} == {id(s) for s in (*running, *self.waiting)}
-        assert len(self._sequences) == len(running) + len(self.waiting), "a sequence is in two places"
         for group in self.groups.values():
             group.check_invariants()
             for plan in group.inflight:
                 assert plan.num_tokens <= self.config.max_num_batched_tokens, "over the token budget"
-        for sequence in self.waiting:
+        requests = set(self._outputs.values())
+        held = [sequence for samples in requests for sequence in samples.held]
+        forks = [child for samples in requests if samples.beams for _, child in samples.beams.forks]
+        unfinished = [sequence for samples in requests for sequence in samples.sequences]
+        assert len(unfinished) == len(set(unfinished)), "a sequence is in two places"
+        assert {*running, *self.waiting, *held, *forks} == set(unfinished), "a sequence is nowhere, or still somewhere"
+        assert len(unfinished) == len(running) + len(self.waiting) + len(held) + len(forks)
+        for sequence in (*self.waiting, *held):
             assert sequence.status is SequenceStatus.WAITING
         assert self.waiting.num_tokens == sum(sequence.num_tokens for sequence in self.waiting)

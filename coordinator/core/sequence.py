@@ -3,7 +3,13 @@
 from array import array
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from .beam_search import BeamSearchParams
+from .block_hashes import BlockHashes
+
+if TYPE_CHECKING:
+    from .sequence_group import SequenceGroup
 
 
 class SequenceStatus(Enum):
@@ -31,10 +37,14 @@ class StopConditions:
 
 @dataclass(frozen=True, slots=True)
 class RequestKey:
-    """Names a request among all gateways."""
+    """Names a request, or one of its outputs, among all gateways."""
 
     session_id: int
     handle: int
+
+    def output(self, index: int) -> "RequestKey":
+        """Of the request's output `index`; the first has the request's own."""
+        return RequestKey(self.session_id, self.handle + index) if index else self
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,6 +56,10 @@ class Request:
     stop: StopConditions
     priority: int = 0
     sampling: Any = None
+    num_samples: int = 1  # outputs
+    beam_search: BeamSearchParams | None = None
+    salt: bytes = b""  # requests share cached blocks only with those of the same
+    reads_cache: bool = True  # False where every prompt token must be computed, for its logprobs
 
 
 _TRANSITIONS = {
@@ -57,38 +71,52 @@ _TRANSITIONS = {
 
 
 class Sequence:
-    """One sample of a request. Only the Scheduler calls the transitions.
+    """One sample or beam of a request. Only the Scheduler calls the transitions.
 
     Counters, as in docs/architecture.md: `num_tokens` known, `num_computed_tokens` by results that came back,
     `num_inflight_tokens` and `num_inflight_samples` by plans on their way.
     """
 
     __slots__ = (
-        "arrival",
         "finish_reason",
         "group_id",
+        "hashes",
         "history",
+        "index",
+        "is_joined",
+        "key",
         "max_num_tokens",
         "num_computed_tokens",
         "num_inflight_samples",
         "num_inflight_tokens",
         "num_preemptions",
         "num_prompt_tokens",
+        "num_published_blocks",
         "num_scored_prompt_tokens",
         "order",
         "request",
+        "samples",
         "slot",
         "status",
         "token_ids",
+        "waits_for_step",
     )
 
-    def __init__(self, request: Request, arrival: int, max_model_len: int) -> None:
+    def __init__(self, samples: "SequenceGroup", index: int, token_ids: "array[int]", hashes: BlockHashes) -> None:
+        """`index` among the sequences of its request; `token_ids` and `hashes` become its own."""
+        request = samples.request
+        self.samples = samples
         self.request = request
-        self.arrival = arrival
-        self.order = (request.priority, arrival)  # lower is served first and preempted last
-        self.token_ids = array("i", request.prompt_token_ids)
-        self.num_prompt_tokens = len(self.token_ids)
-        self.max_num_tokens = min(self.num_prompt_tokens + request.stop.max_tokens, max_model_len)
+        self.index = index
+        self.key = request.key.output(index)  # of beams only while they run: the best take the first keys
+        self.order = (request.priority, samples.arrival, index)  # lower is served first and preempted last
+        self.token_ids = token_ids
+        self.hashes = hashes
+        self.num_prompt_tokens = len(request.prompt_token_ids)
+        self.max_num_tokens = samples.max_num_tokens
+        self.num_published_blocks = 0  # full blocks of its table that the cache was told of
+        self.is_joined = False  # whether the workers know of its slot
+        self.waits_for_step = 0  # whose transfers bring its blocks
         self.num_computed_tokens = 0
         self.num_inflight_tokens = 0
         self.num_inflight_samples = 0
@@ -105,6 +133,11 @@ class Sequence:
         return self.status is SequenceStatus.RUNNING
 
     @property
+    def reads_cache(self) -> bool:
+        """Whether cached blocks spare it anything: not the first sample if each prompt token's logprobs are due."""
+        return self.request.reads_cache or self.index > 0
+
+    @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
 
@@ -113,13 +146,18 @@ class Sequence:
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
+    def num_sent_tokens(self) -> int:
+        """Tokens whose KV is in the blocks, or will be by plans that were sent."""
+        return self.num_computed_tokens + self.num_inflight_tokens
+
+    @property
     def num_pending_tokens(self) -> int:
         """Tokens that the next step may compute: known or being sampled, and neither computed nor on their way.
 
-        0 when all that may be sampled is on its way.
+        0 when all that may be sampled is on its way. What follows a beam's sample is not known before its result.
         """
         expected = len(self.token_ids) + self.num_inflight_samples
-        if expected >= self.max_num_tokens:
+        if expected >= self.max_num_tokens or (self.num_inflight_samples and self.samples.beams is not None):
             return 0
         return expected - self.num_computed_tokens - self.num_inflight_tokens
 
@@ -150,9 +188,12 @@ class Sequence:
         self.num_computed_tokens += num_tokens
         self.num_inflight_tokens -= num_tokens
 
-    def append(self, token_id: int) -> FinishReason | None:
-        """Takes a sampled token; returns why the sequence is now complete, if it is."""
+    def sampled(self) -> None:
+        """A sample came back; what becomes of it is decided elsewhere."""
         self.num_inflight_samples -= 1
+
+    def append(self, token_id: int) -> FinishReason | None:
+        """Takes a token; returns why the sequence is now complete, if it is."""
         self.token_ids.append(token_id)
         stop = self.request.stop
         if token_id in stop.stop_token_ids and self.num_output_tokens >= stop.min_tokens:
@@ -169,7 +210,9 @@ class Sequence:
         return min(num_known, num_rows)
 
     def _leave(self) -> None:
+        self.is_joined = False
         self.slot = self.group_id = -1
+        self.waits_for_step = 0
         self.num_computed_tokens = self.num_inflight_tokens = self.num_inflight_samples = 0
 
     def _become(self, status: SequenceStatus, why: str) -> None:

@@ -2,37 +2,70 @@
 
 import math
 from collections import deque
+from dataclasses import dataclass
 
 from .batch_plan import BatchPlan, SlotJoin
-from .block_manager import BlockManager
+from .block_manager import BlockManager, PrefixHit
 from .ordered_sequences import OrderedSequences
 from .sequence import Sequence
+from .sequence_group import SequenceGroup
 from .step_time import StepTimeModel
 
 # From the end of a step on the workers to the start of the one that its result let go: slow, as round trips go.
 _ROUND_TRIP_MS = 3.0
 _MAX_MORE_STEPS = 2
+# Blocks on their way to the host at once: of an 8B model 128 MiB, some 3 ms. They are not free meanwhile.
+_MAX_SAVED_BLOCKS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class GroupMemory:
+    """What a group's workers have room for, the same on each."""
+
+    num_blocks: int
+    num_host_blocks: int = 0
+    host_block_ms: float = 0.0  # measured: to move one block between device and host; 0: not measured
+
+
+@dataclass(slots=True)
+class GroupTotals:
+    """Sums over a group's steps, for means over an interval."""
+
+    num_steps: int = 0
+    sum_used: int = 0
+    sum_table_entries: int = 0
+    sum_empty_places: int = 0
 
 
 class WorkerGroup:
     """Owner of a group's slots and of the difference between what the workers know and what they should."""
 
-    def __init__(self, group_id: int, num_blocks: int, block_size: int, max_num_seqs: int) -> None:
+    def __init__(self, group_id: int, memory: GroupMemory, block_size: int, max_num_seqs: int) -> None:
         self.group_id = group_id
-        self.blocks = BlockManager(num_blocks, block_size)
+        self.blocks = BlockManager(memory.num_blocks, block_size, memory.num_host_blocks)
         self.running = OrderedSequences()
         self.inflight: deque[BatchPlan] = deque()
         self.step_time = StepTimeModel()
+        self.totals = GroupTotals()
+        self._host_block_ms = memory.host_block_ms
         self._last_step_ms = 0.0  # 0: not measured
         self._max_num_seqs = max_num_seqs
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
+        self._reserved_slots: dict[SequenceGroup, int] = {}  # for beams to come
         self._left_slots: list[int] = []  # to be told to the workers with the next plan
+        self._amends: dict[int, int] = {}  # likewise
         self._sent_decode_slots: list[int] = []
         self._num_steps = 0
+        self._num_held_tokens = 0  # of running sequences: computed or in flight
 
     @property
     def num_free_slots(self) -> int:
-        return len(self._free_slots)
+        return len(self._free_slots) - sum(self._reserved_slots.values())
+
+    @property
+    def num_empty_places(self) -> int:
+        """Places for tokens, in all tables, that have none."""
+        return self.blocks.num_table_entries * self.blocks.block_size - self._num_held_tokens
 
     def has_room_in_flight(self, num_inflight_steps: int) -> bool:
         """Whether one more step may be sent. More than `num_inflight_steps` are, while steps are so short that the
@@ -46,19 +79,76 @@ class WorkerGroup:
         """An empty plan, to be filled and then given to `dispatch` or forgotten."""
         return BatchPlan(step_id=self._num_steps + 1)
 
-    def join(self, sequence: Sequence, plan: BatchPlan) -> None:
-        """Gives `sequence` a slot, and blocks for all its known tokens."""
-        sequence.start(self.group_id, self._free_slots.pop())
-        self.running.add(sequence)
-        block_ids = self.blocks.allocate(sequence, sequence.num_tokens)
+    # Sequences come and go
+
+    def find_prefix(self, sequence: Sequence) -> PrefixHit:
+        return self.blocks.find_prefix(sequence, use_host=self.moves_pay)
+
+    @property
+    def moves_pay(self) -> bool:
+        """Whether it is cheaper to bring a block from the host than to compute its tokens, by what both took."""
+        if self.blocks.host is None:
+            return False
+        if not (self._host_block_ms and self.step_time.is_fitted):
+            return True
+        return self._host_block_ms < self.blocks.block_size * self.step_time.costs(num_decodes=0).token_ms
+
+    def admit(self, sequence: Sequence, plan: BatchPlan) -> None:
+        """Gives `sequence` a slot, and blocks for all its known tokens; what is found of them need not be computed."""
+        self._take_slot(sequence)
+        hit = self.find_prefix(sequence)
+        sequence.waits_for_step = self.blocks.begin(sequence, hit, plan.step_id)
+        sequence.num_computed_tokens = len(hit) * self.blocks.block_size
+        self._copy_from_sibling(sequence, plan)
+        self.blocks.allocate(sequence, sequence.num_tokens)
+        self._num_held_tokens += sequence.num_computed_tokens
+        if sequence.samples.num_cached_tokens < 0:
+            sequence.samples.num_cached_tokens = min(sequence.num_computed_tokens, sequence.num_prompt_tokens)
+
+    def _copy_from_sibling(self, sequence: Sequence, plan: BatchPlan) -> None:
+        """What another sample of the request has computed of the prompt, beyond its full blocks."""
+        num_tokens = sequence.num_prompt_tokens - 1  # the last one is computed for its sample
+        num_found = sequence.num_computed_tokens
+        if sequence.samples.beams is not None or sequence.waits_for_step or not sequence.reads_cache:
+            return
+        if not 0 < num_tokens - num_found < self.blocks.block_size:
+            return
+        newcomers = {join.slot for join in plan.joins}  # what they begin with may be computed in this very step
+        for sibling in sequence.samples.sequences:
+            is_here = sibling.group_id == self.group_id and sibling.is_joined and sibling.slot not in newcomers
+            if is_here and sibling.num_sent_tokens >= num_tokens:
+                plan.copies.append(self.blocks.copy_partial(sibling, sequence, num_tokens))
+                sequence.num_computed_tokens = num_tokens
+                return
+
+    def fork(self, parent: Sequence, child: Sequence, plan: BatchPlan) -> None:
+        """`child`, which has one token more than what `parent` has computed, runs on with its blocks."""
+        self._take_slot(child)
+        num_tokens = child.num_tokens - 1
+        self.blocks.share(parent, child, num_tokens)
+        if num_tokens % self.blocks.block_size:
+            plan.copies.append(self.blocks.copy_partial(parent, child, num_tokens))
+        child.num_computed_tokens = num_tokens
+        self._num_held_tokens += num_tokens
+
+    def is_ready(self, sequence: Sequence) -> bool:
+        """Whether all its blocks are there: none is on its way from the host."""
+        return sequence.waits_for_step <= self.blocks.transfers.finished_step
+
+    def introduce(self, sequence: Sequence, plan: BatchPlan) -> None:
+        """Tells the workers of `sequence`, unless they know it."""
+        if sequence.is_joined:
+            return
+        sequence.is_joined = True
         plan.joins.append(
             SlotJoin(
                 slot=sequence.slot,
                 token_ids=sequence.token_ids.tobytes(),
                 num_prompt_tokens=sequence.num_prompt_tokens,
                 num_computed_tokens=sequence.num_computed_tokens,
-                block_ids=block_ids,
+                block_ids=list(self.blocks.table(sequence)),
                 sampling=sequence.request.sampling,
+                index=sequence.index,
             )
         )
 
@@ -68,27 +158,76 @@ class WorkerGroup:
         plan.append_slots.extend([sequence.slot] * len(added))
         plan.append_block_ids.extend(added)
 
+    def amend(self, sequence: Sequence, token_id: int) -> None:
+        """The newest token of `sequence` is to be this one, not the one that was sampled."""
+        self._amends[sequence.slot] = token_id
+
     def leave(self, sequence: Sequence) -> None:
         """Takes slot and blocks back, before the sequence's own transition."""
         self.running.remove(sequence)
         self.blocks.free(sequence)
+        self._num_held_tokens -= sequence.num_sent_tokens
         self._free_slots.append(sequence.slot)
-        self._left_slots.append(sequence.slot)
+        self._amends.pop(sequence.slot, None)
+        if sequence.is_joined:
+            self._left_slots.append(sequence.slot)
+        if sequence.samples in self._reserved_slots:
+            self._reserve(sequence.samples, 1)
+
+    def _take_slot(self, sequence: Sequence) -> None:
+        sequence.start(self.group_id, self._free_slots.pop())
+        self.running.add(sequence)
+        if sequence.samples.beams is not None:
+            self._reserve(sequence.samples, -1)
+
+    def _reserve(self, samples: SequenceGroup, change: int) -> None:
+        """Slots for all beams, from the first to take one until the last has left its own."""
+        assert samples.beams is not None
+        num_beams = samples.beams.num_beams
+        self._reserved_slots[samples] = self._reserved_slots.get(samples, num_beams) + change
+        if self._reserved_slots[samples] == num_beams:
+            del self._reserved_slots[samples]
+
+    # Steps
+
+    def save_blocks(self) -> None:
+        """Has the host keep what free blocks hold, while they are; enough stay free for the running sequences."""
+        if self.blocks.host is not None and self.moves_pay:
+            room = self.blocks.num_free_blocks - len(self.running) - 1
+            self.blocks.save(max(0, min(room, _MAX_SAVED_BLOCKS - self.blocks.transfers.num_blocks)))
+
+    @property
+    def must_ask(self) -> bool:
+        """Whether a step without rows is to bring word of transfers, since no other step in flight will."""
+        return not self.inflight and self.blocks.transfers.last_step > 0
 
     def dispatch(self, plan: BatchPlan) -> BatchPlan:
         """Completes `plan` with what the workers were not yet told, and counts it as sent."""
         self._num_steps = plan.step_id
         plan.leave_slots, self._left_slots = self._left_slots, []
+        plan.amends, self._amends = self._amends, {}
         plan.decode_slots_changed = plan.decode_slots != self._sent_decode_slots
         self._sent_decode_slots = plan.decode_slots
+        plan.transfers = self.blocks.send_transfers(plan.step_id)
+        plan.finished_transfers = self.blocks.transfers.finished_step
         for row in plan.rows:
             row.sequence.dispatch(row.num_tokens, row.samples)
+            self._num_held_tokens += row.num_tokens
         self.inflight.append(plan)
+        self._count_step()
         return plan
 
-    def take_result(self, model_time_us: int) -> BatchPlan:
+    def _count_step(self) -> None:
+        totals = self.totals
+        totals.num_steps += 1
+        totals.sum_used += self.blocks.num_blocks - self.blocks.num_free_blocks
+        totals.sum_table_entries += self.blocks.num_table_entries
+        totals.sum_empty_places += self.num_empty_places
+
+    def take_result(self, model_time_us: int, finished_transfers: int = 0) -> BatchPlan:
         """The oldest plan in flight has been computed, in so many microseconds; 0: not measured."""
         plan = self.inflight.popleft()
+        self.blocks.finish_transfers(finished_transfers)
         self._last_step_ms = model_time_us / 1e3
         if plan.chunk_slots and model_time_us:
             self.step_time.observe(len(plan.decode_slots), sum(plan.chunk_num_tokens), model_time_us / 1e3)
@@ -99,10 +238,11 @@ class WorkerGroup:
         slots = [sequence.slot for sequence in self.running]
         assert len(set(slots)) == len(slots), "a slot has two sequences"
         assert sorted(slots + self._free_slots) == list(range(self._max_num_seqs)), "a slot leaked"
+        assert self.num_free_slots >= 0, "more slots are reserved than there are"
+        assert self._num_held_tokens == sum(sequence.num_sent_tokens for sequence in self.running)
         for sequence in self.running:
             assert sequence.group_id == self.group_id
             rows = [row for plan in self.inflight for row in plan.rows if row.sequence is sequence and not row.is_stale]
             assert sequence.num_inflight_tokens == sum(row.num_tokens for row in rows)
             assert sequence.num_inflight_samples == sum(row.samples for row in rows)
-            needed = sequence.num_computed_tokens + sequence.num_inflight_tokens
-            assert self.blocks.num_missing_blocks(sequence, needed) == 0, "KV without a block"
+            assert self.blocks.num_missing_blocks(sequence, sequence.num_sent_tokens) == 0, "KV without a block"

@@ -8,7 +8,11 @@ from numpy.typing import NDArray
 from ...errors import InvalidArgumentError
 from ...proto import engine_pb2, sampling_pb2, worker_pb2
 from ..core.batch_plan import BatchPlan, SlotJoin
+from ..core.beam_search import BeamSearchParams, Candidates, EarlyStopping
 from ..core.sequence import Request, RequestKey, StopConditions
+from ..core.transfers import StepTransfers
+
+_MAX_UINT64 = 2**64 - 1
 
 
 def pack(values: list[int], dtype: str) -> bytes:
@@ -39,10 +43,25 @@ def encode_plan(plan: BatchPlan, epoch: int) -> bytes:
         decode_slots_changed=plan.decode_slots_changed,
         chunk_slots=pack(plan.chunk_slots, "<u2"),
         chunk_num_tokens=pack(plan.chunk_num_tokens, "<i4"),
+        amend_slots=pack(list(plan.amends), "<u2"),
+        amend_token_ids=pack(list(plan.amends.values()), "<i4"),
+        copy_from_block_ids=pack([source for source, _ in plan.copies], "<i4"),
+        copy_to_block_ids=pack([target for _, target in plan.copies], "<i4"),
+        finished_transfers=plan.finished_transfers,
     )
+    _encode_transfers(plan.transfers, message)
     if plan.decode_slots_changed:
         message.decode_slots = pack(plan.decode_slots, "<u2")
     return message.SerializeToString()
+
+
+def _encode_transfers(transfers: StepTransfers, message: worker_pb2.BatchPlan) -> None:
+    if transfers.saves:
+        message.save_block_ids = pack([block_id for _, block_id, _ in transfers.saves], "<i4")
+        message.save_host_ids = pack([host_id for _, _, host_id in transfers.saves], "<i4")
+    if transfers.loads:
+        message.load_block_ids = pack([block_id for _, block_id, _ in transfers.loads], "<i4")
+        message.load_host_ids = pack([host_id for _, _, host_id in transfers.loads], "<i4")
 
 
 def _encode_join(join: SlotJoin) -> worker_pb2.SlotJoin:
@@ -52,12 +71,24 @@ def _encode_join(join: SlotJoin) -> worker_pb2.SlotJoin:
         num_prompt_tokens=join.num_prompt_tokens,
         num_computed_tokens=join.num_computed_tokens,
         block_ids=pack(join.block_ids, "<i4"),
-        sampling_params=join.sampling,
+        sampling_params=_of_sample(join.sampling, join.index) if join.index else join.sampling,
     )
 
 
-def decode_submit(session_id: int, submit: engine_pb2.Submit, vocab_size: int) -> Request:
-    """Raises InvalidArgumentError for what no gateway of ours would send."""
+def _of_sample(params: sampling_pb2.SamplingParams, index: int) -> sampling_pb2.SamplingParams:
+    """Each sample draws with a seed of its own; the prompt's logprobs are due once."""
+    own = sampling_pb2.SamplingParams()
+    own.CopyFrom(params)
+    own.seed = (params.seed + index) & _MAX_UINT64
+    own.ClearField("num_prompt_logprobs")
+    return own
+
+
+def decode_submit(session_id: int, submit: engine_pb2.Submit, vocab_size: int, share_prefixes: bool) -> Request:
+    """Raises InvalidArgumentError for what no gateway of ours would send.
+
+    Without `share_prefixes` a request finds only its own blocks: of its other samples, and what a preemption left.
+    """
     token_ids = _unpack(submit.prompt_token_ids, "<i4", "prompt_token_ids")
     if len(token_ids) and not (token_ids.min() >= 0 and token_ids.max() < vocab_size):
         raise InvalidArgumentError(f"a token id is out of range; it must be in [0, {vocab_size})", field="prompt")
@@ -65,9 +96,36 @@ def decode_submit(session_id: int, submit: engine_pb2.Submit, vocab_size: int) -
     if sampling.max_tokens < 1:
         raise InvalidArgumentError("max_tokens must be at least 1", field="max_tokens")
     stops = frozenset(unpack(sampling.stop_token_ids, "<i4", "stop_token_ids"))
-    conditions = StopConditions(sampling.max_tokens, sampling.min_tokens, stops)
-    prompt = array("i", token_ids.astype("=i4", copy=False).tobytes())
-    return Request(RequestKey(session_id, submit.handle), prompt, conditions, submit.priority, sampling)
+    beam_search = None
+    if submit.HasField("beam_search"):
+        beam_search = _decode_beam_search(submit.beam_search)
+        sampling.num_logprobs = beam_search.num_candidates(len(stops))
+        if sampling.num_logprobs > vocab_size:
+            raise InvalidArgumentError("num_beams is too large for the model's vocabulary", field="num_beams")
+    return Request(
+        RequestKey(session_id, submit.handle),
+        array("i", token_ids.astype("=i4", copy=False).tobytes()),
+        StopConditions(sampling.max_tokens, sampling.min_tokens, stops),
+        submit.priority,
+        sampling,
+        num_samples=max(1, submit.num_samples),
+        beam_search=beam_search,
+        salt=submit.cache_salt if share_prefixes else f"{session_id}/{submit.handle}".encode(),
+        reads_cache=not sampling.HasField("num_prompt_logprobs"),
+    )
+
+
+def _decode_beam_search(params: engine_pb2.BeamSearch) -> BeamSearchParams:
+    try:
+        return BeamSearchParams(params.num_beams, params.length_penalty, EarlyStopping(params.early_stopping))
+    except ValueError:
+        raise InvalidArgumentError("early_stopping is none of its values", field="early_stopping") from None
+
+
+def candidates_of(table: sampling_pb2.LogprobTable) -> Candidates:
+    """The likeliest tokens of a table of one row; its first column is the sampled one."""
+    token_ids = np.frombuffer(table.token_ids, "<i4")[1:]
+    return Candidates(token_ids.tolist(), np.frombuffer(table.logprobs, "<f4")[1:])
 
 
 def num_rows(table: sampling_pb2.LogprobTable) -> int:

@@ -11,11 +11,15 @@ from typing import Any
 from ...errors import FailedPreconditionError, OctavoError, UnavailableError
 from ...proto import admin_pb2, engine_pb2, worker_pb2
 from ..core.block_manager import num_blocks_for
-from ..core.scheduler import PromptScores, Scheduler, SchedulerConfig
+from ..core.scheduler import Scheduler
+from ..core.scheduler_config import SchedulerConfig
 from ..core.sequence import RequestKey
-from .codec import decode_submit, num_rows, skip_rows, unpack
+from ..core.step_outcome import PromptScores, StepReport
+from ..core.worker_group import GroupMemory
+from .codec import candidates_of, decode_submit, num_rows, skip_rows, unpack
 from .group_runner import GroupEvents, GroupRunner
 from .session import Session
+from .status import engine_counters, group_status
 
 _log = logging.getLogger(__name__)
 
@@ -46,17 +50,18 @@ class Engine:
 
     # Worker groups
 
-    async def add_group(self, request: engine_pb2.AddGroupRequest, report: Callable[[str, float], Any]) -> int:
-        """Configures a group and admits it to scheduling; returns its blocks. Raises WorkerError if a rank can't."""
+    async def add_group(self, request: engine_pb2.AddGroupRequest, report: Callable[[str, float], Any]) -> GroupMemory:
+        """Configures a group and admits it to scheduling; returns what it has room for. Raises WorkerError if a rank
+        can't."""
         if request.group_id in self._runners:
             raise FailedPreconditionError(f"group {request.group_id} exists already")
         events = GroupEvents(self._take_result, self._lose_group)
         runner = GroupRunner(request, next(self._epochs), self.scheduler, events)
         self._runners[request.group_id] = runner
         try:
-            num_blocks = await runner.link.configure(report)
-            self._check_holds_a_sequence(request.group_id, num_blocks)
-            self.scheduler.add_group(request.group_id, num_blocks)
+            memory = await runner.link.configure(report)
+            self._check_holds_a_sequence(request.group_id, memory.num_blocks)
+            self.scheduler.add_group(request.group_id, memory)
         except BaseException:
             del self._runners[request.group_id]
             await runner.close()
@@ -64,7 +69,7 @@ class Engine:
         runner.start()
         self._serving.set()
         self._wake_groups()
-        return num_blocks
+        return memory
 
     def _check_holds_a_sequence(self, group_id: int, num_blocks: int) -> None:
         """Raises FailedPreconditionError if the longest request could never run: most name no bound."""
@@ -135,22 +140,31 @@ class Engine:
     def _submit(self, session: Session, submit: engine_pb2.Submit) -> None:
         if not self.scheduler.groups:
             raise UnavailableError("no worker group is left to serve this request")
-        self.scheduler.add(decode_submit(session.session_id, submit, self.config.vocab_size))
+        share_prefixes = self.config.enable_prefix_caching
+        self.scheduler.add(decode_submit(session.session_id, submit, self.config.vocab_size, share_prefixes))
 
     # Steps
 
     def _take_result(self, group_id: int, result: worker_pb2.StepResult) -> None:
         scores = [PromptScores(chunk.chunk, chunk.start, num_rows(chunk.table)) for chunk in result.prompt_logprobs]
-        token_ids = unpack(result.token_ids, "<i4", "token_ids")
-        outcome = self.scheduler.update(group_id, token_ids, scores, result.model_time_us)
+        logprobs = {row.row: row.table for row in result.logprobs}
+        report = StepReport(
+            unpack(result.token_ids, "<i4", "token_ids"),
+            scores,
+            lambda row: candidates_of(logprobs[row]),
+            result.model_time_us,
+            result.finished_transfers,
+        )
+        outcome = self.scheduler.update(group_id, report)
         for accepted in outcome.scores:
             chunk = result.prompt_logprobs[accepted.index]
             table = skip_rows(chunk.table, accepted.num_skipped)
             start = chunk.start + accepted.num_skipped
             self._sessions[accepted.key.session_id].add_prompt_logprobs(accepted.key.handle, start, table)
-        logprobs = {row.row: row.table for row in result.logprobs}
         for token in outcome.tokens:
             self._sessions[token.key.session_id].add_token(token, logprobs.get(token.row))
+        for output in outcome.beams:
+            self._sessions[output.key.session_id].add_beam(output)
         self._flush()
         if self.scheduler.waiting:  # one that this group preempted may belong in another, which may be idle
             self._wake_groups()
@@ -162,44 +176,15 @@ class Engine:
     # Status
 
     def status(self) -> admin_pb2.GetStatusResponse:
-        counters = self.scheduler.counters
         return admin_pb2.GetStatusResponse(
             version=version("octavo"),
             model=self.config.model,
             uptime_s=time.monotonic() - self._started_at,
             num_waiting=len(self.scheduler.waiting),
-            groups=[self._group_status(runner) for runner in self._runners.values()],
+            groups=[group_status(runner, self.scheduler, self.config) for runner in self._runners.values()],
             num_gateways=len(self._sessions),
-            counters=admin_pb2.EngineCounters(
-                num_requests=counters.num_requests,
-                num_finished=counters.num_finished,
-                num_cancelled=counters.num_cancelled,
-                num_failed=self._num_failed,
-                num_preemptions=counters.num_preemptions,
-                num_prompt_tokens=counters.num_prompt_tokens,
-                num_output_tokens=counters.num_output_tokens,
-            ),
+            counters=engine_counters(self.scheduler.counters, self._num_failed),
         )
-
-    def _group_status(self, runner: GroupRunner) -> admin_pb2.GroupStatus:
-        status = admin_pb2.GroupStatus(
-            group_id=runner.group_id,
-            state=runner.state,
-            epoch=runner.epoch,
-            ranks=[
-                admin_pb2.RankStatus(rank=rank, address=endpoint.address, device=endpoint.device)
-                for rank, endpoint in enumerate(runner.link.endpoints)
-            ],
-            block_size=self.config.block_size,
-            steps=runner.steps,
-            failure=runner.failure,
-        )
-        if group := self.scheduler.groups.get(runner.group_id):
-            status.num_blocks = group.blocks.num_blocks
-            status.num_free_blocks = group.blocks.num_free_blocks
-            status.num_running = len(group.running)
-            status.num_inflight_steps = len(group.inflight)
-        return status
 
     async def close(self) -> None:
         self._fail_all(UnavailableError("the server is shutting down"))

@@ -51,7 +51,10 @@ class EngineService(engine_pb2_grpc.EngineServicer):
         try:
             while (progress := await reports.get()) is not None:
                 yield progress
-            yield engine_pb2.AddGroupProgress(stage="ready", num_blocks=await adding)
+            memory = await adding
+            yield engine_pb2.AddGroupProgress(
+                stage="ready", num_blocks=memory.num_blocks, num_host_blocks=memory.num_host_blocks
+            )
         except OctavoError as error:
             await context.abort(_STATUS_CODES[error.grpc_code], str(error))
         finally:

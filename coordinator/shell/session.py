@@ -3,9 +3,12 @@
 import asyncio
 import itertools
 
+import numpy as np
+
 from ...errors import InvalidArgumentError, OctavoError, ResourceExhaustedError
 from ...proto import engine_pb2, sampling_pb2
-from ..core.scheduler import SampledToken
+from ..core.sequence_group import BeamOutput
+from ..core.step_outcome import SampledToken
 from .codec import join_tables, pack
 
 # Chunks of prompt logprobs in a message. Each has at most the rows of one step; many could pass gRPC's bound.
@@ -30,6 +33,8 @@ class Session:
         self._tokens: dict[int, list[int]] = {}  # by handle, as the rest
         self._finish_reasons: dict[int, int] = {}
         self._logprobs: dict[int, list[sampling_pb2.LogprobTable]] = {}
+        self._num_cached_tokens: dict[int, int] = {}
+        self._beam_scores: dict[int, float] = {}
         self._failures: list[engine_pb2.Failure] = []
 
     def add_token(self, token: SampledToken, logprobs: sampling_pb2.LogprobTable | None) -> None:
@@ -42,6 +47,17 @@ class Session:
             self._logprobs.setdefault(handle, []).append(logprobs)
         if token.finish_reason is not None:
             self._finish_reasons[handle] = token.finish_reason.value
+        if token.num_cached_tokens:
+            self._num_cached_tokens[handle] = token.num_cached_tokens
+
+    def add_beam(self, output: BeamOutput) -> None:
+        """An output of a beam search, whole."""
+        handle = output.key.handle
+        self._tokens[handle] = list(output.token_ids)
+        self._finish_reasons[handle] = output.finish_reason.value
+        self._beam_scores[handle] = output.score
+        if output.num_cached_tokens:
+            self._num_cached_tokens[handle] = output.num_cached_tokens
 
     def add_prompt_logprobs(self, handle: int, start: int, table: sampling_pb2.LogprobTable) -> None:
         self._prompt_logprobs.append(engine_pb2.PromptLogprobs(handle=handle, start=start, table=table))
@@ -87,6 +103,9 @@ class Session:
             logprobs=self._entry_logprobs(handles),
             prompt_logprobs=chunks,
             failures=self._failures,
+            cached_handles=pack(list(self._num_cached_tokens), "<u4"),
+            num_cached_tokens=pack(list(self._num_cached_tokens.values()), "<u4"),
+            beam_scores=np.array([self._beam_scores[h] for h in handles if h in self._beam_scores], "<f4").tobytes(),
         )
         self._clear_entries()
         return response

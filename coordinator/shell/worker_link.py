@@ -10,6 +10,7 @@ import grpc
 from ...errors import InternalError, OctavoError, UnavailableError
 from ...internal_channel import CHANNEL_OPTIONS
 from ...proto import engine_pb2, worker_pb2, worker_pb2_grpc
+from ..core.worker_group import GroupMemory
 
 _log = logging.getLogger(__name__)
 
@@ -26,6 +27,12 @@ def worker_error(rank: int, error: grpc.aio.AioRpcError) -> WorkerError:
     return WorkerError(f"rank {rank}: {error.details() or error.code().name}")
 
 
+def _memory_of(reports: Sequence[worker_pb2.ConfigureProgress]) -> GroupMemory:
+    """By the last report of each rank: the ranks agree on counts, and the slowest one's time counts."""
+    host_block_us = max(report.host_block_us for report in reports)
+    return GroupMemory(reports[0].num_blocks, reports[0].num_host_blocks, host_block_us / 1e3)
+
+
 class WorkerLink:
     """Channels and `Steps` streams to all ranks of a group. Plans go to each; results come from rank 0."""
 
@@ -38,20 +45,20 @@ class WorkerLink:
         self._readers: list[asyncio.Task[None]] = []
         self._unwritable: set[int] = set()  # ranks to which a write failed
 
-    async def configure(self, report: Callable[[str, float], Any]) -> int:
+    async def configure(self, report: Callable[[str, float], Any]) -> GroupMemory:
         """Has all ranks load the model at once; calls `report(stage, duration_s)` when the slowest has passed a stage.
 
-        Returns the blocks of the group's KV cache. Raises WorkerError with the first rank's error.
+        Returns what they have room for. Raises WorkerError with the first rank's error.
         """
         streams = [self._configure_rank(rank) for rank in range(len(self._channels))]
-        num_blocks = 0
+        last: list[worker_pb2.ConfigureProgress] = []
         while True:
             answers = await asyncio.gather(*(anext(stream, None) for stream in streams))
             reports = [answer for answer in answers if answer is not None]
             if not reports:
-                return num_blocks
+                return _memory_of(last)
             report(reports[0].stage, max(answer.duration_s for answer in reports))
-            num_blocks = reports[0].num_blocks or num_blocks
+            last = reports
 
     async def _configure_rank(self, rank: int) -> AsyncIterator[worker_pb2.ConfigureProgress]:
         request = worker_pb2.ConfigureRequest(

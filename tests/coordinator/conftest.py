@@ -12,9 +12,14 @@ from functools import partial
 import grpc
 import numpy as np
 import pytest
-from octavo.coordinator.core.batch_plan import BatchPlan
-from octavo.coordinator.core.scheduler import Scheduler, SchedulerConfig
+from octavo.coordinator.core.batch_plan import BatchPlan, SlotJoin
+from octavo.coordinator.core.beam_search import BeamSearchParams, Candidates
+from octavo.coordinator.core.scheduler import Scheduler
+from octavo.coordinator.core.scheduler_config import SchedulerConfig
 from octavo.coordinator.core.sequence import Request, RequestKey, Sequence, StopConditions
+from octavo.coordinator.core.sequence_group import BeamOutput
+from octavo.coordinator.core.step_outcome import SampledToken, StepReport
+from octavo.coordinator.core.worker_group import GroupMemory
 from octavo.coordinator.shell.engine import Engine
 from octavo.coordinator.shell.service import EngineService
 from octavo.errors import OctavoError
@@ -27,17 +32,20 @@ class ScriptedScheduler:
     """Runs commands against a Scheduler and describes what it decided.
 
     config KEY=N...            first line; keys of SchedulerConfig, and blocks=N, groups=N
-    add NAME prompt=N [max=N] [min=N] [stop=T,T] [priority=N]
+    add NAME prompt=N [max=N] [min=N] [stop=T,T] [priority=N] [n=N] [beams=N] [salt=S]
+                               tokens 0, 1, 2 ...; requests of the same salt share blocks; output i > 0 is NAME.i
     cancel NAME
     schedule [GROUP]           the plan of the next step
-    result [GROUP] [TOKEN...] [ms=N]  the oldest step's sampled tokens, in row order, 7 where not given; its duration
+    result [GROUP] [TOKEN...] [ms=N] [transfers=N]
+                               the oldest step's sampled tokens, in row order, 7 where not given; its duration; the last
+                               step whose transfers have ended, its own where not given. A beam's likeliest tokens are
+                               the one given, with a log probability of -1, and those after it, each 1 less likely
     lose GROUP                 a group is gone
     state                      what runs and what waits
     """
 
     def __init__(self) -> None:
         self._handles: dict[str, RequestKey] = {}
-        self._sequences: dict[str, Sequence] = {}
         self.scheduler: Scheduler
 
     def run(self, line: str) -> str:
@@ -51,19 +59,28 @@ class ScriptedScheduler:
         self.scheduler.check_invariants()
         return out
 
-    def do_config(self, blocks: str, groups: str = "1", **options: str) -> str:
+    def do_config(self, blocks: str, groups: str = "1", host: str = "0", **options: str) -> str:
         self.scheduler = Scheduler(SchedulerConfig(**{key: int(value) for key, value in options.items()}))
         for group_id in range(int(groups)):
-            self.scheduler.add_group(group_id, int(blocks))
+            self.scheduler.add_group(group_id, GroupMemory(int(blocks), int(host)))
         return ""
 
-    def do_add(self, name, prompt, max="16", min="0", stop="", priority="0") -> str:  # noqa: A002
-        key = RequestKey(0, len(self._handles))
+    def do_add(self, name, prompt, max="16", min="0", stop="", **options: str) -> str:  # noqa: A002
+        key = RequestKey(0, 10 * len(self._handles))
         stops = frozenset(int(token) for token in stop.split(",") if token)
-        conditions = StopConditions(int(max), int(min), stops)
-        self.scheduler.add(Request(key, array("i", range(int(prompt))), conditions, int(priority), name))
-        self._handles[name] = key
-        self._sequences[name] = self.scheduler.sequence(key)
+        n = int(options.get("n", "1"))
+        request = Request(
+            key,
+            array("i", range(int(prompt))),
+            StopConditions(int(max), int(min), stops),
+            int(options.get("priority", "0")),
+            name,
+            num_samples=n,
+            beam_search=BeamSearchParams(int(options["beams"])) if "beams" in options else None,
+            salt=options.get("salt", name).encode(),
+        )
+        self.scheduler.add(request)
+        self._handles |= {name if index == 0 else f"{name}.{index}": key.output(index) for index in range(n)}
         return ""
 
     def do_cancel(self, name: str) -> str:
@@ -74,20 +91,26 @@ class ScriptedScheduler:
         plan = self.scheduler.schedule(int(group))
         return "nothing" if plan is None else describe(plan)
 
-    def do_result(self, *arguments: str, ms: str = "0") -> str:
+    def do_result(self, *arguments: str, ms: str = "0", transfers: str = "") -> str:
         group = int(arguments[0]) if len(self.scheduler.groups) > 1 else 0
         tokens = [int(token) for token in arguments[len(self.scheduler.groups) > 1 :]]
+        if not self.scheduler.groups[group].inflight:
+            return "nothing in flight"
         plan = self.scheduler.groups[group].inflight[0]
         tokens += [7] * (sum(row.samples for row in plan.rows) - len(tokens))
-        outcome = self.scheduler.update(group, tokens, model_time_us=int(ms) * 1000)
-        return (
-            ", ".join(
-                f"{self.name(token.key)}={token.token_id}"
-                + (f" {token.finish_reason.name}" if token.finish_reason else "")
-                for token in outcome.tokens
-            )
-            or "no tokens"
-        )
+        finished = int(transfers) if transfers else plan.step_id
+        report = StepReport(tokens, (), lambda row: _ladder(tokens[row]), int(ms) * 1000, finished)
+        outcome = self.scheduler.update(group, report)
+        news = [*map(self._describe_token, outcome.tokens), *map(self._describe_beam, outcome.beams)]
+        return ", ".join(news) or "no tokens"
+
+    def _describe_beam(self, output: BeamOutput) -> str:
+        return f"{self.name(output.key)}: {' '.join(map(str, output.token_ids))} {output.score:.2f}"
+
+    def _describe_token(self, token: SampledToken) -> str:
+        cached = f" ({token.num_cached_tokens} cached)" if token.num_cached_tokens else ""
+        reason = f" {token.finish_reason.name}" if token.finish_reason else ""
+        return f"{self.name(token.key)}={token.token_id}{cached}{reason}"
 
     def do_lose(self, group: str) -> str:
         self.scheduler.remove_group(int(group))
@@ -95,32 +118,49 @@ class ScriptedScheduler:
 
     def do_state(self) -> str:
         groups = [
-            f"group {group.group_id}: {' '.join(s.request.sampling for s in group.running) or '-'}, "
+            f"group {group.group_id}: {' '.join(map(name_of, group.running)) or '-'}, "
             f"{group.blocks.num_free_blocks} blocks free"
             for group in self.scheduler.groups.values()
         ]
-        waiting = " ".join(sequence.request.sampling for sequence in self.scheduler.waiting) or "-"
+        waiting = " ".join(map(name_of, self.scheduler.waiting)) or "-"
         return "; ".join([*groups, f"waiting: {waiting}"])
 
     def name(self, key: RequestKey) -> str:
         return next(name for name, other in self._handles.items() if other == key)
 
 
+def name_of(sequence: Sequence) -> str:
+    return sequence.request.sampling + (f".{sequence.index}" if sequence.index else "")
+
+
+def _ladder(token_id: int) -> Candidates:
+    return Candidates(range(token_id, token_id + 20), -1 - np.arange(20, dtype=np.float32))
+
+
 def describe(plan: BatchPlan) -> str:
-    rows = [row.sequence.request.sampling for row in plan.rows]
+    rows = [name_of(row.sequence) for row in plan.rows]
     decodes, chunks = rows[: len(plan.decode_slots)], rows[len(plan.decode_slots) :]
     sizes = [f"{name}+{n}" for name, n in zip(chunks, plan.chunk_num_tokens, strict=True)]
     parts = [f"step {plan.step_id}"]
     for label, values in (
         ("leave", plan.leave_slots),
-        ("join", [f"{join.sampling}@{join.slot}" for join in plan.joins]),
+        ("join", [_describe_join(join) for join in plan.joins]),
         ("grow", plan.append_slots),
+        ("amend", [f"{slot}={token_id}" for slot, token_id in plan.amends.items()]),
+        ("save", [f"{block}>{host}" for _, block, host in plan.transfers.saves]),
+        ("load", [f"{host}>{block}" for _, block, host in plan.transfers.loads]),
+        ("copy", [f"{source}>{target}" for source, target in plan.copies]),
         ("decode", decodes),
         ("chunk", sizes),
     ):
         if values:
             parts.append(f"{label} {' '.join(map(str, values))}")
     return ": ".join((parts[0], ", ".join(parts[1:])))
+
+
+def _describe_join(join: SlotJoin) -> str:
+    name = join.sampling + (f".{join.index}" if join.index else "")
+    return f"{name}@{join.slot}" + (f" ({join.num_computed_tokens} computed)" if join.num_computed_tokens else "")
 
 
 @pytest.fixture

@@ -1,12 +1,12 @@
 """How many steps are in flight: as many as the workers need to find the next one there."""
 
 import pytest
-from octavo.coordinator.core.worker_group import WorkerGroup
+from octavo.coordinator.core.worker_group import GroupMemory, WorkerGroup
 
 
 def most_in_flight(step_us: int, configured: int) -> int:
     """Of a group whose last step took `step_us`; 0: not measured."""
-    group = WorkerGroup(0, num_blocks=8, block_size=16, max_num_seqs=2)
+    group = WorkerGroup(0, GroupMemory(num_blocks=8), block_size=16, max_num_seqs=2)
     group.dispatch(group.begin_step())
     group.take_result(step_us)
     while group.has_room_in_flight(configured):

@@ -12,8 +12,11 @@ from statistics import median
 
 import pytest
 from octavo.coordinator.core.batch_plan import BatchPlan
-from octavo.coordinator.core.scheduler import Scheduler, SchedulerConfig
+from octavo.coordinator.core.scheduler import Scheduler
+from octavo.coordinator.core.scheduler_config import SchedulerConfig
 from octavo.coordinator.core.sequence import Request, RequestKey, StopConditions
+from octavo.coordinator.core.step_outcome import StepReport
+from octavo.coordinator.core.worker_group import GroupMemory
 
 PROMPT_LEN, OUTPUT_LEN = 512, 32
 
@@ -37,17 +40,18 @@ def simulate(arrivals_ms: list[float], itl_target_ms: float, launch_ms: float = 
     """Two steps in flight; a result comes the moment its step ends."""
     config = SchedulerConfig(16, 256, 8192, 4096, 10_000, num_inflight_steps=2, itl_target_ms=itl_target_ms)
     scheduler, run = Scheduler(config), Run()
-    scheduler.add_group(0, num_blocks=20_000)
+    scheduler.add_group(0, GroupMemory(num_blocks=20_000))
     events: list[tuple[float, int, BatchPlan | None]] = [(at, index, None) for index, at in enumerate(arrivals_ms)]
     device_free_at = 0.0
     while events:
         now, index, plan = events.pop(0)
         if plan is None:
             prompt, key = array("i", [1]) * PROMPT_LEN, RequestKey(0, index)
-            scheduler.add(Request(key, prompt, StopConditions(OUTPUT_LEN)))
+            scheduler.add(Request(key, prompt, StopConditions(OUTPUT_LEN), salt=str(index).encode()))
         else:
             tokens = [7] * plan.num_samples
-            for token in scheduler.update(0, tokens, model_time_us=round(step_ms(plan, launch_ms) * 1e3)).tokens:
+            report = StepReport(tokens, model_time_us=round(step_ms(plan, launch_ms) * 1e3))
+            for token in scheduler.update(0, report).tokens:
                 run.token_times_ms[token.key.handle].append(now)
         while (plan := scheduler.schedule(0)) is not None:
             device_free_at = max(device_free_at, now) + step_ms(plan, launch_ms)

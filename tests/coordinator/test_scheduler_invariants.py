@@ -3,89 +3,80 @@
 Workers are shadows that know only what plans told them, and a group is scheduled only when the engine would wake it.
 """
 
+import random
 from array import array
 from collections import defaultdict, deque
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import cycle, repeat
-from types import SimpleNamespace
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from octavo.coordinator.core.batch_plan import BatchPlan
-from octavo.coordinator.core.scheduler import Scheduler, SchedulerConfig
+from octavo.coordinator.core.batch_plan import SlotJoin
+from octavo.coordinator.core.beam_search import BeamSearch, BeamSearchParams
+from octavo.coordinator.core.scheduler import Scheduler
+from octavo.coordinator.core.scheduler_config import SchedulerConfig
 from octavo.coordinator.core.sequence import FinishReason, Request, RequestKey, StopConditions
+from octavo.coordinator.core.step_outcome import StepReport
+from octavo.coordinator.core.worker_group import GroupMemory
 from octavo.errors import OctavoError
+
+from .shadow import ShadowResult, ShadowWorker, candidates_after
 
 STOP_TOKEN = 999
 
 
 def token_at(key: RequestKey, position: int, stop_at: int) -> int:
-    """The 'model': the token at a position depends on request and position only, as with greedy decoding."""
+    """The 'model': the token at a position depends on output and position only, as with greedy decoding."""
     return STOP_TOKEN if position == stop_at else (key.handle * 31 + position * 7) % 900
 
 
-class ShadowWorker:
-    """A group's slot table as its workers keep it: only plans change it."""
+def beams_alone(request: Request, max_model_len: int) -> list[list[int]]:
+    """The outputs of a beam search that nothing disturbs."""
+    prompt = list(request.prompt_token_ids)
+    max_tokens = min(request.stop.max_tokens, max_model_len - len(prompt))
+    search = BeamSearch(request.beam_search, request.stop.stop_token_ids, max_tokens)
+    beams: list[list[int]] = [[]]
+    while beams:
+        found = [candidates_after(prompt + beam, num_candidates(request)) for beam in beams]
+        beams = [[*beams[each.parent], each.token_id] for each in search.advance(found, beams)]
+    return [list(hypothesis.token_ids) for hypothesis in search.finished[: request.num_samples]]
 
-    def __init__(self, block_size: int, num_blocks: int) -> None:
-        self._block_size = block_size
-        self._blocks = set(range(num_blocks))
-        self._slots: dict[int, SimpleNamespace] = {}
-        self._decode_slots: list[int] = []
 
-    def apply(self, plan: BatchPlan, trace: "Trace") -> list[int]:
-        """Does what proto/worker.proto says, in its order; the step's sampled tokens."""
-        for slot in plan.leave_slots:
-            del self._slots[slot]
-        for join in plan.joins:
-            assert join.slot not in self._slots, "a slot is taken twice"
-            assert join.token_ids == trace.known_tokens(join.sampling).tobytes()
-            self._slots[join.slot] = SimpleNamespace(
-                key=join.sampling,
-                num_known=len(join.token_ids) // 4,
-                num_computed=join.num_computed_tokens,
-                block_ids=list(join.block_ids),
-            )
-        for slot, block_id in zip(plan.append_slots, plan.append_block_ids, strict=True):
-            self._slots[slot].block_ids.append(block_id)
-        if plan.decode_slots_changed:
-            self._decode_slots = list(plan.decode_slots)
-        assert self._decode_slots == plan.decode_slots, "the workers would decode other slots"
-        self._check_blocks()
-        chunks = zip(plan.chunk_slots, plan.chunk_num_tokens, strict=True)
-        sampled = [self._compute(slot, n, trace) for slot, n in [*((slot, 1) for slot in self._decode_slots), *chunks]]
-        return [token for token in sampled if token is not None]
+def num_candidates(request: Request) -> int:
+    return request.beam_search.num_candidates(len(request.stop.stop_token_ids)) if request.beam_search else 0
 
-    def _check_blocks(self) -> None:
-        held = [block_id for slot in self._slots.values() for block_id in slot.block_ids]
-        assert len(held) == len(set(held)), "a block is in two tables"
-        assert set(held) <= self._blocks
 
-    def _compute(self, slot: int, num_tokens: int, trace: "Trace") -> int | None:
-        state = self._slots[slot]
-        state.num_computed += num_tokens
-        assert state.num_computed <= state.num_known, "a token is computed before it is sampled"
-        assert state.num_computed <= len(state.block_ids) * self._block_size, "KV without a block"
-        if state.num_computed < state.num_known:
-            return None
-        state.num_known += 1
-        return token_at(state.key, state.num_known - 1, trace.stop_at[state.key])
+@dataclass(frozen=True)
+class Shape:
+    """What kind of request: how much of its prompt others share, outputs, beams (0: sampled)."""
+
+    num_shared: int = 0
+    num_outputs: int = 1
+    num_beams: int = 0
 
 
 class Trace:
     """A scheduler under test, workers that compute what plans say, and what each request received."""
 
-    def __init__(self, config: SchedulerConfig, num_groups: int, num_blocks: int) -> None:
+    def __init__(self, config: SchedulerConfig, num_groups: int, num_blocks: int, num_host_blocks: int = 0) -> None:
         self.scheduler = Scheduler(config)
         for group_id in range(num_groups):
-            self.scheduler.add_group(group_id, num_blocks)
-        self.workers = [ShadowWorker(config.block_size, num_blocks) for _ in range(num_groups)]
-        self.results: list[deque[list[int]]] = [deque() for _ in range(num_groups)]  # of the steps in flight
+            self.scheduler.add_group(group_id, GroupMemory(num_blocks, num_host_blocks))
+        self.workers = [
+            ShadowWorker(config.block_size, num_blocks, num_host_blocks, self.sample) for _ in range(num_groups)
+        ]
+        self.results: list[deque[ShadowResult]] = [deque() for _ in range(num_groups)]  # of the steps in flight
         self.woken: set[int] = set()  # as Engine and GroupRunner wake groups
         self.stop_at: dict[RequestKey, int] = {}
         self.received: dict[RequestKey, list[int]] = defaultdict(list)
         self.ended: dict[RequestKey, FinishReason] = {}
-        self.accepted: dict[RequestKey, Request] = {}
+        self.accepted: dict[RequestKey, Request] = {}  # by the key of each output
+        self.requests: list[Request] = []
+        self.num_added = 0
+        self.num_cached_tokens: dict[RequestKey, int] = {}
+        self.lags: Iterator[int] = repeat(0)  # steps by which word of transfers is late
         self.durations_us: Iterator[int] = repeat(0)  # of the steps to come, as their workers measure them
 
     def replay(self, events: list[tuple]) -> None:
@@ -96,24 +87,41 @@ class Trace:
                 getattr(self, name)(*arguments)
             self.scheduler.check_invariants()
 
-    def add(self, num_prompt: int, max_tokens: int, stop_after: int, priority: int) -> None:
-        key = RequestKey(0, len(self.stop_at))
+    def add(self, num_prompt: int, max_tokens: int, stop_after: int, priority: int, shape: Shape = Shape()) -> None:
+        key = RequestKey(0, 4 * self.num_added)
+        self.num_added += 1
+        prompt = [1] * min(shape.num_shared, num_prompt)
+        prompt += [key.handle % 900 + 2] * (num_prompt - len(prompt))
+        stops = frozenset([7, 8]) if shape.num_beams else frozenset([STOP_TOKEN])
         request = Request(
-            key, array("i", [1] * num_prompt), StopConditions(max_tokens, 0, frozenset([STOP_TOKEN])), priority, key
-        )
-        self.stop_at[key] = num_prompt + stop_after
+            key, array("i", prompt), StopConditions(max_tokens, 0, stops), priority, key,
+            num_samples=shape.num_outputs,
+            beam_search=BeamSearchParams(shape.num_beams, length_penalty=0.5) if shape.num_beams else None,
+        )  # fmt: skip
         try:
             self.scheduler.add(request)
         except OctavoError:
             return
-        self.accepted[key] = request
+        self.requests.append(request)
+        for index in range(shape.num_outputs):
+            self.accepted[key.output(index)] = request
+            self.stop_at[key.output(index)] = num_prompt + stop_after + index
         self.wake_all()
 
     def wake_all(self) -> None:
         self.woken = set(self.scheduler.groups)
 
-    def known_tokens(self, key: RequestKey) -> "array[int]":
-        return self.accepted[key].prompt_token_ids + array("i", self.received[key])
+    def sample(self, key: RequestKey, token_ids: list[int]) -> int:
+        return token_at(key, len(token_ids), self.stop_at[key])
+
+    def of_join(self, join: SlotJoin) -> tuple[RequestKey, int]:
+        """Which output joins, after a check of the tokens it brings."""
+        request = self.accepted[join.sampling]
+        key = request.key if request.beam_search else request.key.output(join.index)
+        known = request.prompt_token_ids + array("i", self.received[key])
+        if not request.beam_search:
+            assert join.token_ids == known.tobytes()
+        return key, num_candidates(request)
 
     def lose(self, group_id: int) -> None:
         self.scheduler.remove_group(group_id)
@@ -124,35 +132,52 @@ class Trace:
         if plan is None:
             self.woken.discard(group_id)
             return
-        assert 0 < plan.num_tokens <= self.scheduler.config.max_num_batched_tokens
+        group = self.scheduler.groups[group_id]
+        assert plan.num_tokens <= self.scheduler.config.max_num_batched_tokens
+        assert plan.rows or len(plan.transfers) or group.blocks.transfers.last_step, "a step for nothing"
         assert len(set(plan.decode_slots) | set(plan.chunk_slots)) == len(plan.decode_slots) + len(plan.chunk_slots)
         assert len(plan.rows) <= self.scheduler.config.max_num_seqs
-        if any(sequence.num_pending_tokens > 1 for sequence in self.scheduler.groups[group_id].running):
+        if any(sequence.num_pending_tokens > 1 and group.is_ready(sequence) for sequence in group.running):
             room = self.scheduler.config.max_num_batched_tokens - len(plan.decode_slots)
             assert sum(plan.chunk_num_tokens) >= min(64, room), "a prompt waits, and the step takes hardly any of it"
-        tokens = self.workers[group_id].apply(plan, self)
-        assert len(tokens) == plan.num_samples
-        self.results[group_id].append(tokens)
+        result = self.workers[group_id].apply(plan, self.of_join)
+        assert len(result.token_ids) == plan.num_samples
+        self.results[group_id].append(result)
 
     def result(self, group_id: int) -> None:
         if not self.scheduler.groups[group_id].inflight:
             return
-        tokens, duration_us = self.results[group_id].popleft(), next(self.durations_us)
-        for token in self.scheduler.update(group_id, tokens, model_time_us=duration_us).tokens:
-            assert token.key not in self.ended, "a token after the end"
-            self.received[token.key].append(token.token_id)
-            if token.finish_reason:
-                self.ended[token.key] = token.finish_reason
+        result, duration_us = self.results[group_id].popleft(), next(self.durations_us)
+        lag = next(self.lags) if result.has_rows else 0
+        finished = self.workers[group_id].finish_transfers(max(0, result.step_id - lag))
+        report = StepReport(
+            result.token_ids, (), result.candidates.__getitem__, duration_us, finished_transfers=finished
+        )
+        outcome = self.scheduler.update(group_id, report)
+        for token in outcome.tokens:
+            self.take(token.key, [token.token_id], token.finish_reason)
+            if token.num_cached_tokens:
+                self.num_cached_tokens[token.key] = token.num_cached_tokens
+        for output in outcome.beams:
+            self.take(output.key, output.token_ids, output.finish_reason)
         self.woken.add(group_id)
         if self.scheduler.waiting:
             self.wake_all()
+
+    def take(self, key: RequestKey, token_ids, reason: FinishReason | None) -> None:
+        assert key not in self.ended, "a token after the end"
+        self.received[key] += token_ids
+        if reason:
+            self.ended[key] = reason
 
     def cancel(self, index: int) -> None:
         open_keys = [key for key in self.accepted if key not in self.ended]
         if open_keys:
             key = open_keys[index % len(open_keys)]
             self.scheduler.cancel(key)
-            self.ended[key] = FinishReason.CANCELLED
+            request = self.accepted[key]
+            ended = [request.key.output(i) for i in range(request.num_samples)] if request.beam_search else [key]
+            self.ended |= dict.fromkeys(ended, FinishReason.CANCELLED)
             self.wake_all()
 
     def drain(self) -> None:
@@ -169,16 +194,25 @@ class Trace:
 
     def check_outputs(self) -> None:
         for key, request in self.accepted.items():
-            num_prompt = len(request.prompt_token_ids)
-            tokens = self.received[key]
-            assert tokens == [token_at(key, num_prompt + i, self.stop_at[key]) for i in range(len(tokens))]
-            if self.ended[key] is FinishReason.STOP:
-                assert tokens[-1] == STOP_TOKEN
-            elif self.ended[key] is FinishReason.LENGTH:
-                limit = self.scheduler.config.max_model_len
-                assert len(tokens) == min(request.stop.max_tokens, limit - num_prompt)
+            if request.beam_search is None:
+                self.check_sampled(key, request)
+        for request in self.requests:
+            keys = [request.key.output(index) for index in range(request.num_samples)]
+            if request.beam_search and self.ended[keys[0]] is not FinishReason.CANCELLED:
+                alone = beams_alone(request, self.scheduler.config.max_model_len)
+                assert [self.received[key] for key in keys] == alone
         for group in self.scheduler.groups.values():
             assert group.blocks.num_free_blocks == group.blocks.num_blocks
+
+    def check_sampled(self, key: RequestKey, request: Request) -> None:
+        num_prompt = len(request.prompt_token_ids)
+        tokens = self.received[key]
+        assert tokens == [token_at(key, num_prompt + i, self.stop_at[key]) for i in range(len(tokens))]
+        if self.ended[key] is FinishReason.STOP:
+            assert tokens[-1] == STOP_TOKEN
+        elif self.ended[key] is FinishReason.LENGTH:
+            limit = self.scheduler.config.max_model_len
+            assert len(tokens) == min(request.stop.max_tokens, limit - num_prompt)
 
 
 events = st.lists(
@@ -199,6 +233,70 @@ configs = st.builds(
     st.integers(0, 12),
     st.integers(1, 4),
 )
+
+
+shapes = st.one_of(
+    st.builds(Shape, st.integers(0, 40), st.integers(1, 3)),
+    st.integers(2, 4).flatmap(
+        lambda num_beams: st.builds(Shape, st.integers(0, 40), st.integers(1, num_beams), st.just(num_beams))
+    ),
+)
+shaped_events = st.lists(
+    st.one_of(
+        st.tuples(
+            st.just("add"), st.integers(1, 40), st.integers(1, 20), st.integers(0, 30), st.integers(-1, 1), shapes
+        ),
+        st.tuples(st.just("schedule"), st.integers(0, 1)),
+        st.tuples(st.just("result"), st.integers(0, 1)),
+        st.tuples(st.just("cancel"), st.integers(0, 50)),
+    ),
+    max_size=60,
+)
+
+
+@settings(max_examples=1500, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    configs,
+    st.integers(1, 2),
+    st.integers(1, 40),
+    st.integers(0, 12),
+    st.lists(st.integers(0, 3), min_size=1, max_size=5),
+    shaped_events,
+)
+def test_shared_forked_saved_and_loaded_blocks_hold_the_right_tokens(
+    config, num_groups, num_blocks, num_host_blocks, lags, trace_events
+):
+    trace = Trace(config, num_groups, num_blocks, num_host_blocks)
+    trace.lags = cycle(lags)
+    trace.replay(trace_events)
+    trace.drain()
+    trace.scheduler.check_invariants()
+    trace.check_outputs()
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_long_traces_under_pressure(seed):
+    """As above, of more requests than hypothesis likes to draw, so many that blocks are short all the time."""
+    draw = random.Random(seed)
+    config = SchedulerConfig(
+        block_size=draw.choice([1, 2, 4]), max_num_seqs=draw.randint(4, 8), max_num_batched_tokens=draw.randint(8, 24),
+        max_model_len=48, max_num_waiting=12, num_inflight_steps=draw.randint(1, 4),
+    )  # fmt: skip
+    num_blocks = draw.randint(60, 130) // config.block_size
+    trace = Trace(config, draw.randint(1, 2), num_blocks, num_host_blocks=draw.choice([0, 10, 40]))
+    trace.lags = cycle([draw.randint(0, 3) for _ in range(5)])
+    for _ in range(250):
+        kind = draw.choices(["add", "schedule", "result", "cancel"], [3, 5, 5, 0.3])[0]
+        if kind == "add":
+            num_beams = draw.choice([0, 0, 2, 3, 4])
+            shape = Shape(draw.choice([0, 12, 30]), draw.randint(1, min(3, num_beams or 3)), num_beams)
+            event = (kind, draw.randint(1, 40), draw.randint(1, 20), draw.randint(0, 30), draw.randint(-1, 1), shape)
+        else:
+            event = (kind, draw.randint(0, 50))
+        trace.replay([event])
+    trace.drain()
+    trace.scheduler.check_invariants()
+    trace.check_outputs()
 
 
 @settings(max_examples=1500, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])

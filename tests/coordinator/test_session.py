@@ -3,8 +3,8 @@
 import asyncio
 
 import numpy as np
-from octavo.coordinator.core.scheduler import SampledToken
 from octavo.coordinator.core.sequence import FinishReason, RequestKey
+from octavo.coordinator.core.step_outcome import SampledToken
 from octavo.coordinator.shell.session import Session
 from octavo.errors import InvalidArgumentError
 from octavo.proto import sampling_pb2
@@ -21,7 +21,7 @@ def table(*token_ids):
 
 
 def sampled(handle, token_id, finish_reason=None):
-    return SampledToken(RequestKey(1, handle), token_id, finish_reason, row=0)
+    return SampledToken(RequestKey(1, handle), token_id, finish_reason, row=0, num_cached_tokens=0)
 
 
 def take(session):

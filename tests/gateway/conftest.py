@@ -7,34 +7,22 @@ import threading
 import time
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import grpc
 import httpx
-import numpy as np
 import openai
 import pytest
 import tokenizers
 from octavo.gateway.config import check_config
 from octavo.gateway.server import Gateway
-from octavo.proto import (
-    admin_pb2,
-    admin_pb2_grpc,
-    engine_pb2,
-    engine_pb2_grpc,
-    gateway_pb2,
-    generation_pb2,
-    generation_pb2_grpc,
-    sampling_pb2,
-)
+from octavo.proto import admin_pb2_grpc, engine_pb2_grpc, gateway_pb2, generation_pb2_grpc
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-STOP, LENGTH = generation_pb2.FINISH_REASON_STOP, generation_pb2.FINISH_REASON_LENGTH
+from .fake_engine import EOS, FakeEngine
+
 MAX_MODEL_LEN = 256
 SPECIAL_TOKENS = ["<|bos|>", "<|eos|>", "<|system|>", "<|user|>", "<|assistant|>"]
-EOS = 1
-LETTER_A = 37  # the id of "A"; the other capitals follow
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}"
     "{% if loop.first and m.role == 'assistant' %}{{ raise_exception('the user speaks first') }}{% endif %}"
@@ -74,130 +62,6 @@ def model_dir(tokenizer, tmp_path_factory):
     config = {"bos_token": "<|bos|>", "eos_token": {"content": "<|eos|>"}, "chat_template": CHAT_TEMPLATE}
     (path / "tokenizer_config.json").write_text(json.dumps(config))
     return path
-
-
-@dataclass
-class Answer:
-    """What the engine says to a request: its tokens a few at a time, then how it ends."""
-
-    token_ids: list[int]
-    finish_reason: int = STOP
-    tokens_per_message: int = 1
-    hold_after: int | None = None  # tokens; what follows waits for `FakeEngine.hold` to be set
-    failure: engine_pb2.Failure | None = None
-    logprobs_of: list[float] = field(default_factory=lambda: [-0.5, -1.5, -2.5, -3.5])  # by rank
-
-
-class FakeEngine(engine_pb2_grpc.EngineServicer):
-    """The coordinator's service. Runs on the gateway's event loop; tests tell it beforehand what to answer."""
-
-    def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._sessions: list[asyncio.Queue[engine_pb2.SessionResponse | None]] = []
-        self.accepts = asyncio.Event()
-        self.accepts.set()
-        self.reset()
-
-    def reset(self) -> None:
-        self.hold = asyncio.Event()
-        self.submits: list[engine_pb2.Submit] = []
-        self.cancels: list[int] = []
-        self.stops: list[int] = []
-        self.answer = Answer([EOS])
-
-    def say(self, text: str, **options) -> list[int]:
-        """The next answers are this text, then the end-of-sequence token (or no more room: LENGTH)."""
-        token_ids = self._tokenizer.encode(text, add_special_tokens=False).ids
-        if options.get("finish_reason", STOP) == STOP:
-            token_ids = [*token_ids, EOS]
-        self.answer = Answer(token_ids, **options)
-        return token_ids
-
-    def fail(self, code: int, message: str, **fields) -> None:
-        failure = engine_pb2.Failure(code=code, message=message, **fields)
-        self.answer = Answer([], failure=failure)
-
-    def break_sessions(self) -> None:
-        for news in self._sessions:
-            news.put_nowait(None)
-
-    async def Session(self, requests, context):
-        await self.accepts.wait()
-        news = asyncio.Queue()
-        self._sessions.append(news)
-        answers = {}
-        reader = asyncio.create_task(self._read(requests, news, answers))
-        try:
-            yield engine_pb2.SessionResponse()
-            while (response := await news.get()) is not None:
-                yield response
-        finally:
-            for task in (reader, *answers.values()):
-                task.cancel()
-            self._sessions.remove(news)
-
-    async def GetStatus(self, request, context):
-        return admin_pb2.GetStatusResponse(version="0", model="tiny", num_gateways=1)
-
-    async def _read(self, requests, news, answers):
-        async for request in requests:
-            for submit in request.submits:
-                self.submits.append(submit)
-                answers[submit.handle] = asyncio.create_task(self._answer(submit, news, self.answer, self.hold))
-            for handle in np.frombuffer(request.cancel_handles, "<u4").tolist():
-                self.cancels.append(handle)
-                answers[handle].cancel()
-            for handle in np.frombuffer(request.stop_handles, "<u4").tolist():
-                self.stops.append(handle)
-                answers[handle].cancel()
-
-    async def _answer(self, submit, news, answer, hold):
-        if submit.sampling_params.HasField("num_prompt_logprobs"):
-            prompt = np.frombuffer(submit.prompt_token_ids, "<i4").tolist()[1:]
-            table = logprob_table(prompt, submit.sampling_params.num_prompt_logprobs, answer.logprobs_of)
-            chunk = engine_pb2.PromptLogprobs(handle=submit.handle, start=1, table=table)
-            news.put_nowait(engine_pb2.SessionResponse(prompt_logprobs=[chunk]))
-        if answer.failure is not None:
-            failure = engine_pb2.Failure()
-            failure.CopyFrom(answer.failure)
-            failure.handle = submit.handle
-            news.put_nowait(engine_pb2.SessionResponse(failures=[failure]))
-            return
-        token_ids = answer.token_ids[: submit.sampling_params.max_tokens]
-        finish_reason = answer.finish_reason if token_ids == answer.token_ids else LENGTH
-        for start in range(0, len(token_ids), answer.tokens_per_message):
-            if answer.hold_after is not None and start >= answer.hold_after:
-                await hold.wait()
-            piece = token_ids[start : start + answer.tokens_per_message]
-            ends = start + len(piece) == len(token_ids)
-            news.put_nowait(_response(submit, piece, finish_reason if ends else 0, answer))
-            await asyncio.sleep(0)
-
-
-def _response(submit, token_ids, finish_reason, answer):
-    response = engine_pb2.SessionResponse(
-        handles=np.array([submit.handle], "<u4").tobytes(),
-        num_tokens=np.array([len(token_ids)], "<u4").tobytes(),
-        finish_reasons=bytes([finish_reason]),
-        token_ids=np.array(token_ids, "<i4").tobytes(),
-    )
-    if submit.sampling_params.HasField("num_logprobs"):
-        table = logprob_table(token_ids, submit.sampling_params.num_logprobs, answer.logprobs_of)
-        response.logprobs.add(entry=0, table=table)
-    return response
-
-
-def logprob_table(token_ids, num_top, logprobs):
-    """Each token is the second likeliest; the likeliest ones are the letters from "A" on."""
-    tops = list(range(LETTER_A, LETTER_A + num_top))
-    rows = [[token_id, *tops] for token_id in token_ids]
-    values = [[logprobs[1], *logprobs[:num_top]] for _ in token_ids]
-    return sampling_pb2.LogprobTable(
-        num_columns=1 + num_top,
-        token_ids=np.array(rows, "<i4").tobytes(),
-        logprobs=np.array(values, "<f4").tobytes(),
-        ranks=np.full(len(token_ids), 2, "<i4").tobytes(),
-    )
 
 
 class EventLoopThread:

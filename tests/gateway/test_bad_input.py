@@ -17,7 +17,10 @@ NAN, INFINITY = float("nan"), float("inf")
 
 # field: values, the same at both doors.
 BAD_SAMPLING = {
-    "n": [0, 2, -1],
+    "n": [0, -1, 129],
+    "best_of": [0, -1, 129],
+    "num_beams": [-1, 65],
+    "length_penalty": [-10.5, 10.5, NAN, 2.0],  # the last for want of beams
     "temperature": [-0.5, NAN, INFINITY, 101],
     "top_p": [0, -0.1, 1.5, NAN, 1e-50],
     "top_k": [-2],
@@ -193,8 +196,6 @@ def test_prompt_and_max_tokens_over_the_context(gateway):
         ("prompt", {"prompt": 5}),
         ("prompt", {"prompt": "fox " * 300}),
         ("suffix", {"prompt": "a", "suffix": "b"}),
-        ("best_of", {"prompt": "a", "best_of": 2}),
-        ("use_beam_search", {"prompt": "a", "use_beam_search": True}),
         ("logit_bias", {"prompt": "a", "logit_bias": {"a": 1}}),
         ("logit_bias", {"prompt": "a", "logit_bias": {"1_0": 1}}),
         ("logit_bias", {"prompt": "a", "logit_bias": {"5": "1"}}),

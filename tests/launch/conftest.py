@@ -63,6 +63,24 @@ def make_deltas(text, size=2, finish_reason=generation_pb2.FINISH_REASON_LENGTH)
         yield response
 
 
+def make_samples(*texts, scores=()):
+    """Several whole samples in one response, as OUTPUT_MODE_FINAL gives them."""
+    response = generation_pb2.GenerateResponse(request_id="r", prompt_token_ids=[72, 105])
+    for index, text in enumerate(texts):
+        output = response.outputs.add(index=index, text=text, token_ids=map(ord, text))
+        output.finish_reason = generation_pb2.FINISH_REASON_STOP
+        if scores:
+            output.beam_score = scores[index]
+    response.usage.completion_tokens = sum(map(len, texts))
+    response.usage.cached_tokens = 1
+    yield response
+
+
+@pytest.fixture
+def samples():
+    return make_samples
+
+
 @pytest.fixture
 def deltas():
     return make_deltas

@@ -93,3 +93,17 @@ def test_a_client_goes_on_after_a_failure(fake_server, make_client, deltas):
         client.run(make_requests(3), lambda output: None)
     fake_server.answer = lambda request: deltas("x")
     assert len(client.run(make_requests(3), lambda output: None)) == 3
+
+
+def test_several_outputs_a_request(fake_server, make_client, samples):
+    fake_server.answer = lambda request: samples(request.text, "b", "c")
+    done = []
+    outputs = make_client().run(make_requests(3), done.append)
+    assert [[sample.text for sample in output.outputs] for output in outputs] == [
+        [f"prompt {index}", "b", "c"] for index in range(3)
+    ]
+    assert sorted(output.prompt for output in done) == [f"prompt {index}" for index in range(3)]
+
+
+def test_detokenize(make_client):
+    assert make_client().detokenize([[97, 98], [99]]) == ["ab", "c"]

@@ -54,6 +54,12 @@ def test_serve_offers_every_option(capsys):
         (["generate", "hi", "--token-ids", "1"], 1, "not both"),
         (["generate", "--token-ids", "1;2"], 1, "integers and commas"),
         (["generate", "hi", "--temperature", "-1"], 1, "temperature"),
+        (["generate", "hi", "--n", "2"], 1, "set a temperature"),
+        (["generate", "hi", "--n", "129", "--temperature", "1"], 1, "n must be in"),
+        (["generate", "hi", "--num-beams", "1"], 1, "beam_width"),
+        (["generate", "hi", "--num-beams", "2", "--n", "3"], 1, "at least n"),
+        (["generate", "hi", "--num-beams", "2", "--temperature", "1"], 1, "--temperature"),
+        (["generate", "hi", "--num-beams", "2", "--seed", "1"], 1, "--seed"),
     ],
 )
 def test_an_error_is_one_line(capsys, arguments, status, reason):
@@ -79,6 +85,20 @@ def test_generate_prints_token_ids_where_there_is_no_text(capsys, fake_server, d
     fake_server.answer = answer
     assert run(["generate", "--token-ids", "1,2", "--address", fake_server.address]) == 0
     assert capsys.readouterr().out == "97,98,99\n"
+
+
+def test_generate_prints_several_outputs(capsys, fake_server, samples):
+    fake_server.answer = lambda request: samples(
+        " upon", " there", scores=[-0.5, -1] * bool(request.sampling_params.num_beams)
+    )
+    arguments = ["generate", "Once", "--address", fake_server.address, "--n", "2"]
+    assert run([*arguments, "--temperature", "1", "--seed", "3"]) == 0
+    assert capsys.readouterr().out == "[0]  upon\n[1]  there\n"
+    assert run([*arguments, "--num-beams", "4"]) == 0
+    assert capsys.readouterr().out == "[0] (-0.5000)  upon\n[1] (-1.0000)  there\n"
+    sampled, searched = (request.sampling_params for request in fake_server.requests)
+    assert (sampled.n, sampled.num_beams, sampled.seed) == (2, 0, 3)
+    assert (searched.n, searched.num_beams, searched.max_tokens) == (2, 4, 256)
 
 
 def test_a_servers_refusal_is_one_line(capsys, fake_server):
@@ -136,9 +156,67 @@ def test_status_of_a_group_that_starts(capsys, fake_server):
     assert "starting" in capsys.readouterr().out
 
 
+def test_status_shows_what_blocks_hold(capsys, fake_server):
+    status = admin_pb2.GetStatusResponse()
+    group = status.groups.add(group_id=3, num_blocks=100, num_free_blocks=60, block_size=16)
+    group.blocks.num_used, group.blocks.num_shared, group.blocks.num_cached = 40, 7, 25
+    group.blocks.num_table_entries, group.blocks.num_empty_places = 50, 24
+    group.blocks.num_host, group.blocks.num_host_used, group.blocks.num_in_transfer = 200, 11, 5
+    counters = group.block_counters
+    counters.num_looked_up_tokens, counters.num_device_hit_tokens, counters.num_host_hit_tokens = 1000, 345, 55
+    counters.sum_used, counters.sum_table_entries, counters.sum_empty_places = 900, 1000, 320
+    counters.num_copied_blocks, counters.num_evicted_blocks = 71, 72
+    counters.num_saved_blocks, counters.num_loaded_blocks = 73, 74
+    fake_server.status = status
+    assert run(["status", "--blocks", "--address", fake_server.address]) == 0
+    out = capsys.readouterr().out
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if line.startswith("│")]
+    assert cells == [
+        ["blocks", "100 x 16"],
+        ["used", "40 (40%)"],
+        ["shared", "7"],
+        ["free", "60 (60%)"],
+        ["cached", "25 (25%)"],
+        ["in transfer", "5"],
+        ["on the host", "11 of 200"],
+        ["entries of block tables", "50"],
+        ["empty places", "24"],
+        ["fragmentation", "3.0%"],
+        ["saved by sharing", "20.0%"],
+        ["since the start", ""],
+        ["fragmentation, mean", "2.0%"],
+        ["saved by sharing, mean", "10.0%"],
+        ["prompt tokens looked up", "1000"],
+        ["found on the device", "34.5%"],
+        ["found on the host", "5.5%"],
+        ["blocks copied on write", "71"],
+        ["saved to the host", "73"],
+        ["loaded from the host", "74"],
+        ["cached, then evicted", "72"],
+    ]
+
+
+def test_status_of_the_blocks_of_many_groups(capsys, fake_server):
+    for group_id in range(10):
+        fake_server.status.groups.add(group_id=group_id, num_blocks=123456, num_free_blocks=1, block_size=16)
+    assert run(["status", "--blocks", "--address", fake_server.address]) == 0
+    out = capsys.readouterr().out
+    assert [f"group {group_id}" for group_id in range(10) if f"group {group_id}" not in out] == []
+    assert out.count("123456 x 16") == 10
+
+
+def test_status_of_blocks_without_a_host_tier(capsys, fake_server):
+    fake_server.status.groups.add(group_id=0, state=admin_pb2.GROUP_STATE_STARTING)
+    assert run(["status", "--blocks", "--address", fake_server.address]) == 0
+    assert "none" in capsys.readouterr().out
+    fake_server.status.ClearField("groups")
+    assert run(["status", "--blocks", "--address", fake_server.address]) == 0
+    assert "no worker groups" in capsys.readouterr().out
+
+
 def test_neither_the_package_nor_the_command_line_loads_torch_or_ray():
     program = (
-        "import sys, json, octavo, octavo.launch.cli; octavo.Client, octavo.SamplingParams;"
+        "import sys, json, octavo, octavo.launch.cli; octavo.Client, octavo.SamplingParams, octavo.BeamSearchParams;"
         "print(json.dumps([name for name in ('torch', 'ray', 'transformers') if name in sys.modules]))"
     )
     answer = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, check=True)

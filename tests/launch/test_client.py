@@ -12,6 +12,7 @@ from octavo.errors import (
     ResourceExhaustedError,
     UnavailableError,
 )
+from octavo.launch.beam_search import BeamSearchParams
 from octavo.launch.client import Client
 from octavo.launch.prompts import RequestOptions
 from octavo.launch.sampling_params import SamplingParams
@@ -37,6 +38,46 @@ def test_stream_yields_what_is_new(client, fake_server, deltas):
     fake_server.answer = lambda request: deltas("hello")
     stream = client.stream("hi")
     assert [(delta.outputs[0].text, delta.finished) for delta in stream] == [("he", False), ("ll", False), ("o", True)]
+
+
+def test_several_samples_come_apart(client, fake_server):
+    def answer(request):
+        for indexes, ends in (((0, 2), False), ((1,), True), ((0, 2), True)):
+            response = generation_pb2.GenerateResponse(request_id="r")
+            for index in indexes:
+                response.outputs.add(index=index, text="abc"[index], token_ids=[index], finish_reason=int(ends))
+            yield response
+        yield generation_pb2.GenerateResponse(usage=generation_pb2.Usage(cached_tokens=16))
+
+    fake_server.answer = answer
+    deltas = list(client.stream("hi", SamplingParams(n=3)))
+    assert [[sample.index for sample in delta.outputs] for delta in deltas] == [[0, 2], [1], [0, 2], []]
+    output = client.generate("hi", SamplingParams(n=3, best_of=4))
+    assert [(sample.index, sample.text) for sample in output.outputs] == [(0, "aa"), (1, "b"), (2, "cc")]
+    assert output.num_cached_tokens == 16
+    streamed, whole = fake_server.requests
+    assert (streamed.sampling_params.n, streamed.output_mode) == (3, generation_pb2.OUTPUT_MODE_DELTA)
+    assert (whole.sampling_params.best_of, whole.output_mode) == (4, generation_pb2.OUTPUT_MODE_FINAL)
+
+
+def test_beams_come_with_their_scores(client, fake_server, samples):
+    fake_server.answer = lambda request: samples("ab", "c", scores=[-0.5, -1])
+    output = client.generate("hi", BeamSearchParams(3, 5, n=2))
+    assert [(sample.text, sample.beam_score) for sample in output.outputs] == [("ab", -0.5), ("c", -1)]
+    [request] = fake_server.requests
+    assert (request.sampling_params.num_beams, request.sampling_params.n) == (3, 2)
+    assert request.output_mode == generation_pb2.OUTPUT_MODE_FINAL
+
+
+def test_a_cache_salt_is_the_options_or_the_prompts(client, fake_server, samples):
+    fake_server.answer = lambda request: samples("x")
+    client.generate("hi", options=RequestOptions(cache_salt="mine"))
+    client.generate({"prompt": "hi", "cache_salt": "mine"})
+    client.generate({"prompt_token_ids": [1], "cache_salt": "mine"}, options=RequestOptions(cache_salt="mine"))
+    assert [request.cache_salt for request in fake_server.requests] == ["mine"] * 3
+    for salt in ("other", 5):
+        with pytest.raises(InvalidArgumentError, match="cache_salt"):
+            client.generate({"prompt": "hi", "cache_salt": salt}, options=RequestOptions(cache_salt="mine"))
 
 
 def test_a_stop_string_and_logprobs_come_through(client, fake_server):

@@ -4,10 +4,17 @@ import math
 
 import pytest
 from octavo.errors import InvalidArgumentError
+from octavo.gateway.samples import check_samples
 from octavo.gateway.sampling import ModelLimits, SamplingRequest, resolve_sampling
 from octavo.launch.sampling_params import SamplingParams
 
 _LIMITS = ModelLimits(max_model_len=2**31, vocab_size=100, eos_token_ids=frozenset(), text=None)
+
+
+def check_as_the_server(**fields):
+    request = SamplingRequest(**fields)
+    check_samples(request, _LIMITS.vocab_size)
+    resolve_sampling(request, 1, _LIMITS, lambda: 0)
 
 
 def is_refused(make):
@@ -33,27 +40,40 @@ def is_refused(make):
         ("min_tokens", [-1, 0, 1]),
         ("logprobs", [-1, 0, 20, 21]),
         ("prompt_logprobs", [-1, 0, 20, 21]),
-        ("n", [1, 2]),
+        ("n", [0, 1, 2, 128, 129]),
+        ("best_of", [0, 1, 2, 128, 129]),
     ],
 )
 def test_the_bounds_are_the_servers(name, values):
     for value in values:
         ours = is_refused(lambda value=value: SamplingParams(**{name: value}))
-        servers = is_refused(
-            lambda value=value: resolve_sampling(SamplingRequest(**{name: value}), 1, _LIMITS, lambda: 0)
-        )
+        servers = is_refused(lambda value=value: check_as_the_server(**{name: value}))
         assert ours == servers, value
         assert ours in (None, name)
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("n", 2), ("best_of", 2), ("use_beam_search", True), ("top_k", 1.5), ("max_tokens", "9"), ("seed", True)],
+    [("n", 2.0), ("best_of", "2"), ("top_k", 1.5), ("max_tokens", "9"), ("seed", True)],
 )
-def test_what_is_not_served_or_no_number_is_refused_by_name(field, value):
+def test_what_is_no_number_is_refused_by_name(field, value):
     with pytest.raises(InvalidArgumentError, match=field) as refusal:
         SamplingParams(**{field: value})
     assert refusal.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("best_of", {"n": 3, "best_of": 2}),
+        ("n", {"n": 2, "temperature": 0}),
+        ("best_of", {"best_of": 2, "temperature": 0}),
+        ("n", {"n": 2, "best_of": 2, "temperature": 1e-6}),
+    ],
+)
+def test_samples_that_make_no_sense_are_refused_as_by_the_server(name, fields):
+    assert is_refused(lambda: SamplingParams(**fields)) == name
+    assert is_refused(lambda: check_as_the_server(**fields)) == name
 
 
 def test_min_tokens_over_max_tokens_is_refused():
@@ -76,6 +96,8 @@ def test_no_max_tokens_is_up_to_the_context():
 
 def test_every_field_reaches_the_wire():
     proto = SamplingParams(
+        n=2,
+        best_of=5,
         presence_penalty=0.5,
         frequency_penalty=0.25,
         repetition_penalty=1.5,
@@ -96,6 +118,7 @@ def test_every_field_reaches_the_wire():
         include_stop_str_in_output=True,
         skip_special_tokens=False,
     ).to_proto()
+    assert (proto.n, proto.best_of) == (2, 5)
     assert (proto.presence_penalty, proto.frequency_penalty, proto.repetition_penalty) == (0.5, 0.25, 1.5)
     assert (proto.temperature, proto.top_p, proto.top_k, proto.min_p, proto.seed) == (0.75, 0.5, 3, 0.125, 7)
     assert (list(proto.stop), list(proto.stop_token_ids), list(proto.bad_words)) == (["end"], [4], ["bad"])

@@ -1,0 +1,51 @@
+"""Which requests are accepted: those that can be served by some group alone, however full it is now."""
+
+from collections.abc import Collection
+
+from ...errors import InvalidArgumentError
+from .block_manager import num_blocks_for
+from .scheduler_config import SchedulerConfig
+from .sequence_group import SequenceGroup
+from .worker_group import WorkerGroup
+
+
+def check_fits(samples: SequenceGroup, config: SchedulerConfig, groups: Collection[WorkerGroup]) -> None:
+    """Raises InvalidArgumentError, naming the field, for a request that could never run to its end."""
+    limit = config.max_model_len
+    num_prompt_tokens = len(samples.request.prompt_token_ids)
+    if not 0 < num_prompt_tokens < limit:
+        raise InvalidArgumentError(
+            f"the prompt has {num_prompt_tokens} tokens; it must have at least 1 and leave room for "
+            f"one more within the context length of {limit}",
+            field="prompt",
+        )
+    # The last token's KV is never written.
+    needed = num_blocks_for(samples.max_num_tokens - 1, config.block_size)
+    available = max((group.blocks.num_blocks for group in groups), default=0)
+    if groups and needed > available:
+        raise InvalidArgumentError(
+            f"prompt plus max_tokens need {needed} KV blocks of {config.block_size} tokens; a group has {available}",
+            field="max_tokens",
+        )
+    if samples.beams is not None:
+        _check_beams(samples, samples.beams.num_beams, needed, available if groups else None, config)
+
+
+def _check_beams(
+    samples: SequenceGroup, num_beams: int, needed: int, available: int | None, config: SchedulerConfig
+) -> None:
+    """Beams run together or not at all, and may have nothing in common when they come back from a preemption."""
+    if num_beams > config.max_num_seqs:
+        raise InvalidArgumentError(
+            f"num_beams ({num_beams}) must be at most max_num_seqs ({config.max_num_seqs})", field="num_beams"
+        )
+    if samples.request.num_samples > num_beams:
+        raise InvalidArgumentError(
+            f"num_beams ({num_beams}) must be at least n ({samples.request.num_samples})", field="num_beams"
+        )
+    if available is not None and num_beams * needed > available:
+        raise InvalidArgumentError(
+            f"{num_beams} beams of prompt plus max_tokens may need {num_beams * needed} KV blocks of "
+            f"{config.block_size} tokens; a group has {available}",
+            field="num_beams",
+        )

@@ -1,0 +1,45 @@
+"""Which group takes a waiting request: one that has room for it, where cached blocks and load together cost least."""
+
+from collections.abc import Collection
+
+from .sequence import Sequence
+from .worker_group import WorkerGroup
+
+# What one more running sequence costs a group, in prompt tokens: each of some hundred steps takes as much longer as two
+# prompt tokens do. So that many tokens found in its cache make up for a group's having one sequence more.
+_TOKENS_PER_SEQUENCE = 256
+
+
+def belongs(sequence: Sequence, group: WorkerGroup, groups: Collection[WorkerGroup], num_waiting: int) -> bool:
+    """Whether `group` is to take `sequence`: of the groups with room for it, one with less than its share of all.
+
+    A share, so that a group fills itself in one step while others are busy, and leaves as much to them. What a group's
+    cache has of the sequence counts against its load. One of the groups with room always qualifies.
+    """
+    if not has_room(group, sequence):
+        return False
+    candidates = [each for each in groups if each is group or has_room(each, sequence)]
+    if len(candidates) == 1:
+        return True
+    loads = {each.group_id: _load(each, sequence) for each in candidates}
+    return loads[group.group_id] * len(candidates) < num_waiting + sum(loads.values())
+
+
+def _load(group: WorkerGroup, sequence: Sequence) -> float:
+    """In sequences; less by what need not be computed there."""
+    num_hit_tokens = len(group.find_prefix(sequence)) * group.blocks.block_size
+    return len(group.running) - num_hit_tokens / _TOKENS_PER_SEQUENCE
+
+
+def has_room(group: WorkerGroup, sequence: Sequence) -> bool:
+    """For all its known tokens, and for a block more if others run there; for beams, for all of them together.
+
+    Without that block the newcomer would be preempted at the next block border.
+    """
+    beams = sequence.samples.beams
+    if group.num_free_slots < (1 if beams is None else beams.num_beams):
+        return False
+    together = [sequence] if beams is None else sequence.samples.sequences
+    # Of beams each is counted as if it were alone: how much they will share hangs on what is cached when they come.
+    needed = sum(group.blocks.num_needed_blocks(group.find_prefix(each), each.num_tokens) for each in together)
+    return needed + bool(group.running) <= group.blocks.num_free_blocks
