@@ -13,7 +13,23 @@ from .batch import AttentionBatch
 from .cpu_launch import LIKE, KernelThreads, address
 from .cpu_math import exp
 from .cpu_pointwise import load_up_to, store_up_to
-from .simd import fma, load, max_of, read_i32, read_i64, select_greater, splat_f32, store, sum_of
+from .simd import (
+    fma,
+    line_size,
+    load,
+    load_lanes,
+    max_of,
+    prefetch,
+    read_f32,
+    read_i32,
+    read_i64,
+    select_greater,
+    splat_f32,
+    store,
+    store_sums,
+    sum_of,
+    write_f32,
+)
 
 Tensor = torch.Tensor
 
@@ -60,64 +76,127 @@ def _rope_and_cache(  # type: ignore[no-untyped-def]  # noqa: ANN202
 
 
 @njit(cache=True, nogil=True)
-def _score_keys(q, keys, head, shape, table, num_keys, scores, like):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
-    """Scores of one row's keys; q: float32, padded with zeros to whole vectors."""
-    block_size, num_heads, head_dim = shape
-    whole = head_dim // 16 * 16
-    for start in range(0, num_keys, block_size):
-        key = (read_i32(table, start // block_size) * block_size * num_heads + head) * head_dim
-        for j in range(start, min(start + block_size, num_keys)):
-            total = splat_f32(0.0)
-            for i in range(0, whole, 16):
-                total = fma(load(q, i, np.float32(0)), load(keys, key + i, like), total)
-            if whole < head_dim:
-                rest = load_up_to(keys, key + whole, key + head_dim, like)
-                total = fma(load(q, whole, np.float32(0)), rest, total)
-            scores[j] = sum_of(total)
-            key += num_heads * head_dim
+def _fetch(place, index, size, like):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    """Has the core read ahead: it does not foresee where the next block lies."""
+    for i in range(0, size, line_size(like)):
+        prefetch(place, index + i, like)
+
+
+@njit(cache=True, nogil=True)
+def _score_block(q, keys, key, stride, head_dim, num_keys, scores, start, like):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    """scores[start:] of a block's keys for one head. q: float32, padded with zeros to whole vectors."""
+    whole, kind = head_dim // 16 * 16, np.float32(0)
+    for j in range(0, num_keys - 3, 4):
+        a = b = c = d = splat_f32(0.0)
+        for i in range(0, whole, 16):
+            part = load(q, i, kind)
+            a = fma(part, load(keys, key + i, like), a)
+            b = fma(part, load(keys, key + stride + i, like), b)
+            c = fma(part, load(keys, key + 2 * stride + i, like), c)
+            d = fma(part, load(keys, key + 3 * stride + i, like), d)
+        if whole < head_dim:
+            part = load(q, whole, kind)
+            a = fma(part, _rest_of(keys, key, head_dim, like), a)
+            b = fma(part, _rest_of(keys, key + stride, head_dim, like), b)
+            c = fma(part, _rest_of(keys, key + 2 * stride, head_dim, like), c)
+            d = fma(part, _rest_of(keys, key + 3 * stride, head_dim, like), d)
+        store_sums(scores, start + j, a, b, c, d)
+        key += 4 * stride
+    for j in range(num_keys // 4 * 4, num_keys):
+        a = splat_f32(0.0)
+        for i in range(0, head_dim, 16):
+            a = fma(load(q, i, kind), load_up_to(keys, key + i, key + head_dim, like), a)
+        write_f32(scores, start + j, sum_of(a))
+        key += stride
+
+
+@njit(cache=True, nogil=True)
+def _rest_of(place, index, head_dim, like):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    """The dimensions behind the last whole vector."""
+    return load_lanes(place, index + head_dim // 16 * 16, 0, head_dim % 16, splat_f32(0.0), like)
 
 
 @njit(cache=True, nogil=True)
 def _softmax(scores, num_keys):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
-    """Leaves exp(score - the greatest) in `scores`, which has room for whole vectors; returns their sum."""
-    memory, like = scores.ctypes.data, np.float32(0)
-    scores[num_keys : -(-num_keys // 16) * 16] = -np.inf
-    highest = splat_f32(-np.inf)
+    """Leaves exp(score - the greatest) of one head's scores, which fill whole vectors; returns their sum."""
+    like, infinite = np.float32(0), splat_f32(-np.inf)
+    if num_keys % 16:
+        last = num_keys // 16 * 16
+        store(scores, last, load_lanes(scores, last, 0, num_keys - last, infinite, like), like)
+    highest = infinite
     for i in range(0, num_keys, 16):
-        score = load(memory, i, like)
+        score = load(scores, i, like)
         highest = select_greater(score, highest, score, highest)
     highest = splat_f32(max_of(highest))
     total = splat_f32(0.0)
     for i in range(0, num_keys, 16):
-        weights = exp(load(memory, i, like) - highest)
-        store(memory, i, weights, like)
+        weights = exp(load(scores, i, like) - highest)
+        store(scores, i, weights, like)
         total = total + weights
     return sum_of(total)
 
 
 @njit(cache=True, nogil=True)
-def _sum_values(weights, values, head, shape, table, num_keys, first, like):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
-    """The weighted sums of 32 dimensions of one row's values from `first` on, two vectors."""
-    block_size, num_heads, head_dim = shape
-    stride = num_heads * head_dim
-    second = min(first + 16, (head_dim - 1) // 16 * 16)
-    # Two keys at a time in sums of their own, which need not wait for each other.
-    a = b = c = d = splat_f32(0.0)
-    for start in range(0, num_keys, block_size):
-        value = (read_i32(table, start // block_size) * block_size * num_heads + head) * head_dim
-        end = min(start + block_size, num_keys)
-        for j in range(start, end - 1, 2):
-            weight, other_weight, other = splat_f32(weights[j]), splat_f32(weights[j + 1]), value + stride
-            a = fma(load_up_to(values, value + first, value + head_dim, like), weight, a)
-            b = fma(load_up_to(values, value + second, value + head_dim, like), weight, b)
-            c = fma(load_up_to(values, other + first, other + head_dim, like), other_weight, c)
-            d = fma(load_up_to(values, other + second, other + head_dim, like), other_weight, d)
-            value = other + stride
-        if (end - start) % 2:
-            weight = splat_f32(weights[end - 1])
-            a = fma(load_up_to(values, value + first, value + head_dim, like), weight, a)
-            b = fma(load_up_to(values, value + second, value + head_dim, like), weight, b)
-    return a + c, b + d
+def _add_block(weights, start, values, value, stride, head_dim, num_keys, sums, like):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    """sums += the weighted values of a block for one head."""
+    kind = np.float32(0)
+    for i in range(0, head_dim, 32):
+        # Two keys at a time in sums of their own, which need not wait for each other.
+        first, second = value + i, value + min(i + 16, (head_dim - 1) // 16 * 16)
+        end = value + head_dim
+        a, b = load(sums, first - value, kind), load(sums, second - value, kind)
+        c = d = splat_f32(0.0)
+        for j in range(0, num_keys - 1, 2):
+            weight, other = splat_f32(read_f32(weights, start + j)), splat_f32(read_f32(weights, start + j + 1))
+            a = fma(load_up_to(values, first, end, like), weight, a)
+            b = fma(load_up_to(values, second, end, like), weight, b)
+            c = fma(load_up_to(values, first + stride, end + stride, like), other, c)
+            d = fma(load_up_to(values, second + stride, end + stride, like), other, d)
+            first, second, end = first + 2 * stride, second + 2 * stride, end + 2 * stride
+        if num_keys % 2:
+            weight = splat_f32(read_f32(weights, start + num_keys - 1))
+            a = fma(load_up_to(values, first, end, like), weight, a)
+            b = fma(load_up_to(values, second, end, like), weight, b)
+        store(sums, i, a + c, kind)
+        if i + 16 < head_dim:
+            store(sums, i + 16, b + d, kind)
+
+
+@njit(cache=True, nogil=True)
+def _attend_token(q, at, out, table, num_keys, caches, shape, num_heads, scale, scratch, like):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    """All heads of one query. They go through the blocks together, so that memory is read in the order it lies in."""
+    (k_cache, v_cache), (block_size, num_kv_heads, head_dim), kind = caches, shape, np.float32(0)
+    queries, sums, scores, totals, width, room = scratch
+    group, stride, part = num_heads // num_kv_heads, num_kv_heads * head_dim, block_size * head_dim
+    for head in range(num_heads):
+        for i in range(0, head_dim, 16):
+            query = load_up_to(q, at + head * head_dim + i, at + (head + 1) * head_dim, like)
+            store(queries, head * width + i, query * splat_f32(scale), kind)
+            store(sums, head * width + i, splat_f32(0.0), kind)
+    num_blocks = -(-num_keys // block_size)
+    for b in range(num_blocks):
+        block, keys_left = read_i32(table, b) * block_size * stride, min(block_size, num_keys - b * block_size)
+        ahead = read_i32(table, (b + 1) % num_blocks) * block_size * stride
+        for kv_head in range(num_kv_heads):
+            _fetch(k_cache if b + 1 < num_blocks else v_cache, ahead + kv_head * part, part, like)
+            for head in range(kv_head * group, (kv_head + 1) * group):
+                key, row = block + kv_head * head_dim, head * room + b * block_size
+                _score_block(queries + 4 * head * width, k_cache, key, stride, head_dim, keys_left, scores, row, like)
+    for head in range(num_heads):
+        write_f32(totals, head, _softmax(scores + 4 * head * room, num_keys))
+    for b in range(num_blocks):
+        block, keys_left = read_i32(table, b) * block_size * stride, min(block_size, num_keys - b * block_size)
+        ahead = read_i32(table, min(b + 1, num_blocks - 1)) * block_size * stride
+        for kv_head in range(num_kv_heads):
+            _fetch(v_cache, ahead + kv_head * part, part, like)
+            value = block + kv_head * head_dim
+            for head in range(kv_head * group, (kv_head + 1) * group):
+                row, total = head * room + b * block_size, sums + 4 * head * width
+                _add_block(scores, row, v_cache, value, stride, head_dim, keys_left, total, like)
+    for head in range(num_heads):
+        share, to = splat_f32(np.float32(1.0) / read_f32(totals, head)), at + head * head_dim
+        for i in range(0, head_dim, 16):
+            store_up_to(out, to + i, to + head_dim, load(sums, head * width + i, kind) * share, like)
 
 
 @njit(cache=True, nogil=True)
@@ -126,25 +205,17 @@ def _attend(  # type: ignore[no-untyped-def]  # noqa: ANN202
     start, end,  # noqa: ANN001
 ):  # fmt: skip
     """Of tokens [start, end)."""
-    _, num_kv_heads, head_dim = shape
-    scores = np.empty(_longest(positions, start, end) + 16, dtype=np.float32)
-    query = np.zeros(-(-head_dim // 16) * 16, dtype=np.float32)
+    width, room = -(-shape[2] // 16) * 16, -(-_longest(positions, start, end) // 16) * 16
+    memory = np.empty(num_heads * (2 * width + room + 1), dtype=np.float32)
+    queries = memory.ctypes.data
+    sums = queries + 4 * num_heads * width
+    scores = sums + 4 * num_heads * width
+    scratch = queries, sums, scores, scores + 4 * num_heads * room, width, room
     for row in range(num_rows):
         table = tables + 4 * max_blocks * read_i64(slots, row)
         for token in range(max(read_i32(starts, row), start), min(read_i32(starts, row + 1), end)):
-            num_keys = read_i64(positions, token) + 1
-            for head in range(num_heads):
-                at, kv_head = (token * num_heads + head) * head_dim, head // (num_heads // num_kv_heads)
-                for i in range(0, head_dim, 16):
-                    scaled = load_up_to(q, at + i, at + head_dim, like) * splat_f32(scale)
-                    store(query.ctypes.data, i, scaled, np.float32(0))
-                _score_keys(query.ctypes.data, k_cache, kv_head, shape, table, num_keys, scores, like)
-                share = splat_f32(1.0 / _softmax(scores, num_keys))
-                for i in range(0, head_dim, 32):
-                    a, b = _sum_values(scores, v_cache, kv_head, shape, table, num_keys, i, like)
-                    store_up_to(out, at + i, at + head_dim, a * share, like)
-                    if i + 16 < head_dim:
-                        store_up_to(out, at + i + 16, at + head_dim, b * share, like)
+            num_keys, at = read_i64(positions, token) + 1, token * num_heads * shape[2]
+            _attend_token(q, at, out, table, num_keys, (k_cache, v_cache), shape, num_heads, scale, scratch, like)
 
 
 @njit(cache=True, nogil=True)

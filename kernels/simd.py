@@ -322,3 +322,63 @@ def _reader(kind: Any, element: Any) -> Callable[..., Any]:  # noqa: ANN401
 read_f32 = _reader(types.float32, _F32)
 read_i32 = _reader(types.int32, _I32)
 read_i64 = _reader(types.int64, _I64)
+
+
+@intrinsic
+def write_f32(typing_context: Any, address: Any, index: Any, value: Any) -> Any:  # noqa: ANN401
+    """Writes one number."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:  # noqa: ANN401
+        builder.store(args[2], _pointer(builder, args[0], args[1], _F32, _F32), align=1)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.float32), generate
+
+
+@intrinsic
+def store_sums(typing_context: Any, address: Any, index: Any, a: Any, b: Any, c: Any, d: Any) -> Any:  # noqa: ANN401
+    """Stores the sums of four vectors, four float32 from `index` on: in a third of the steps that four sums take."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:  # noqa: ANN401
+        def added(x: Any, y: Any, *lanes: list[int]) -> Any:  # noqa: ANN401
+            """The sum of two choices of `lanes` of x and y."""
+            masks = (ir.Constant(ir.VectorType(_I32, len(chosen)), chosen) for chosen in lanes)
+            return builder.fadd(*(builder.shuffle_vector(x, y, mask) for mask in masks))
+
+        quarters = range(0, LANES, 4)
+        # Of each four lanes, what is left of x and y side by side.
+        low, high = (sum(([q + i, q + 16 + i, q + i + 1, q + 17 + i] for q in quarters), []) for i in (0, 2))
+        ab, cd = added(args[2], args[3], low, high), added(args[4], args[5], low, high)
+        low, high = (sum(([q + i, q + i + 1, q + 16 + i, q + 17 + i] for q in quarters), []) for i in (0, 2))
+        sums = added(ab, cd, low, high)
+        sums = added(sums, sums, list(range(8)), list(range(8, 16)))
+        sums = added(sums, sums, list(range(4)), list(range(4, 8)))
+        place = _pointer(builder, args[0], args[1], _F32, sums.type)
+        builder.store(sums, place, align=1)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, F32, F32, F32, F32), generate
+
+
+@intrinsic
+def line_size(typing_context: Any, like: Any) -> Any:  # noqa: ANN401
+    """Elements of a line of the core's cache, of 64 bytes."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:  # noqa: ANN401
+        return ir.Constant(_I64, 16 if _LIKE[like] == _F32 else 32)
+
+    return types.int64(like), generate
+
+
+@intrinsic
+def prefetch(typing_context: Any, address: Any, index: Any, like: Any) -> Any:  # noqa: ANN401
+    """Has the core begin to read the line of one element."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:  # noqa: ANN401
+        place = _pointer(builder, args[0], args[1], _LIKE[like], ir.IntType(8))
+        # To be read, into the nearest cache, data.
+        hints = [ir.Constant(_I32, hint) for hint in (0, 3, 1)]
+        _call(builder, "llvm.prefetch", ir.VoidType(), [place, *hints], "p0")
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, like), generate
