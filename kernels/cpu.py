@@ -49,7 +49,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
     """As kernels.reference.linear, for a weight that `pack_weight` gave, and for any other."""
     if not weight.is_mkldnn:
         return reference.linear(x, weight, bias)
-    num_tokens = len(x)
+    num_tokens = x.shape[0]
     if (num_rows := padded_size(num_tokens)) != num_tokens:
         x = F.pad(x, (0, 0, 0, num_rows - num_tokens))
     # The last three: an operation on the result and its arguments; none.

@@ -13,21 +13,17 @@ from .batch import AttentionBatch
 from .cpu_launch import LIKE, KernelThreads, address
 from .cpu_math import exp
 from .cpu_pointwise import load_up_to, store_up_to
-from .simd import (
-    fma,
+from .simd import fma, max_of, select_greater, splat_f32, sum_of
+from .simd_memory import (
     line_size,
     load,
     load_lanes,
-    max_of,
     prefetch,
     read_f32,
     read_i32,
     read_i64,
-    select_greater,
-    splat_f32,
     store,
     store_sums,
-    sum_of,
     write_f32,
 )
 
@@ -40,7 +36,7 @@ _KEY_NS = 0.3  # for each key and sixteen of a head's dimensions, about
 
 
 @njit(cache=True, nogil=True)
-def _rotate(source, at, cos, sin, angle, half, target, to, like):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+def _rotate(source, at, cos, sin, angle, half, target, to, like):
     """One head, whose position's cos and sin begin at `angle`; the first half of sin is negated."""
     for i in range(0, half, 16):
         first = load_up_to(source, at + i, at + half, like)
@@ -54,8 +50,20 @@ def _rotate(source, at, cos, sin, angle, half, target, to, like):  # type: ignor
 
 
 @njit(cache=True, nogil=True)
-def _rope_and_cache(  # type: ignore[no-untyped-def]  # noqa: ANN202
-    qkv, cos, sin, q, k_cache, v_cache, kv_indices, num_heads, num_kv_heads, head_dim, like, start, end  # noqa: ANN001
+def _rope_and_cache(
+    qkv,
+    cos,
+    sin,
+    q,
+    k_cache,
+    v_cache,
+    kv_indices,
+    num_heads,
+    num_kv_heads,
+    head_dim,
+    like,
+    start,
+    end,
 ):
     """Of tokens [start, end)."""
     half, size = head_dim // 2, num_kv_heads * head_dim
@@ -76,14 +84,14 @@ def _rope_and_cache(  # type: ignore[no-untyped-def]  # noqa: ANN202
 
 
 @njit(cache=True, nogil=True)
-def _fetch(place, index, size, like):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+def _fetch(place, index, size, like):
     """Has the core read ahead: it does not foresee where the next block lies."""
     for i in range(0, size, line_size(like)):
         prefetch(place, index + i, like)
 
 
 @njit(cache=True, nogil=True)
-def _score_block(q, keys, key, stride, head_dim, num_keys, scores, start, like):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+def _score_block(q, keys, key, stride, head_dim, num_keys, scores, start, like):
     """scores[start:] of a block's keys for one head. q: float32, padded with zeros to whole vectors."""
     whole, kind = head_dim // 16 * 16, np.float32(0)
     for j in range(0, num_keys - 3, 4):
@@ -111,13 +119,13 @@ def _score_block(q, keys, key, stride, head_dim, num_keys, scores, start, like):
 
 
 @njit(cache=True, nogil=True)
-def _rest_of(place, index, head_dim, like):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+def _rest_of(place, index, head_dim, like):
     """The dimensions behind the last whole vector."""
     return load_lanes(place, index + head_dim // 16 * 16, 0, head_dim % 16, splat_f32(0.0), like)
 
 
 @njit(cache=True, nogil=True)
-def _softmax(scores, num_keys):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+def _softmax(scores, num_keys):
     """Leaves exp(score - the greatest) of one head's scores, which fill whole vectors; returns their sum."""
     like, infinite = np.float32(0), splat_f32(-np.inf)
     if num_keys % 16:
@@ -137,7 +145,7 @@ def _softmax(scores, num_keys):  # type: ignore[no-untyped-def]  # noqa: ANN001,
 
 
 @njit(cache=True, nogil=True)
-def _add_block(weights, start, values, value, stride, head_dim, num_keys, sums, like):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+def _add_block(weights, start, values, value, stride, head_dim, num_keys, sums, like):
     """sums += the weighted values of a block for one head."""
     kind = np.float32(0)
     for i in range(0, head_dim, 32):
@@ -163,8 +171,11 @@ def _add_block(weights, start, values, value, stride, head_dim, num_keys, sums, 
 
 
 @njit(cache=True, nogil=True)
-def _attend_token(q, at, out, table, num_keys, caches, shape, num_heads, scale, scratch, like):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
-    """All heads of one query. They go through the blocks together, so that memory is read in the order it lies in."""
+def _attend_token(q, at, out, table, num_keys, following, caches, shape, num_heads, scale, scratch, like):
+    """All heads of one query. They go through the blocks together, so that memory is read in the order it lies in.
+
+    `following`: the block of keys that is read next; -1 if the blocks have just been read, and are not to be fetched.
+    """
     (k_cache, v_cache), (block_size, num_kv_heads, head_dim), kind = caches, shape, np.float32(0)
     queries, sums, scores, totals, width, room = scratch
     group, stride, part = num_heads // num_kv_heads, num_kv_heads * head_dim, block_size * head_dim
@@ -178,7 +189,8 @@ def _attend_token(q, at, out, table, num_keys, caches, shape, num_heads, scale, 
         block, keys_left = read_i32(table, b) * block_size * stride, min(block_size, num_keys - b * block_size)
         ahead = read_i32(table, (b + 1) % num_blocks) * block_size * stride
         for kv_head in range(num_kv_heads):
-            _fetch(k_cache if b + 1 < num_blocks else v_cache, ahead + kv_head * part, part, like)
+            if following >= 0:
+                _fetch(k_cache if b + 1 < num_blocks else v_cache, ahead + kv_head * part, part, like)
             for head in range(kv_head * group, (kv_head + 1) * group):
                 key, row = block + kv_head * head_dim, head * room + b * block_size
                 _score_block(queries + 4 * head * width, k_cache, key, stride, head_dim, keys_left, scores, row, like)
@@ -186,9 +198,10 @@ def _attend_token(q, at, out, table, num_keys, caches, shape, num_heads, scale, 
         write_f32(totals, head, _softmax(scores + 4 * head * room, num_keys))
     for b in range(num_blocks):
         block, keys_left = read_i32(table, b) * block_size * stride, min(block_size, num_keys - b * block_size)
-        ahead = read_i32(table, min(b + 1, num_blocks - 1)) * block_size * stride
+        ahead = (read_i32(table, b + 1) if b + 1 < num_blocks else following) * block_size * stride
         for kv_head in range(num_kv_heads):
-            _fetch(v_cache, ahead + kv_head * part, part, like)
+            if following >= 0:
+                _fetch(v_cache if b + 1 < num_blocks else k_cache, ahead + kv_head * part, part, like)
             value = block + kv_head * head_dim
             for head in range(kv_head * group, (kv_head + 1) * group):
                 row, total = head * room + b * block_size, sums + 4 * head * width
@@ -200,9 +213,9 @@ def _attend_token(q, at, out, table, num_keys, caches, shape, num_heads, scale, 
 
 
 @njit(cache=True, nogil=True)
-def _attend(  # type: ignore[no-untyped-def]  # noqa: ANN202
-    q, k_cache, v_cache, out, tables, slots, starts, positions, num_rows, max_blocks, num_heads, shape, scale, like,  # noqa: ANN001
-    start, end,  # noqa: ANN001
+def _attend(
+    q, k_cache, v_cache, out, tables, slots, starts, positions, num_rows, max_blocks, num_heads, shape, scale, like,
+    start, end,
 ):  # fmt: skip
     """Of tokens [start, end)."""
     width, room = -(-shape[2] // 16) * 16, -(-_longest(positions, start, end) // 16) * 16
@@ -213,13 +226,16 @@ def _attend(  # type: ignore[no-untyped-def]  # noqa: ANN202
     scratch = queries, sums, scores, scores + 4 * num_heads * room, width, room
     for row in range(num_rows):
         table = tables + 4 * max_blocks * read_i64(slots, row)
+        following = read_i32(tables + 4 * max_blocks * read_i64(slots, min(row + 1, num_rows - 1)), 0)
         for token in range(max(read_i32(starts, row), start), min(read_i32(starts, row + 1), end)):
             num_keys, at = read_i64(positions, token) + 1, token * num_heads * shape[2]
-            _attend_token(q, at, out, table, num_keys, (k_cache, v_cache), shape, num_heads, scale, scratch, like)
+            caches = k_cache, v_cache
+            _attend_token(q, at, out, table, num_keys, following, caches, shape, num_heads, scale, scratch, like)
+            following = -1
 
 
 @njit(cache=True, nogil=True)
-def _longest(positions, start, end):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+def _longest(positions, start, end):
     longest = 0
     for token in range(start, end):
         longest = max(longest, read_i64(positions, token) + 1)

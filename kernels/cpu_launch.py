@@ -24,25 +24,27 @@ def address(tensor: torch.Tensor) -> int:
 class KernelThreads:
     """Splits a kernel's rows over as many threads as torch may use on the calling one, itself among them."""
 
-    def __init__(self) -> None:
+    def __init__(self, least_work: float = _LEAST_WORK_PER_THREAD) -> None:
+        """`least_work`: what a thread gets at least, in the units of `run`."""
+        self._least_work = least_work
         self._pool: ThreadPoolExecutor | None = None
         self._pool_size = 0
 
     def run(self, kernel: Callable[..., None], args: tuple[Any, ...], num_rows: int, work: float) -> None:
         """kernel(*args, start, end) over [0, num_rows), rows that take about equally long, `work` in all."""
-        num_parts = self.num_parts(work)
-        if num_parts == 1:
+        num_parts = min(num_rows, self._num_parts(work))
+        if num_parts <= 1:
             kernel(*args, 0, num_rows)
         else:
-            self.run_parts(kernel, args, [num_rows * part // num_parts for part in range(num_parts + 1)])
+            self._run_parts(kernel, args, [num_rows * part // num_parts for part in range(num_parts + 1)])
 
-    def num_parts(self, work: float) -> int:
+    def _num_parts(self, work: float) -> int:
         """How many threads are worth their start for `work`."""
-        if work < 2 * _LEAST_WORK_PER_THREAD:
+        if work < 2 * self._least_work:
             return 1
-        return max(1, min(torch.get_num_threads(), int(work) // _LEAST_WORK_PER_THREAD))
+        return min(torch.get_num_threads(), int(work / self._least_work))
 
-    def run_parts(self, kernel: Callable[..., None], args: tuple[Any, ...], bounds: Sequence[int]) -> None:
+    def _run_parts(self, kernel: Callable[..., None], args: tuple[Any, ...], bounds: Sequence[int]) -> None:
         """kernel(*args, start, end) of each two bounds that follow each other, side by side."""
         own, *others = pairwise(bounds)
         pool = self._pool_of(len(others)) if others else None

@@ -1,5 +1,5 @@
-"""exp and log of sixteen float32 at once: polynomials of Cephes' expf and logf (Moshier, 1989), to about one unit in the
-last place. The same argument gives the same result in any lane."""
+"""exp and log of sixteen float32 at once: polynomials of Cephes' expf and logf (Moshier, 1989), to about one unit in
+the last place. The same argument gives the same result in any lane."""
 
 from numba import njit
 
@@ -7,7 +7,7 @@ from .simd import bits_of_f32, f32_of_bits, f32_of_i32, fma, select_less, splat_
 
 
 @njit(cache=True, nogil=True)
-def exp(x):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201 (vectors)
+def exp(x):
     """e ** x; what would leave the range of normal numbers is taken for its end. A NaN stays one."""
     x = select_less(splat_f32(88.0), x, splat_f32(88.0), x)
     x = select_less(x, splat_f32(-87.0), splat_f32(-87.0), x)
@@ -27,7 +27,7 @@ def exp(x):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201 (vectors)
 
 
 @njit(cache=True, nogil=True)
-def log(x):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+def log(x):
     """The natural logarithm of positive normal numbers."""
     # x = 2 ** exponent * (1 + f), 1 + f in [1 / sqrt(2), sqrt(2)).
     bits = bits_of_f32(x)

@@ -8,9 +8,10 @@ import math
 import torch
 from numba import njit
 
-from .cpu_math import exp
 from .cpu_launch import LIKE, KernelThreads, address
-from .simd import fma, load, load_lanes, splat_f32, store, store_lanes, sum_of
+from .cpu_math import exp
+from .simd import fma, splat_f32, sum_of
+from .simd_memory import load, load_lanes, store, store_lanes
 
 Tensor = torch.Tensor
 
@@ -18,7 +19,7 @@ _NORM_NS, _SILU_NS = 0.2, 0.5  # for each element, about
 
 
 @njit(cache=True, nogil=True)
-def load_up_to(place, index, end, like):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+def load_up_to(place, index, end, like):
     """Sixteen elements from `index` on; zeros for those from `end` on."""
     if index + 16 <= end:
         return load(place, index, like)
@@ -26,7 +27,7 @@ def load_up_to(place, index, end, like):  # type: ignore[no-untyped-def]  # noqa
 
 
 @njit(cache=True, nogil=True)
-def store_up_to(place, index, end, value, like):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+def store_up_to(place, index, end, value, like):
     if index + 16 <= end:
         store(place, index, value, like)
     else:
@@ -34,7 +35,7 @@ def store_up_to(place, index, end, value, like):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _add_rms_norm(x, residual, weight, total, normed, size, eps, like, start, end):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+def _add_rms_norm(x, residual, weight, total, normed, size, eps, like, start, end):
     """Rows [start, end). A `residual` of 0: there is none, and no total is written."""
     for row in range(start, end):
         first, last = row * size, (row + 1) * size
@@ -53,7 +54,7 @@ def _add_rms_norm(x, residual, weight, total, normed, size, eps, like, start, en
 
 
 @njit(cache=True, nogil=True)
-def _silu_and_mul(gate_up, out, size, like, start, end):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+def _silu_and_mul(gate_up, out, size, like, start, end):
     for row in range(start, end):
         gates, ups, outs = 2 * row * size, (2 * row + 1) * size, row * size
         for i in range(0, size, 16):

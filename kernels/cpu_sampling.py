@@ -19,17 +19,13 @@ from .simd import (
     interleave_high,
     interleave_low,
     iota,
-    load,
-    load_lanes,
-    read_f32,
-    read_i64,
     select_greater,
     select_less,
     splat_f32,
     splat_i32,
     splat_u64,
-    store,
 )
+from .simd_memory import load, load_lanes, read_f32, read_i64, store
 
 Tensor = torch.Tensor
 
@@ -38,7 +34,7 @@ _DRAW_NS = 1.0  # for each logit, about
 
 
 @njit(cache=True, nogil=True)
-def _philox(position, groups, key0, key1):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+def _philox(position, groups, key0, key1):
     """Four words for each of eight groups, in the low halves: their counters are (position, group, 0, 0)."""
     mask = splat_u64(0xFFFFFFFF)
     c0, c1, c2, c3 = splat_u64(position), groups, splat_u64(0), splat_u64(0)
@@ -51,7 +47,7 @@ def _philox(position, groups, key0, key1):  # type: ignore[no-untyped-def]  # no
 
 
 @njit(cache=True, nogil=True)
-def _gumbel(words):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+def _gumbel(words):
     uniform = (f32_of_u32(words) + splat_f32(0.5)) * splat_f32(2.0**-32)
     # The largest words round up to 1.0, whose noise would be infinite.
     largest = splat_f32(1.0 - 2.0**-24)
@@ -64,14 +60,14 @@ def _gumbel(words):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
 
 
 @njit(cache=True, nogil=True)
-def _tempered(logits, inverse_temperature):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+def _tempered(logits, inverse_temperature):
     """Infinite ones too: the greatest float for +inf. A NaN stays one."""
     scores, largest = logits * inverse_temperature, splat_f32(_LARGEST)
     return select_greater(scores, largest, largest, scores)
 
 
 @njit(cache=True, nogil=True)
-def _read_logits(logits, row, column, size, like):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+def _read_logits(logits, row, column, size, like):
     """Those of columns [column, column + 16) that are there; -inf for others."""
     if column >= 0 and column + 16 <= size:
         return load(logits, row + column, like)
@@ -79,7 +75,7 @@ def _read_logits(logits, row, column, size, like):  # type: ignore[no-untyped-de
 
 
 @njit(cache=True, nogil=True)
-def _find_best(logits, temperatures, seeds, positions, scores, columns, size, first, like, start, end):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+def _find_best(logits, temperatures, seeds, positions, scores, columns, size, first, like, start, end):
     """Of rows [start, end). `first` is the token of column 0."""
     lead = first % 4
     best_lanes, column_lanes = np.empty(16, dtype=np.float32), np.empty(16, dtype=np.float32)

@@ -48,7 +48,7 @@ class Attention:
 
     def attend(self, qkv: Tensor, step: "Step", cache: tuple[Tensor, Tensor]) -> Tensor:
         """What lies between the two projections: [num_tokens, heads of q, k and v] to [num_tokens, heads of q]."""
-        heads = qkv.view(len(qkv), -1, self.head_dim)
+        heads = qkv.view(qkv.shape[0], -1, self.head_dim)
         return self.ops.attention(
             heads, step.rope, cache, step.kv_indices, step.plan, self.num_heads, self.scale
         ).flatten(1)
