@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from octavo.kernels import cpu_attention, cpu_pointwise, cpu_sampling, reference
+from octavo.kernels import cpu_attention, cpu_linear, cpu_pointwise, cpu_sampling, reference
 from octavo.kernels.batch import AttentionBatch
+from octavo.kernels.cpu import CpuOperations
 from octavo.kernels.cpu_launch import KernelThreads
 from octavo.workers.parallel import TensorParallel
 from octavo.workers.sampler.gumbel import gumbel_noise
@@ -34,6 +35,33 @@ def close(dtype, num_terms=1):
     if dtype == torch.bfloat16:
         return {"rtol": 2 * torch.finfo(dtype).eps, "atol": torch.finfo(dtype).eps}
     return {"rtol": 2e-6 * num_terms**0.5, "atol": 1e-6 * num_terms**0.5}
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize(("in_size", "out_size"), [(1, 32), (7, 96), (65, 64), (704, 256)])
+@pytest.mark.parametrize("num_tokens", [1, 2, 3, 8, 15, 64, 79, 129])
+def test_linear(threads, num_tokens, in_size, out_size, has_bias):
+    x, weight = torch.randn(num_tokens, in_size), torch.randn(out_size, in_size)
+    bias = torch.randn(out_size) if has_bias else None
+    product = cpu_linear.linear(threads, x, cpu_linear.pack(weight), bias)
+    expected = torch.nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    # Each rounding is of a partial sum about the square root of its terms; they add up as in a random walk.
+    torch.testing.assert_close(product.double(), expected, rtol=0, atol=3e-7 * in_size + 1e-6)
+
+
+def test_linear_takes_a_view_of_tokens():
+    x, weight = torch.randn(5, 48)[:, ::2], torch.randn(32, 24)
+    expected = reference.linear(x, weight, None)
+    torch.testing.assert_close(cpu_linear.linear(KernelThreads(), x, cpu_linear.pack(weight), None), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("out_size", [64, 70])
+def test_operations_multiply_with_what_they_packed(dtype, out_size):
+    ops, x, weight = CpuOperations(), torch.randn(5, 24).to(dtype), torch.randn(out_size, 24).to(dtype)
+    product = ops.linear(x, ops.pack_weight(weight.clone()), None)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(product.float(), reference.linear(x.float(), weight.float(), None), rtol=eps, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (5, 257), (33, 64)])
