@@ -3,7 +3,8 @@
 LLVM fits them to the CPU: one AVX-512 register, two of AVX2, four of SSE or NEON. Written out because LLVM finds
 little of this by itself: not sums over a few numbers, and not loops as short as a head or a block.
 
-simd_memory.py has what reads and writes them.
+simd_memory.py has what reads and writes them. Numba notes only the file of a kernel beside what it keeps on disk: after
+a change here, in simd_memory.py or in cpu_math.py, remove kernels/__pycache__.
 """
 
 import operator
