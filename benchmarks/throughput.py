@@ -16,7 +16,6 @@ from .report import Report, Row
 from .system import System, running_system
 from .workload import Workload
 
-WORKLOADS = {"1024/128": ("1024", 128), "128/512": ("128", 512)}  # of the anchors: tokens in, tokens out
 _WARM_UP_REQUESTS = 16
 _WARM_UP_OUTPUT_LEN = 8
 
@@ -30,6 +29,7 @@ class Run:
     num_output_tokens: Sequence[int]  # of each request
     duration_s: float
     steps: StepMeans | None = None  # of Octavo only
+    num_cached_tokens: int | None = None  # of the prompts' tokens; of Octavo only
 
     @property
     def generated_tokens_per_s(self) -> float:
@@ -53,11 +53,13 @@ def run_throughput(config: ServeConfig, workload: Workload, num_repeats: int, re
 
 
 def run_octavo(system: System, config: ServeConfig, workload: Workload, num_repeats: int) -> Iterator[Run]:
-    """The workload, so many times. A short one before does what is slow only once."""
-    prompts = workload.prompts(system.model.config.vocab_size)
+    """The workload, so many times, with other prompts each time. A short one before does what is slow only once."""
+    vocab_size = system.model.config.vocab_size
     with _bulk_client(system, config) as bulk, Client(system.address) as client:
-        bulk.run(_requests(prompts[:_WARM_UP_REQUESTS], _WARM_UP_OUTPUT_LEN), lambda output: None)
-        for _ in range(num_repeats):
+        warm_up = workload.prompts(vocab_size, repeat=num_repeats)[:_WARM_UP_REQUESTS]
+        bulk.run(_requests(warm_up, _WARM_UP_OUTPUT_LEN), lambda output: None)
+        for repeat in range(num_repeats):
+            prompts = workload.prompts(vocab_size, repeat)
             requests = _requests(prompts, workload.output_len)
             before = total_steps(client.status())
             started = time.perf_counter()
@@ -65,7 +67,8 @@ def run_octavo(system: System, config: ServeConfig, workload: Workload, num_repe
             duration_s = time.perf_counter() - started
             steps = StepMeans.between(before, total_steps(client.status()))
             counts = [len(output.outputs[0].token_ids) for output in outputs]
-            yield checked(Run("octavo", sum(map(len, prompts)), counts, duration_s, steps), workload)
+            num_cached = sum(output.num_cached_tokens or 0 for output in outputs)
+            yield checked(Run("octavo", sum(map(len, prompts)), counts, duration_s, steps, num_cached), workload)
 
 
 def checked(run: Run, workload: Workload) -> Run:
@@ -85,6 +88,8 @@ def row_of(run: Run) -> Row:
         "requests_per_s": len(run.num_output_tokens) / run.duration_s,
         "total_tokens_per_s": (run.num_prompt_tokens + num_generated) / run.duration_s,
         "generated_tokens_per_s": run.generated_tokens_per_s,
+        "prompt_tokens": run.num_prompt_tokens,
+        "cached_tokens": run.num_cached_tokens,
         "steps": None if steps is None else steps.num_steps,
         "step_ms": None if steps is None else steps.step_s * 1e3,
         "model_ms": None if steps is None else steps.model_s * 1e3,

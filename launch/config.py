@@ -76,7 +76,11 @@ class ServeConfig:
         ),
     )
     enable_prefix_caching: bool = field(
-        default=True, metadata=_help("Have requests share the KV blocks of prefixes that were computed before.")
+        default=True,
+        metadata=_help(
+            "Have requests share the KV blocks of prefixes that were computed before.",
+            "on; off for bench, where the same prompts come again",
+        ),
     )
     max_num_waiting: int = field(
         default=8192, metadata=_help("Most requests that wait for a place in a batch; more are refused.")

@@ -13,6 +13,7 @@ from ..core.sequence import Request, RequestKey, StopConditions
 from ..core.transfers import StepTransfers
 
 _MAX_UINT64 = 2**64 - 1
+_MAX_CANDIDATES = 1024  # of a beam; the workers take no more
 
 
 def pack(values: list[int], dtype: str) -> bytes:
@@ -100,8 +101,13 @@ def decode_submit(session_id: int, submit: engine_pb2.Submit, vocab_size: int, s
     if submit.HasField("beam_search"):
         beam_search = _decode_beam_search(submit.beam_search)
         sampling.num_logprobs = beam_search.num_candidates(len(stops))
-        if sampling.num_logprobs > vocab_size:
-            raise InvalidArgumentError("num_beams is too large for the model's vocabulary", field="num_beams")
+        limit = min(vocab_size, _MAX_CANDIDATES)
+        if sampling.num_logprobs > limit:
+            raise InvalidArgumentError(
+                f"num_beams ({beam_search.num_beams}) with {len(stops)} stop tokens needs the {sampling.num_logprobs} "
+                f"likeliest tokens of each beam; the limit is {limit}",
+                field="num_beams",
+            )
     return Request(
         RequestKey(session_id, submit.handle),
         array("i", token_ids.astype("=i4", copy=False).tobytes()),

@@ -1,6 +1,7 @@
 """A whole engine without Ray or a gateway: workers in processes of their own, the coordinator's engine, one session."""
 
 import asyncio
+import itertools
 import multiprocessing
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -10,8 +11,10 @@ import numpy as np
 import pytest
 from octavo.coordinator.shell.engine import Engine
 from octavo.coordinator.shell.service import EngineService
-from octavo.proto import engine_pb2, engine_pb2_grpc, sampling_pb2
+from octavo.proto import admin_pb2, engine_pb2, engine_pb2_grpc, sampling_pb2
+from octavo.workers.model_config import ModelConfig
 
+_MAX_OUTPUTS = 8  # of a request: handles that it may use
 _FORKSERVER = multiprocessing.get_context("forkserver")
 _FORKSERVER.set_forkserver_preload(["octavo.workers.server"])
 
@@ -67,16 +70,27 @@ class EngineOptions:
     dtype: str = "float32"
     device: str = "cpu"
     enforce_eager: bool = False
+    num_host_blocks: int = 0
+    kv_cache_dtype: str = ""
+    enable_prefix_caching: bool = True
 
 
 @dataclass(slots=True)
 class RunResult:
-    """By request: its tokens, and their logprobs if it asked; and the engine's counters at the end."""
+    """By request: each output's tokens, and of the first one logprobs if it asked; and the engine's counters."""
 
-    tokens: list[list[int]] = field(default_factory=list)
-    logprobs: list[list[float]] = field(default_factory=list)
+    outputs: list[list[list[int]]]
+    logprobs: list[list[float]]
+    beam_scores: list[list[float]]
+    num_cached_tokens: list[int]
     num_preemptions: int = 0
     num_steps: int = 0
+    blocks: admin_pb2.BlockCounters = field(default_factory=admin_pb2.BlockCounters)
+
+    @property
+    def tokens(self) -> list[list[int]]:
+        """Of each request's first output."""
+        return [outputs[0] for outputs in self.outputs]
 
 
 @asynccontextmanager
@@ -93,6 +107,7 @@ async def _serve_engine(address, model_path, options, workers):
             vocab_size=1 << 20,
             max_num_waiting=1000,
             num_inflight_steps=options.num_inflight_steps,
+            enable_prefix_caching=options.enable_prefix_caching,
             **shared,
         )
     )
@@ -104,6 +119,8 @@ async def _serve_engine(address, model_path, options, workers):
         gpu_memory_utilization=0.9,
         store_address=workers.store_address,
         enforce_eager=options.enforce_eager,
+        kv_cache_dtype=options.kv_cache_dtype,
+        swap_space_bytes=options.num_host_blocks * _block_bytes(model_path, options),
         **shared,
     )
     server = grpc.aio.server()
@@ -121,58 +138,106 @@ async def _serve_engine(address, model_path, options, workers):
         await server.stop(0)
 
 
-async def _generate(address, model_path, options, workers, prompts, sampling) -> RunResult:
+def _block_bytes(model_path, options) -> int:
+    """At most: of one rank, keys and values of all layers."""
+    config = ModelConfig.from_directory(str(model_path))
+    num_kv_heads = max(1, config.num_kv_heads // options.tensor_parallel_size)
+    itemsize = 2 if options.dtype == "bfloat16" else 4
+    return 2 * config.num_layers * options.block_size * num_kv_heads * config.head_dim * itemsize
+
+
+async def _generate(address, model_path, options, workers, requests) -> RunResult:
     async with (
         _serve_engine(address, model_path, options, workers) as engine,
         grpc.aio.insecure_channel(address) as channel,
     ):
         session = engine_pb2_grpc.EngineStub(channel).Session()
         await session.read()
-        submits = [
-            engine_pb2.Submit(
-                handle=i, prompt_token_ids=np.asarray(prompt, "<i4").tobytes(), sampling_params=sampling(i)
-            )
-            for i, prompt in enumerate(prompts)
-        ]
-        await session.write(engine_pb2.SessionRequest(submits=submits))
-        tokens, logprobs = [[] for _ in prompts], [[] for _ in prompts]
-        num_finished = 0
-        while num_finished < len(prompts):
-            response = await session.read()
-            assert not response.failures, response.failures
-            handles = np.frombuffer(response.handles, "<u4").tolist()
-            for entry in response.logprobs:
-                rows = np.frombuffer(entry.table.logprobs, "<f4").reshape(-1, entry.table.num_columns)
-                logprobs[handles[entry.entry]] += rows[:, 0].tolist()
-            entries = zip(
-                handles,
-                np.frombuffer(response.token_ids, "<i4").tolist(),
-                response.finish_reasons,
-                strict=True,
-            )
-            for handle, token_id, reason in entries:
-                tokens[handle].append(token_id)
-                num_finished += bool(reason)
-        status = engine.status()
+        for i, request in enumerate(requests):
+            request.handle = i * _MAX_OUTPUTS
+        await session.write(engine_pb2.SessionRequest(submits=requests))
+        result = RunResult(
+            [[[] for _ in range(max(1, request.num_samples))] for request in requests],
+            [[] for _ in requests],
+            [[] for _ in requests],
+            [0] * len(requests),
+        )
+        num_unfinished = sum(map(len, result.outputs))
+        while num_unfinished:
+            num_unfinished -= _take(await session.read(), result)
+        while (status := engine.status()).groups[0].blocks.num_in_transfer:
+            await asyncio.sleep(0.01)
         assert status.groups[0].num_free_blocks == status.groups[0].num_blocks
         engine.scheduler.check_invariants()
-        return RunResult(tokens, logprobs, status.counters.num_preemptions, status.groups[0].steps.num_steps)
+        result.num_preemptions = status.counters.num_preemptions
+        result.num_steps = status.groups[0].steps.num_steps
+        result.blocks = status.groups[0].block_counters
+        return result
+
+
+def _take(response: engine_pb2.SessionResponse, result: RunResult) -> int:
+    """Notes what a message brings; returns how many outputs it ends."""
+    assert not response.failures, response.failures
+    handles = np.frombuffer(response.handles, "<u4").tolist()
+    for entry in response.logprobs:
+        if handles[entry.entry] % _MAX_OUTPUTS == 0:
+            rows = np.frombuffer(entry.table.logprobs, "<f4").reshape(-1, entry.table.num_columns)
+            result.logprobs[handles[entry.entry] // _MAX_OUTPUTS] += rows[:, 0].tolist()
+    tokens = iter(np.frombuffer(response.token_ids, "<i4").tolist())
+    for handle, count in zip(handles, np.frombuffer(response.num_tokens, "<u4").tolist(), strict=True):
+        request, output = divmod(handle, _MAX_OUTPUTS)
+        result.outputs[request][output] += itertools.islice(tokens, count)
+    scored = [handle // _MAX_OUTPUTS for handle, reason in zip(handles, response.finish_reasons, strict=True) if reason]
+    if response.beam_scores:
+        scores = np.frombuffer(response.beam_scores, "<f4").tolist()
+        for request, score in zip(scored, scores, strict=True):  # so beams are not mixed with others in a test
+            result.beam_scores[request].append(score)
+    cached = zip(
+        np.frombuffer(response.cached_handles, "<u4").tolist(),
+        np.frombuffer(response.num_cached_tokens, "<u4").tolist(),
+        strict=True,
+    )
+    for handle, num_tokens in cached:
+        if handle % _MAX_OUTPUTS == 0:
+            result.num_cached_tokens[handle // _MAX_OUTPUTS] = num_tokens
+    return len(scored)
 
 
 @pytest.fixture
-def run_engine(tmp_path):
-    """run_engine(model_path, options, prompts, sampling) -> RunResult; `sampling(i)` gives request i's parameters."""
+def run_requests(tmp_path):
+    """run_requests(model_path, options, requests) -> RunResult; of Submits, whose handles it chooses."""
 
-    def run(model_path, options, prompts, sampling) -> RunResult:
+    def run(model_path, options, requests) -> RunResult:
         workers = WorkerProcesses(options.tensor_parallel_size, options.device)
         try:
             address = f"unix:{tmp_path}/engine.sock"
-            scenario = _generate(address, model_path, options, workers, prompts, sampling)
+            scenario = _generate(address, model_path, options, workers, requests)
             return asyncio.run(asyncio.wait_for(scenario, 240))
         finally:
             workers.close()
 
     return run
+
+
+@pytest.fixture
+def run_engine(run_requests):
+    """run_engine(model_path, options, prompts, sampling) -> RunResult; `sampling(i)` gives request i's parameters."""
+
+    def run(model_path, options, prompts, sampling) -> RunResult:
+        return run_requests(model_path, options, [new_request(p, sampling(i)) for i, p in enumerate(prompts)])
+
+    return run
+
+
+def new_request(prompt, sampling, **fields) -> engine_pb2.Submit:
+    packed = np.asarray(prompt, "<i4").tobytes()
+    return engine_pb2.Submit(prompt_token_ids=packed, sampling_params=sampling, **fields)
+
+
+@pytest.fixture
+def request_of():
+    """request_of(prompt, sampling, **fields of Submit)."""
+    return new_request
 
 
 @pytest.fixture

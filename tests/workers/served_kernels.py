@@ -94,8 +94,9 @@ class Hopper:
 def pretend_gpu():
     """Has a rank on the CPU launch what one on a Hopper GPU does."""
     from octavo.kernels import pdl, triton_ops  # noqa: F401 (all kernels, to be patched)
+    from octavo.workers import model_runner
     from octavo.workers.models import llama
-    from octavo.workers.sampler import sampler, triton_operations
+    from octavo.workers.sampler import triton_operations
 
     triton.runtime.driver.set_active(Hopper())
     for module in [module for name, module in sys.modules.items() if name.startswith("octavo.kernels.")]:
@@ -103,7 +104,7 @@ def pretend_gpu():
             if hasattr(module, name):
                 setattr(module, name, answer)
     llama.operations_for = triton_ops.TritonOperations
-    sampler.sampler_operations_for = lambda device: triton_operations.TritonSamplerOperations()
+    model_runner.sampler_operations_for = lambda device: triton_operations.TritonSamplerOperations()
     torch.Tensor.pin_memory = lambda tensor: tensor
     torch.backends.cuda.preferred_blas_library = lambda *library: None
 

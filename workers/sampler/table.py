@@ -14,6 +14,7 @@ from ...proto import sampling_pb2
 
 GREEDY_BELOW = 1e-5  # temperatures under this are greedy: dividing by them would overflow
 MAX_LOGPROBS = 20
+MAX_CANDIDATES = 1024  # likeliest tokens of a beam
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,17 +56,17 @@ class SamplingTable:
         self.repetition_penalty[slot] = params.repetition_penalty
         self.seed[slot] = params.seed
         self.min_tokens[slot] = params.min_tokens
-        self.num_logprobs[slot] = _count(params, "num_logprobs", vocab_size)
-        self.num_prompt_logprobs[slot] = _count(params, "num_prompt_logprobs", vocab_size)
+        self.num_logprobs[slot] = _count(params, "num_logprobs", MAX_CANDIDATES, vocab_size)
+        self.num_prompt_logprobs[slot] = _count(params, "num_prompt_logprobs", MAX_LOGPROBS, vocab_size)
         self.extras[slot] = _extras(params, vocab_size)
 
 
-def _count(params: sampling_pb2.SamplingParams, field: str, vocab_size: int) -> int:
+def _count(params: sampling_pb2.SamplingParams, field: str, limit: int, vocab_size: int) -> int:
     if not params.HasField(field):
         return -1
     count: int = getattr(params, field)
-    if count > MAX_LOGPROBS:
-        raise InvalidArgumentError(f"{field} is {count}; the limit is {MAX_LOGPROBS}", field)
+    if count > limit:
+        raise InvalidArgumentError(f"{field} is {count}; the limit is {limit}", field)
     return min(count, vocab_size)
 
 
