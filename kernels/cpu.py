@@ -100,8 +100,9 @@ class CpuOperations(Operations):
         num_heads: int,
         scales: Tensor | None = None,
     ) -> Tensor:
-        if qkv.dtype not in LIKE or scales is not None:
-            return super().rope_and_cache(qkv, cos, sin, k_cache, v_cache, kv_indices, num_heads, scales)
+        assert scales is None, "a rank on a CPU refuses a cache in FP8"
+        if qkv.dtype not in LIKE:
+            return super().rope_and_cache(qkv, cos, sin, k_cache, v_cache, kv_indices, num_heads)
         return rope_and_cache(self._threads, qkv, (cos, sin), (k_cache, v_cache), kv_indices, num_heads)
 
     def plan_attention(self, batch: AttentionBatch, block_size: int, dtype: torch.dtype) -> Any:  # noqa: ANN401
@@ -116,6 +117,7 @@ class CpuOperations(Operations):
         scale: float,
         scales: Tensor | None = None,
     ) -> Tensor:
-        if q.dtype not in LIKE or scales is not None:
-            return super().attend(q, k_cache, v_cache, plan, scale, scales)
+        assert scales is None, "a rank on a CPU refuses a cache in FP8"
+        if q.dtype not in LIKE:
+            return super().attend(q, k_cache, v_cache, plan, scale)
         return attend(self._threads, q, (k_cache, v_cache), plan, scale)
