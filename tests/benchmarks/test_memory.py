@@ -27,8 +27,8 @@ def test_lengths_spread_and_fit_the_model():
     lengths = SHAREGPT.sample(1000, max_model_len=1024, seed=0)
     assert all(1 <= prompt <= 512 and 1 <= output <= 1024 - prompt for prompt, output in lengths)
     outputs = sorted(output for _, output in lengths)
-    assert outputs[100] < 80
-    assert outputs[900] > 700
+    assert outputs[100] < 90
+    assert outputs[900] > 650
 
 
 def test_means_are_of_the_steps_between_two_snapshots():
