@@ -10,7 +10,7 @@ from ..errors import InvalidArgumentError
 from ..launch.config import ServeConfig
 from .machine import gpu_names
 from .presets import ModelSize
-from .probe import DecodeCase, DecodeTimes, Probe, StepMeans, open_probe, total_steps
+from .probe import DecodeCase, DecodeTimes, Probe, StepMeans, open_probe, total_blocks, total_steps
 from .report import Report, Row
 from .roof import Hardware, decode_roof_s, hardware_of
 from .summary import percentile_columns
@@ -28,9 +28,10 @@ class LatencySettings:
     prefill_lens: tuple[int, ...]
     num_repeats: int  # of each prefill
     seed: int
+    repeated_lens: tuple[int, ...] = ()  # of prompts that are sent twice
 
     def __post_init__(self) -> None:
-        for name in ("batch_sizes", "prefill_lens"):
+        for name in ("batch_sizes", "prefill_lens", "repeated_lens"):
             if any(value < 1 for value in getattr(self, name)):
                 raise InvalidArgumentError(f"{name} must be at least 1", name)
         for name in ("num_steps", "num_repeats"):
@@ -43,7 +44,11 @@ def check_latency(settings: LatencySettings, config: ServeConfig, vocab_size: in
     max_model_len = config.max_model_len or 0
     if config.num_groups != 1:
         raise InvalidArgumentError("latency measures one group; leave num_groups at 1", "num_groups")
-    if over := [length for length in settings.prefill_lens if length >= max_model_len]:
+    if settings.repeated_lens and not config.enable_prefix_caching:
+        raise InvalidArgumentError(
+            "--repeated-prompt shows what prefix caching does; add --enable-prefix-caching", "repeated_prompt"
+        )
+    if over := [length for length in (*settings.prefill_lens, *settings.repeated_lens) if length >= max_model_len]:
         raise InvalidArgumentError(f"a prefill of {over[0]} tokens is over max_model_len ({max_model_len})", "prefill")
     if over := [size for size in settings.batch_sizes if size > config.max_num_seqs]:
         raise InvalidArgumentError(f"batch size {over[0]} is over max_num_seqs ({config.max_num_seqs})", "batch_size")
@@ -55,7 +60,7 @@ def check_latency(settings: LatencySettings, config: ServeConfig, vocab_size: in
 
 
 def run_latency(config: ServeConfig, settings: LatencySettings, cases: Sequence[DecodeCase], report: Report) -> None:
-    """Adds the tables `Decode` and `Prefill` to the report."""
+    """Adds the tables `Decode`, `Prefill` and `Repeated prompt` to the report, as far as they are asked for."""
     with running_system(config) as system:
         asyncio.run(_measure(system, config.tensor_parallel_size, settings, cases, report))
 
@@ -72,6 +77,9 @@ async def _measure(
             report.add("Decode", _decode_row(case, await probe.measure_decode(case), roof))
         for length in settings.prefill_lens:
             report.add("Prefill", await _prefill_row(probe, length, system.model.config.vocab_size, settings))
+        for length in settings.repeated_lens:
+            prompts = _prompts(length, system.model.config.vocab_size, settings)
+            report.add("Repeated prompt", await _repeated_row(probe, prompts))
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +115,7 @@ def _decode_row(case: DecodeCase, times: DecodeTimes, roof: _Roof) -> Row:
 
 
 async def _prefill_row(probe: Probe, length: int, vocab_size: int, settings: LatencySettings) -> Row:
-    prompts = Workload(settings.num_repeats + 1, LengthRange(length, length), 1, settings.seed).prompts(vocab_size)
+    prompts = _prompts(length, vocab_size, settings)
     await probe.measure_ttft(prompts.pop())
     before = total_steps(await probe.status())
     times_ms = [await probe.measure_ttft(prompt) * 1e3 for prompt in prompts]
@@ -119,3 +127,25 @@ async def _prefill_row(probe: Probe, length: int, vocab_size: int, settings: Lat
         "model_ms": steps.model_s * steps.num_steps / len(prompts) * 1e3,
         "steps": steps.num_steps / len(prompts),
     }
+
+
+async def _repeated_row(probe: Probe, prompts: list[list[int]]) -> Row:
+    """Each prompt twice, one right after the other; the first pair does what is slow only once."""
+    counters = total_blocks(await probe.status())
+    times_ms = [[await probe.measure_ttft(prompt) * 1e3 for _ in ("unseen", "seen")] for prompt in prompts]
+    hits = total_blocks(await probe.status()).num_device_hit_tokens - counters.num_device_hit_tokens
+    unseen_ms, seen_ms = zip(*times_ms[1:], strict=True)
+    return {
+        "prompt_tokens": len(prompts[0]),
+        "cached_tokens": hits / len(prompts),
+        "unseen_ttft_p50_ms": float(np.median(unseen_ms)),
+        "unseen_ttft_min_ms": min(unseen_ms),
+        "seen_ttft_p50_ms": float(np.median(seen_ms)),
+        "seen_ttft_min_ms": min(seen_ms),
+    }
+
+
+def _prompts(length: int, vocab_size: int, settings: LatencySettings) -> list[list[int]]:
+    """One more than there are repeats. Those of one length are not the beginning of those of another."""
+    seed = settings.seed + length
+    return Workload(settings.num_repeats + 1, LengthRange(length, length), 1, seed).prompts(vocab_size)

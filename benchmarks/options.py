@@ -1,4 +1,7 @@
-"""The options that every benchmark takes: which model, how it is served, where the result goes."""
+"""The options that every benchmark takes: which model, how it is served, where the result goes.
+
+Prefix caching is off unless asked for: repeats of the same prompts would be found, not computed, and their times lie.
+"""
 
 import inspect
 from collections.abc import Callable
@@ -13,6 +16,7 @@ from ..launch.config import ServeConfig
 from ..launch.serve_command import option_parameter
 from ..workers.model_config import ModelConfig
 from .presets import preset_directory
+from .report import Value
 
 PresetOption = Annotated[str | None, typer.Option(help="A shape with random weights: cpu-6m, llama-1b, llama-8b, ...")]
 ModelOption = Annotated[str | None, typer.Option(help="A Hugging Face model directory instead of a preset.")]
@@ -21,9 +25,10 @@ JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the 
 
 # The options of `octavo serve` that change what is measured; ports and names do not.
 _SERVED = (
-    *("tensor_parallel_size", "num_groups", "num_gateways", "device", "dtype", "load_format", "block_size"),
-    *("max_model_len", "max_num_seqs", "max_num_batched_tokens", "gpu_memory_utilization", "num_gpu_blocks_override"),
-    *("num_inflight_steps", "itl_target_ms", "enforce_eager", "ray_address"),
+    *("tensor_parallel_size", "num_groups", "num_gateways", "device", "dtype", "kv_cache_dtype", "load_format"),
+    *("block_size", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "gpu_memory_utilization"),
+    *("num_gpu_blocks_override", "num_inflight_steps", "itl_target_ms", "enable_prefix_caching", "swap_space"),
+    *("enforce_eager", "ray_address"),
 )
 _MAX_MODEL_LEN = 16_384  # of presets, unless asked for: longer ones only cost memory here
 
@@ -55,10 +60,19 @@ def model_directory(preset: str | None, model: str | None) -> Path:
 
 def serve_config(directory: Path, seed: int, given: dict[str, Any], **defaults: object) -> ServeConfig:
     """Serves token ids on no public port. What was given goes before `defaults`, and those before ServeConfig's."""
-    options: dict[str, Any] = {"port": 0, "grpc_port": 0, "skip_tokenizer_init": True, **defaults, **given}
+    own = {"port": 0, "grpc_port": 0, "skip_tokenizer_init": True, "enable_prefix_caching": False}
+    options: dict[str, Any] = {**own, **defaults, **given}
     has_weights = any(directory.glob("*.safetensors"))
     options.setdefault("load_format", "auto" if has_weights else "dummy")
     if "max_model_len" not in options:
         own_limit = ModelConfig.from_directory(directory).max_position_embeddings
         options["max_model_len"] = min(own_limit, _MAX_MODEL_LEN)
     return ServeConfig(model=str(directory), seed=seed, **options)
+
+
+def describe(config: ServeConfig, **settings: Value) -> dict[str, Value]:
+    """What a report says about how it was made; the command has the rest."""
+    names = ("model", "tensor_parallel_size", "num_groups", "num_gateways", "device", "dtype", "block_size")
+    limits = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_inflight_steps", "itl_target_ms")
+    memory = ("enable_prefix_caching", "swap_space")
+    return {**{name: getattr(config, name) for name in (*names, *limits, *memory, "enforce_eager", "seed")}, **settings}

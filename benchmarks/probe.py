@@ -97,6 +97,13 @@ def total_steps(status: admin_pb2.GetStatusResponse) -> admin_pb2.StepCounters:
     )
 
 
+def total_blocks(status: admin_pb2.GetStatusResponse) -> admin_pb2.BlockCounters:
+    """Of all groups."""
+    counters = [group.block_counters for group in status.groups]
+    names = [field.name for field in admin_pb2.BlockCounters.DESCRIPTOR.fields]
+    return admin_pb2.BlockCounters(**{name: sum(getattr(one, name) for one in counters) for name in names})
+
+
 @dataclass(frozen=True, slots=True)
 class DecodeTimes:
     steps: StepMeans

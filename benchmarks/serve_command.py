@@ -10,7 +10,7 @@ from ..errors import InvalidArgumentError
 from ..launch.config import ServeConfig
 from ..workers.model_config import ModelConfig
 from .load_client import DOORS
-from .options import JsonOption, ModelOption, PresetOption, SeedOption, model_directory, serve_config
+from .options import JsonOption, ModelOption, PresetOption, SeedOption, describe, model_directory, serve_config
 from .report import Report, Value, check_json_path
 from .serving import ServeSettings, free_port, load_specs, run_serve, with_tokenizer
 from .system import running_system
@@ -48,16 +48,17 @@ def bench_serve(
     if door not in DOORS:
         raise InvalidArgumentError(f"--door takes {' or '.join(DOORS)}, got {door!r}", "door")
     settings = ServeSettings(tuple(request_rate or [float("inf")]), num_prompts, input_len, output_len, seed)
-    described: dict[str, Value] = {"door": door, "input_len": input_len, "output_len": output_len, "seed": seed}
+    described: dict[str, Value] = {"door": door, "input_len": input_len, "output_len": output_len}
     if base_url is not None:
         if preset is not None or model is not None or given:
             raise InvalidArgumentError("--base-url loads a server that runs already; drop the options of a new one")
-        report = Report("serve", {**described, "base_url": base_url})
+        its_own = {"enable_prefix_caching": "as that server has it"}
+        report = Report("serve", {**described, "seed": seed, "base_url": base_url, **its_own})
         run_serve(load_specs(settings, door, base_url, served_model_name, vocab_size), report)
     else:
         directory = model_directory(preset, model)
         config = serve_config(directory, seed, given, port=free_port())
-        report = Report("serve", {**described, "model": str(directory), **given})
+        report = Report("serve", describe(config, **described))
         _load_own_server(config, directory, settings, door, report)
     report.finish(json)
 

@@ -57,9 +57,9 @@ def load_specs(settings: ServeSettings, door: str, target: str, model: str, voca
             input_len=settings.input_len,
             output_len=settings.output_len,
             requests_per_s=None if math.isinf(rate) else rate,
-            seed=settings.seed,
+            seed=settings.seed + index,  # no rate finds the blocks of another's prompts
         )
-        for rate in settings.request_rates
+        for index, rate in enumerate(settings.request_rates)
     ]
     for spec in specs:
         spec.workload()
@@ -68,7 +68,7 @@ def load_specs(settings: ServeSettings, door: str, target: str, model: str, voca
 
 def run_serve(specs: Sequence[LoadSpec], report: Report) -> None:
     """Adds the table `Served` to the report."""
-    warm_up = replace(specs[0], num_prompts=_WARM_UP_REQUESTS, requests_per_s=None, seed=specs[0].seed + 1)
+    warm_up = replace(specs[0], num_prompts=_WARM_UP_REQUESTS, requests_per_s=None, seed=specs[-1].seed + 1)
     run_clients(warm_up)
     for spec in specs:
         report.add("Served", summarize(spec, run_clients(spec)))

@@ -2,21 +2,19 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 from ..errors import InternalError, InvalidArgumentError
-from ..launch.bulk import BulkClient, BulkRequest
+from ..launch.bulk import BulkRequest
 from ..launch.client import Client
 from ..launch.config import ServeConfig
 from ..launch.prompts import RequestOptions, build_request
 from ..launch.sampling_params import SamplingParams
 from .probe import StepMeans, total_steps
 from .report import Report, Row
-from .system import System, running_system
+from .system import System, open_bulk, running_system
 from .workload import Workload
 
-WORKLOADS = {"1024/128": ("1024", 128), "128/512": ("128", 512)}  # of the anchors: tokens in, tokens out
 _WARM_UP_REQUESTS = 16
 _WARM_UP_OUTPUT_LEN = 8
 
@@ -30,6 +28,7 @@ class Run:
     num_output_tokens: Sequence[int]  # of each request
     duration_s: float
     steps: StepMeans | None = None  # of Octavo only
+    num_cached_tokens: int | None = None  # of the prompts' tokens; of Octavo only
 
     @property
     def generated_tokens_per_s(self) -> float:
@@ -53,11 +52,13 @@ def run_throughput(config: ServeConfig, workload: Workload, num_repeats: int, re
 
 
 def run_octavo(system: System, config: ServeConfig, workload: Workload, num_repeats: int) -> Iterator[Run]:
-    """The workload, so many times. A short one before does what is slow only once."""
-    prompts = workload.prompts(system.model.config.vocab_size)
-    with _bulk_client(system, config) as bulk, Client(system.address) as client:
-        bulk.run(_requests(prompts[:_WARM_UP_REQUESTS], _WARM_UP_OUTPUT_LEN), lambda output: None)
-        for _ in range(num_repeats):
+    """The workload, so many times, with other prompts each time. A short one before does what is slow only once."""
+    vocab_size = system.model.config.vocab_size
+    with open_bulk(system.address, config.max_num_waiting) as bulk, Client(system.address) as client:
+        warm_up = workload.prompts(vocab_size, repeat=num_repeats)[:_WARM_UP_REQUESTS]
+        bulk.run(_requests(warm_up, _WARM_UP_OUTPUT_LEN), lambda output: None)
+        for repeat in range(num_repeats):
+            prompts = workload.prompts(vocab_size, repeat)
             requests = _requests(prompts, workload.output_len)
             before = total_steps(client.status())
             started = time.perf_counter()
@@ -65,7 +66,8 @@ def run_octavo(system: System, config: ServeConfig, workload: Workload, num_repe
             duration_s = time.perf_counter() - started
             steps = StepMeans.between(before, total_steps(client.status()))
             counts = [len(output.outputs[0].token_ids) for output in outputs]
-            yield checked(Run("octavo", sum(map(len, prompts)), counts, duration_s, steps), workload)
+            num_cached = sum(output.num_cached_tokens or 0 for output in outputs)
+            yield checked(Run("octavo", sum(map(len, prompts)), counts, duration_s, steps, num_cached), workload)
 
 
 def checked(run: Run, workload: Workload) -> Run:
@@ -85,19 +87,12 @@ def row_of(run: Run) -> Row:
         "requests_per_s": len(run.num_output_tokens) / run.duration_s,
         "total_tokens_per_s": (run.num_prompt_tokens + num_generated) / run.duration_s,
         "generated_tokens_per_s": run.generated_tokens_per_s,
+        "prompt_tokens": run.num_prompt_tokens,
+        "cached_tokens": run.num_cached_tokens,
         "steps": None if steps is None else steps.num_steps,
         "step_ms": None if steps is None else steps.step_s * 1e3,
         "model_ms": None if steps is None else steps.model_s * 1e3,
     }
-
-
-@contextmanager
-def _bulk_client(system: System, config: ServeConfig) -> Iterator[BulkClient]:
-    client = BulkClient(system.address, config.max_num_waiting)
-    try:
-        yield client
-    finally:
-        client.close()
 
 
 def _requests(prompts: Sequence[list[int]], output_len: int) -> list[BulkRequest]:

@@ -38,22 +38,54 @@ class Workload:
     input_len: LengthRange
     output_len: int
     seed: int = 0
+    shared_len: int = 0  # of a prompt's tokens: with which all begin
 
     def __post_init__(self) -> None:
         for name in ("num_prompts", "output_len"):
             if getattr(self, name) < 1:
                 raise InvalidArgumentError(f"{name} must be at least 1, got {getattr(self, name)}", name)
+        if not 0 <= self.shared_len <= self.input_len.low:
+            raise InvalidArgumentError(
+                f"shared_len must be in [0, {self.input_len.low}], the least of input_len, got {self.shared_len}",
+                "shared_len",
+            )
 
-    def prompts(self, vocab_size: int) -> list[list[int]]:
-        """Token ids, uniform over the vocabulary: no two prompts share a prefix worth caching."""
+    def prompts(self, vocab_size: int, repeat: int = 0) -> list[list[int]]:
+        """Token ids, uniform over the vocabulary: no two prompts share a prefix worth caching, but for `shared_len`.
+
+        Repeats have the same lengths and other tokens, so that none finds the blocks of another.
+        """
         rng = np.random.default_rng(self.seed)
         lengths = rng.integers(self.input_len.low, self.input_len.high + 1, self.num_prompts)
-        return [rng.integers(0, vocab_size, length).tolist() for length in lengths]
+        if repeat:
+            rng = np.random.default_rng((self.seed, repeat))
+        shared = rng.integers(0, vocab_size, self.shared_len).tolist()
+        return [shared + rng.integers(0, vocab_size, length - self.shared_len).tolist() for length in lengths]
 
     @property
     def longest(self) -> int:
         """Most tokens that one request may come to."""
         return self.input_len.high + self.output_len
+
+
+@dataclass(frozen=True, slots=True)
+class NamedWorkload:
+    """One of the anchors'."""
+
+    input_len: str  # as LengthRange.parse
+    output_len: int
+    shared_len: int = 0
+    num_prompts: int = 1000
+
+
+WORKLOADS = {
+    "1024/128": NamedWorkload("1024", 128),
+    "128/512": NamedWorkload("128", 512),
+    "prefix-0": NamedWorkload("1024", 64, num_prompts=500),
+    "prefix-50": NamedWorkload("1024", 64, shared_len=512, num_prompts=500),
+    "prefix-90": NamedWorkload("1024", 64, shared_len=922, num_prompts=500),
+    "5-shot": NamedWorkload("1600", 32, shared_len=1536, num_prompts=500),
+}
 
 
 def poisson_arrivals(num_requests: int, requests_per_s: float, seed: int) -> list[float]:

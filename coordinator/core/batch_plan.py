@@ -55,6 +55,7 @@ class BatchPlan:
     decode_slots_changed: bool = False
     chunk_slots: list[int] = field(default_factory=list)
     chunk_num_tokens: list[int] = field(default_factory=list)
+    num_attended_tokens: int = 0  # of the chunks' tokens, those before each in its sequence, together
     rows: list[ScheduledRow] = field(default_factory=list)
 
     @property

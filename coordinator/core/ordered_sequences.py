@@ -4,6 +4,7 @@ from bisect import bisect_left, insort
 from collections.abc import Iterator
 from operator import attrgetter
 
+from .chunk_budget import counted_tokens
 from .sequence import Sequence
 
 _ORDER = attrgetter("order")
@@ -43,16 +44,16 @@ class OrderedSequences:
 
 
 class WaitingQueue(OrderedSequences):
-    """Sequences that wait, and how many tokens they know together: while one waits, it learns none."""
+    """Sequences that wait, and what they know that counts as backlog: while one waits, it learns nothing."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.num_tokens = 0
+        self.num_counted_tokens = 0
 
     def add(self, sequence: Sequence) -> None:
         super().add(sequence)
-        self.num_tokens += sequence.num_tokens
+        self.num_counted_tokens += counted_tokens(sequence.num_tokens)
 
     def remove(self, sequence: Sequence) -> None:
         super().remove(sequence)
-        self.num_tokens -= sequence.num_tokens
+        self.num_counted_tokens -= counted_tokens(sequence.num_tokens)

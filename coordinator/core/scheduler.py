@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from ...errors import ResourceExhaustedError
 from .admission import check_fits
 from .batch_plan import BatchPlan, ScheduledRow
-from .chunk_budget import paced_num_tokens
+from .chunk_budget import ChunkBudget, counted_tokens, paced_num_tokens
 from .ordered_sequences import WaitingQueue
 from .placement import belongs
 from .scheduler_config import SchedulerConfig
 from .sequence import FinishReason, Request, RequestKey, Sequence, SequenceStatus
 from .sequence_group import BeamOutput, SequenceGroup
 from .step_outcome import AcceptedScores, PromptScores, SampledToken, StepOutcome, StepReport
+from .step_time import StepCosts
 from .worker_group import GroupMemory, WorkerGroup
 
 _RETRY_AFTER_S = 1.0
@@ -117,7 +118,7 @@ class Scheduler:
         preempted = self._schedule_decodes(group, plan)
         unfinished = [sequence for sequence in group.running if self._has_chunk(sequence, group)]
         budget = self._chunk_budget(group, plan, unfinished)
-        budget = self._schedule_chunks(group, unfinished, plan, budget)
+        self._schedule_chunks(group, unfinished, plan, budget)
         if not preempted:
             self._admit_waiting(group, plan, budget)
         group.save_blocks()
@@ -206,34 +207,39 @@ class Scheduler:
     def _has_chunk(sequence: Sequence, group: WorkerGroup) -> bool:
         return sequence.num_pending_tokens > 1 and group.is_ready(sequence)
 
-    def _chunk_budget(self, group: WorkerGroup, plan: BatchPlan, unfinished: list[Sequence]) -> int:
-        """Prompt tokens for the step: what it has room for; beside decodes, what leaves them their pace."""
+    def _chunk_budget(self, group: WorkerGroup, plan: BatchPlan, unfinished: list[Sequence]) -> ChunkBudget:
+        """For the step's prompt tokens: what it has room for; beside decodes, what leaves them their pace."""
         num_tokens = self.config.max_num_batched_tokens - plan.num_tokens
         if not (self.config.itl_target_ms and plan.decode_slots and group.step_time.is_fitted):
-            return num_tokens
-        num_backlog_tokens = self._num_backlog_tokens(unfinished)
-        if num_backlog_tokens == 0:
-            return 0
+            return ChunkBudget(num_tokens)
+        if not (unfinished or self.waiting):
+            return ChunkBudget(0)
         num_decodes = len(plan.decode_slots)
         costs = group.step_time.costs(num_decodes)
-        return min(num_tokens, paced_num_tokens(self.config.itl_target_ms, costs, num_decodes, num_backlog_tokens))
+        num_backlog_tokens = self._num_backlog_tokens(unfinished, costs)
+        next_ones = [*unfinished, self.waiting.first()] if self.waiting else unfinished
+        longest = max(sequence.num_tokens for sequence in next_ones)
+        price = paced_num_tokens(self.config.itl_target_ms, costs, num_decodes, num_backlog_tokens, longest)
+        return ChunkBudget(num_tokens, costs, price, num_decodes)
 
-    def _num_backlog_tokens(self, unfinished: list[Sequence]) -> int:
-        """Tokens that a group has to compute before nothing waits for it: of its own, and its share of the queue's."""
-        share = -(-self.waiting.num_tokens // len(self.groups))
-        return share + sum(sequence.num_pending_tokens for sequence in unfinished)
+    def _num_backlog_tokens(self, unfinished: list[Sequence], costs: StepCosts) -> int:
+        """What a group has to compute before nothing waits for it: of its own, and its share of the queue's."""
+        share = -(-self.waiting.num_counted_tokens // len(self.groups))
+        prices = (costs.price(sequence.num_pending_tokens, sequence.num_sent_tokens) for sequence in unfinished)
+        return share + sum(map(counted_tokens, prices))
 
-    def _schedule_chunks(self, group: WorkerGroup, unfinished: list[Sequence], plan: BatchPlan, budget: int) -> int:
-        """To the sequences that have several tokens to compute, the first in order first. Returns what is left."""
+    def _schedule_chunks(
+        self, group: WorkerGroup, unfinished: list[Sequence], plan: BatchPlan, budget: ChunkBudget
+    ) -> None:
+        """To the sequences that have several tokens to compute, the first in order first."""
         for sequence in unfinished:
-            if budget == 0:
+            if budget.is_spent:
                 break
-            budget -= self._add_chunk(sequence, group, budget, plan)
-        return budget
+            self._add_chunk(sequence, group, budget, plan)
 
-    def _admit_waiting(self, group: WorkerGroup, plan: BatchPlan, budget: int) -> None:
+    def _admit_waiting(self, group: WorkerGroup, plan: BatchPlan, budget: ChunkBudget) -> None:
         """Slots and blocks to waiting sequences, strictly in order: one that does not fit holds the others back."""
-        while budget > 0 and self.waiting:
+        while self.waiting and not budget.is_spent:
             sequence = self.waiting.first()
             if not belongs(sequence, group, self.groups.values(), len(self.waiting)):
                 break
@@ -241,19 +247,20 @@ class Scheduler:
             together = [sequence] if sequence.samples.beams is None else [sequence, *sequence.samples.take_held()]
             for each in together:
                 group.admit(each, plan)
-                if budget > 0 and group.is_ready(each):
-                    budget -= self._add_chunk(each, group, budget, plan)
+                if group.is_ready(each) and not budget.is_spent:
+                    self._add_chunk(each, group, budget, plan)
 
     @staticmethod
-    def _add_chunk(sequence: Sequence, group: WorkerGroup, budget: int, plan: BatchPlan) -> int:
+    def _add_chunk(sequence: Sequence, group: WorkerGroup, budget: ChunkBudget, plan: BatchPlan) -> None:
         group.introduce(sequence, plan)
-        num_tokens = min(sequence.num_pending_tokens, budget)
+        context = sequence.num_sent_tokens
+        num_tokens = budget.take(sequence.num_pending_tokens, context)
         samples = num_tokens == sequence.num_pending_tokens
+        plan.num_attended_tokens += num_tokens * context + num_tokens * (num_tokens - 1) // 2
         plan.chunk_slots.append(sequence.slot)
         plan.chunk_num_tokens.append(num_tokens)
         plan.rows.append(ScheduledRow(sequence, sequence.num_preemptions, num_tokens, samples))
-        group.blocks.publish(sequence, sequence.num_sent_tokens + num_tokens)
-        return num_tokens
+        group.blocks.publish(sequence, context + num_tokens)
 
     def _let_samples_follow(self, plan: BatchPlan) -> None:
         """Where the plan computes the end of a prompt, the request's other samples may take slots."""
@@ -367,4 +374,4 @@ class Scheduler:
         assert len(unfinished) == len(running) + len(self.waiting) + len(held) + len(forks)
         for sequence in (*self.waiting, *held):
             assert sequence.status is SequenceStatus.WAITING
-        assert self.waiting.num_tokens == sum(sequence.num_tokens for sequence in self.waiting)
+        assert self.waiting.num_counted_tokens == sum(counted_tokens(each.num_tokens) for each in self.waiting)

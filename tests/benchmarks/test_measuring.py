@@ -76,6 +76,11 @@ def test_each_rate_gets_twenty_seconds_of_arrivals():
     assert [one.num_prompts for one in load_specs(settings, "http", "", "", 100)] == [80, 1000]
 
 
+def test_no_rate_asks_what_another_asked():
+    settings = ServeSettings((4.0, 16.0, float("inf")), None, "512", 128, seed=7)
+    assert [one.seed for one in load_specs(settings, "http", "", "", 100)] == [7, 8, 9]
+
+
 def test_bad_loads_are_refused():
     with pytest.raises(InvalidArgumentError, match="request_rate"):
         ServeSettings((4.0, -1.0), None, "512", 128, seed=0)
@@ -107,7 +112,14 @@ def test_every_token_of_the_synthetic_tokenizer_is_text(tmp_path):
         ("latency --preset cpu-6m --prefill 4000", "a prefill of 4000 tokens is over max_model_len (2048)"),
         ("latency --preset cpu-6m --batch-size 64 --max-num-seqs 8", "batch size 64 is over max_num_seqs (8)"),
         ("throughput --preset cpu-6m", "give --workload, or both of --input-len and --output-len"),
-        ("throughput --preset cpu-6m --workload 1/1", "--workload takes 1024/128 or 128/512, got '1/1'"),
+        ("throughput --preset cpu-6m --workload 1/1", "--workload takes 1024/128 or 128/512 or prefix-0 or"),
+        ("throughput --preset cpu-6m --input-len 9 --output-len 9 --shared-len 10", "shared_len must be in [0, 9]"),
+        ("throughput --preset cpu-6m --workload 5-shot --shared-len 10", "a --workload has its own"),
+        ("latency --preset cpu-6m --repeated-prompt 512", "add --enable-prefix-caching"),
+        (
+            "latency --preset cpu-6m --repeated-prompt 4000 --enable-prefix-caching",
+            "of 4000 tokens is over max_model_len",
+        ),
         ("throughput --preset cpu-6m --input-len 9 --output-len 9 --compare x", "--compare takes transformers, got"),
         ("throughput --preset cpu-6m --input-len 3000 --output-len 9", "over max_model_len (2048)"),
         ("throughput --preset cpu-6m --workload 128/512 --tensor-parallel-size 0", "tensor_parallel_size must be"),
@@ -137,3 +149,58 @@ def test_offline_benchmarks_do_not_cut_prompts_for_streams(monkeypatch, command,
     monkeypatch.setattr(f"octavo.benchmarks.cli.{name}", lambda config, *_: configs.append(config))
     assert run_octavo(["bench", *command, "--preset", "cpu-6m"]) == 0
     assert [config.itl_target_ms for config in configs] == [expected]
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """Commands start nothing; (configuration, report) of each that would have."""
+    calls = []
+    for name in ("latency", "throughput"):
+        monkeypatch.setattr(f"octavo.benchmarks.cli.run_{name}", lambda config, *rest: calls.append((config, rest[-1])))
+    monkeypatch.setattr(
+        "octavo.benchmarks.serve_command._load_own_server", lambda config, *rest: calls.append((config, rest[-1]))
+    )
+    return calls
+
+
+@pytest.mark.parametrize("command", ["latency --context 100", "throughput --workload 128/512", "serve"])
+@pytest.mark.parametrize("is_asked", [False, True])
+def test_prefix_caching_is_off_unless_asked_for_and_the_report_says_which(started, command, is_asked):
+    asked = ["--enable-prefix-caching"] if is_asked else []
+    assert run_octavo(["bench", *command.split(), "--preset", "cpu-6m", *asked]) == 0
+    ((config, report),) = started
+    assert config.enable_prefix_caching is is_asked
+    assert report.settings["enable_prefix_caching"] is is_asked
+
+
+def test_a_comparison_with_transformers_caches_no_prefix_either(monkeypatch):
+    configs = []
+    monkeypatch.setattr("octavo.benchmarks.comparison.run_comparison", lambda config, *_: configs.append(config))
+    command = "bench throughput --preset cpu-6m --workload 128/512 --compare transformers"
+    assert run_octavo(command.split()) == 0
+    assert [config.enable_prefix_caching for config in configs] == [False]
+
+
+@pytest.mark.parametrize(
+    ("workload", "expected"),
+    [
+        ("1024/128", (1000, 0, 128, 1024)),
+        ("prefix-0", (500, 0, 64, 1024)),
+        ("prefix-50", (500, 512, 64, 1024)),
+        ("prefix-90", (500, 922, 64, 1024)),
+        ("5-shot", (500, 1536, 32, 1600)),
+    ],
+)
+def test_named_workloads_are_those_of_the_anchors(started, workload, expected):
+    assert run_octavo(["bench", "throughput", "--preset", "cpu-6m", "--workload", workload]) == 0
+    settings = started[0][1].settings
+    lengths = (settings["output_len"], int(settings["input_len"]))
+    assert (settings["num_prompts"], settings["shared_len"], *lengths) == expected
+
+
+def test_with_repeated_prompts_nothing_else_is_measured_unless_asked(monkeypatch):
+    asked = []
+    monkeypatch.setattr("octavo.benchmarks.cli.run_latency", lambda _, settings, *rest: asked.append(settings))
+    command = ["bench", "latency", "--preset", "cpu-6m", "--enable-prefix-caching", "--repeated-prompt", "512"]
+    assert run_octavo(command) == 0
+    assert (asked[0].repeated_lens, asked[0].batch_sizes, asked[0].prefill_lens) == ((512,), (), ())

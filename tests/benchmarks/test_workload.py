@@ -19,6 +19,23 @@ def test_prompts_keep_lengths_and_vocabulary():
     assert {token_id for prompt in prompts for token_id in prompt} == set(range(7))
 
 
+def test_a_shared_part_begins_all_prompts_of_a_repeat_and_no_others():
+    workload = Workload(20, LengthRange(40, 60), output_len=1, seed=3, shared_len=32)
+    repeats = [workload.prompts(4096, repeat) for repeat in range(3)]
+    beginnings = [{tuple(prompt[:32]) for prompt in prompts} for prompts in repeats]
+    assert [len(one) for one in beginnings] == [1, 1, 1]
+    assert len(set.union(*beginnings)) == 3
+    assert len({tuple(prompt[32:40]) for prompts in repeats for prompt in prompts}) == 60
+
+
+def test_repeats_have_the_same_lengths_and_other_tokens():
+    workload = Workload(20, LengthRange(16, 127), output_len=64, seed=3)
+    first, second = workload.prompts(4096), workload.prompts(4096, repeat=1)
+    assert [*map(len, first)] == [*map(len, second)]
+    assert not any(one[:8] == other[:8] for one in first for other in second)
+    assert second == workload.prompts(4096, repeat=1)
+
+
 @pytest.mark.parametrize("text", ["128", "16:127"])
 def test_length_ranges_read_back(text):
     assert str(LengthRange.parse(text, "input_len")) == text

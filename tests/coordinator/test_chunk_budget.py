@@ -1,7 +1,7 @@
 """How much prompt a step takes beside decodes, each rule by itself."""
 
 import pytest
-from octavo.coordinator.core.chunk_budget import paced_num_tokens
+from octavo.coordinator.core.chunk_budget import ChunkBudget, counted_tokens, paced_num_tokens
 from octavo.coordinator.core.step_time import StepCosts
 
 COSTS = StepCosts(fixed_ms=2.0, token_ms=0.02)
@@ -39,3 +39,42 @@ def test_a_deep_backlog_is_not_delayed_for_long():
         num_steps = num_backlog_tokens / paced_num_tokens(10.0, COSTS, 4, num_backlog_tokens)
         assert num_steps * COSTS.fixed_ms < 60.0
     assert paced_num_tokens(10.0, COSTS, 4, 250_000) > 8192
+
+
+def test_beside_a_long_prompt_streams_go_first():
+    costs = StepCosts(fixed_ms=5.0, token_ms=0.02)
+    # Twice the fixed cost is 500 tokens; within the target are 250, of which 188 fill tiles with 4 decodes.
+    assert paced_num_tokens(10.0, costs, 4, 188 * 5, longest_prompt=8192) == 316  # a third
+    assert paced_num_tokens(10.0, costs, 4, 188 * 5, longest_prompt=8193) == 188
+
+
+LONG = StepCosts(fixed_ms=2.0, token_ms=0.02, doubling_context=16_000)
+
+
+def test_without_a_price_a_step_takes_what_it_has_room_for():
+    budget = ChunkBudget(1000)
+    assert [budget.take(300, 100_000), budget.is_spent] == [300, False]
+    assert [budget.take(3000, 0), budget.is_spent] == [700, True]
+
+
+def test_behind_a_long_context_fewer_tokens_come_to_the_same():
+    for context, num_tokens in ((0, 252), (16_000, 124), (48_000, 60), (128_000, 27)):
+        budget = ChunkBudget(8192, LONG, 252, num_decodes=4)
+        assert budget.take(5000, context) == num_tokens
+        assert budget.is_spent
+
+
+def test_short_prompts_share_a_price_in_whole_tiles():
+    budget = ChunkBudget(8192, LONG, 252, num_decodes=4)
+    assert [budget.take(100, 0), budget.take(100, 400), budget.take(100, 0)] == [100, 100, 52]
+    assert budget.is_spent
+
+
+def test_a_prompt_progresses_behind_any_context():
+    assert ChunkBudget(8192, LONG, 100, num_decodes=4).take(5000, 10_000_000) == 16
+    assert ChunkBudget(8192, LONG, 100, num_decodes=4).take(3, 10_000_000) == 3
+    assert ChunkBudget(5, LONG, 100, num_decodes=4).take(5000, 10_000_000) == 5
+
+
+def test_of_a_long_prompt_only_so_much_counts_as_a_queue():
+    assert [counted_tokens(price) for price in (0, 99.2, 2048, 100_000.0)] == [0, 100, 2048, 2048]

@@ -1,14 +1,15 @@
 """What pacing promises, on a simulated device: streams keep their pace, prompts hardly wait, queues cost no throughput.
 
 The device is one H200 with an 8B model, as measured: a step takes 4.5 ms, 0.0225 ms for each prompt token after the
-first 128, and 0.043 ms for each decode row.
+first 128, and 0.043 ms for each decode row. A prompt token costs as much again for each 17,000 tokens before it.
 """
 
 from array import array
 from bisect import insort
 from collections import defaultdict
 from dataclasses import dataclass, field
-from statistics import median
+from itertools import pairwise
+from statistics import median, quantiles
 
 import pytest
 from octavo.coordinator.core.batch_plan import BatchPlan
@@ -30,15 +31,26 @@ class Run:
     mixed_steps_ms: list[float] = field(default_factory=list)  # of decodes and chunks
 
 
-def step_ms(plan: BatchPlan, launch_ms: float) -> float:
-    """`launch_ms`: what the host needs for a step with prompts, however few."""
-    busy_ms = 4.5 + 0.0225 * max(0, sum(plan.chunk_num_tokens) - 128) + 0.043 * len(plan.decode_slots)
-    return max(busy_ms, launch_ms) if plan.chunk_slots else busy_ms
+@dataclass(frozen=True)
+class Device:
+    launch_ms: float = 0.0  # what the host needs for a step with prompts, however few
+    doubling_context: float = 17_000.0
+
+    def step_ms(self, plan: BatchPlan) -> float:
+        attended_ms = 0.0225 * plan.num_attended_tokens / self.doubling_context
+        chunks_ms = 0.0225 * max(0, sum(plan.chunk_num_tokens) - 128) + attended_ms
+        busy_ms = 4.5 + chunks_ms + 0.043 * len(plan.decode_slots)
+        return max(busy_ms, self.launch_ms) if plan.chunk_slots else busy_ms
 
 
-def simulate(arrivals_ms: list[float], itl_target_ms: float, launch_ms: float = 0.0) -> Run:
-    """Two steps in flight; a result comes the moment its step ends."""
-    config = SchedulerConfig(16, 256, 8192, 4096, 10_000, num_inflight_steps=2, itl_target_ms=itl_target_ms)
+def simulate(
+    arrivals_ms: list[float],
+    itl_target_ms: float,
+    device: Device = Device(),
+    lengths: dict[int, tuple[int, int]] | None = None,
+) -> Run:
+    """Two steps in flight; a result comes the moment its step ends. `lengths`: prompt and output of some requests."""
+    config = SchedulerConfig(16, 256, 8192, 140_000, 10_000, num_inflight_steps=2, itl_target_ms=itl_target_ms)
     scheduler, run = Scheduler(config), Run()
     scheduler.add_group(0, GroupMemory(num_blocks=20_000))
     events: list[tuple[float, int, BatchPlan | None]] = [(at, index, None) for index, at in enumerate(arrivals_ms)]
@@ -46,18 +58,19 @@ def simulate(arrivals_ms: list[float], itl_target_ms: float, launch_ms: float = 
     while events:
         now, index, plan = events.pop(0)
         if plan is None:
-            prompt, key = array("i", [1]) * PROMPT_LEN, RequestKey(0, index)
-            scheduler.add(Request(key, prompt, StopConditions(OUTPUT_LEN), salt=str(index).encode()))
+            prompt_len, output_len = (lengths or {}).get(index, (PROMPT_LEN, OUTPUT_LEN))
+            prompt, key = array("i", [1]) * prompt_len, RequestKey(0, index)
+            scheduler.add(Request(key, prompt, StopConditions(output_len), salt=str(index).encode()))
         else:
             tokens = [7] * plan.num_samples
-            report = StepReport(tokens, model_time_us=round(step_ms(plan, launch_ms) * 1e3))
+            report = StepReport(tokens, model_time_us=round(device.step_ms(plan) * 1e3))
             for token in scheduler.update(0, report).tokens:
                 run.token_times_ms[token.key.handle].append(now)
         while (plan := scheduler.schedule(0)) is not None:
-            device_free_at = max(device_free_at, now) + step_ms(plan, launch_ms)
+            device_free_at = max(device_free_at, now) + device.step_ms(plan)
             insort(events, (device_free_at, len(arrivals_ms) + plan.step_id, plan))
             if plan.decode_slots and plan.chunk_slots:
-                run.mixed_steps_ms.append(step_ms(plan, launch_ms))
+                run.mixed_steps_ms.append(device.step_ms(plan))
     assert not scheduler.unfinished_requests()
     run.duration_ms = now
     return run
@@ -93,7 +106,7 @@ def median_wait_ms(run: Run, arrivals_ms: list[float]) -> float:
 
 def test_where_every_step_with_prompts_takes_nearly_the_target_prompts_are_not_cut_for_nothing():
     arrivals_ms = [60.0 * index for index in range(150)]
-    paced, unpaced = (simulate(arrivals_ms, target, launch_ms=9.5) for target in (10.0, 0.0))
+    paced, unpaced = (simulate(arrivals_ms, target, Device(launch_ms=9.5)) for target in (10.0, 0.0))
     assert median_wait_ms(paced, arrivals_ms) < median_wait_ms(unpaced, arrivals_ms) + 3.0
 
 
@@ -105,3 +118,52 @@ def test_a_load_that_is_too_much_for_the_target_is_carried():
 def test_a_deep_queue_is_served_as_fast_as_without_a_target():
     arrivals_ms = [0.0] * 600
     assert simulate(arrivals_ms, 10.0).duration_ms < 1.01 * simulate(arrivals_ms, 0.0).duration_ms
+
+
+NUM_STREAMS = 16
+LONG_PROMPT = 128_000
+
+
+@dataclass
+class BesideLongPrompt:
+    """What 16 streams see while one prompt is computed."""
+
+    p99: float  # times their time between tokens alone
+    worst: float
+    first_token_ms: float  # of the prompt
+
+
+def beside_long_prompt(device: Device, prompt_len: int = LONG_PROMPT) -> BesideLongPrompt:
+    """It comes after a second, when the streams have been alone and the device is known a little."""
+    arrivals_ms, sent_ms = [10.0 * index for index in range(NUM_STREAMS)], 1000.0
+    num_tokens = 8 * prompt_len // 100  # enough for the streams to outlast it
+    lengths = dict.fromkeys(range(NUM_STREAMS), (PROMPT_LEN, num_tokens)) | {NUM_STREAMS: (prompt_len, 1)}
+    run = simulate([*arrivals_ms, sent_ms], 10.0, device, lengths)
+    (first_token_at,) = run.token_times_ms[NUM_STREAMS]
+    alone_ms, beside_ms = [], []
+    for stream in range(NUM_STREAMS):
+        for before, after in pairwise(run.token_times_ms[stream]):
+            if 500.0 < after <= sent_ms:
+                alone_ms.append(after - before)
+            elif sent_ms < before < first_token_at:
+                beside_ms.append(after - before)
+    assert run.token_times_ms[0][-1] > first_token_at
+    alone = median(alone_ms)
+    return BesideLongPrompt(quantiles(beside_ms, n=100)[-1] / alone, max(beside_ms) / alone, first_token_at - sent_ms)
+
+
+def test_streams_beside_a_prompt_of_128k_tokens_keep_twice_their_pace():
+    seen = beside_long_prompt(Device())
+    assert seen.p99 < 2.0
+    assert seen.worst < 2.1
+    assert seen.first_token_ms < 26_000  # alone in the system it takes 14 s; half of each step is the streams'
+
+
+@pytest.mark.parametrize("doubling_context", [10_000.0, 30_000.0, 1e9])
+def test_what_a_context_costs_is_learned(doubling_context):
+    """Ten times less than the prior has it, or 1.6 times more: nothing is configured."""
+    assert beside_long_prompt(Device(doubling_context=doubling_context)).p99 < 2.15
+
+
+def test_a_long_prompt_is_no_deep_queue():
+    assert beside_long_prompt(Device(), prompt_len=16_000).p99 < 2.1
