@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import multiprocessing
+from collections.abc import Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -19,9 +20,10 @@ _FORKSERVER = multiprocessing.get_context("forkserver")
 _FORKSERVER.set_forkserver_preload(["octavo.workers.server"])
 
 
-def _run_worker(connection, device: str, create_store: bool) -> None:
+def _run_worker(connection, device: str, create_store: bool, prepare) -> None:
     from octavo.workers.server import WorkerServer
 
+    prepare()
     server = WorkerServer(host="127.0.0.1", device=device, create_store=create_store, num_threads=1)
     endpoints = server.start()
     connection.send((endpoints.address, endpoints.store_address))
@@ -29,16 +31,21 @@ def _run_worker(connection, device: str, create_store: bool) -> None:
     server.stop()
 
 
-class WorkerProcesses:
-    """One process a rank."""
+def _nothing() -> None:
+    pass
 
-    def __init__(self, num_ranks: int, device: str) -> None:
+
+class WorkerProcesses:
+    """One process a rank, which calls `prepare` first."""
+
+    def __init__(self, num_ranks: int, device: str, prepare=_nothing) -> None:
         self._processes, self._pipes, self.endpoints = [], [], []
         self.store_address = ""
         devices = [device if device == "cpu" else f"{device}:{rank}" for rank in range(num_ranks)]
         for rank in range(num_ranks):
             ours, theirs = _FORKSERVER.Pipe()
-            process = _FORKSERVER.Process(target=_run_worker, args=(theirs, devices[rank], rank == 0), daemon=True)
+            arguments = (theirs, devices[rank], rank == 0, prepare)
+            process = _FORKSERVER.Process(target=_run_worker, args=arguments, daemon=True)
             process.start()
             self._processes.append(process)
             self._pipes.append(ours)
@@ -73,6 +80,8 @@ class EngineOptions:
     num_host_blocks: int = 0
     kv_cache_dtype: str = ""
     enable_prefix_caching: bool = True
+    rebuilds_groups: bool = False
+    prepare: Callable[[], None] = _nothing  # in each rank's process
 
 
 @dataclass(slots=True)
@@ -108,6 +117,8 @@ async def _serve_engine(address, model_path, options, workers):
             max_num_waiting=1000,
             num_inflight_steps=options.num_inflight_steps,
             enable_prefix_caching=options.enable_prefix_caching,
+            rebuilds_groups=options.rebuilds_groups,
+            step_timeout_s=5.0,
             **shared,
         )
     )
@@ -120,7 +131,7 @@ async def _serve_engine(address, model_path, options, workers):
         store_address=workers.store_address,
         enforce_eager=options.enforce_eager,
         kv_cache_dtype=options.kv_cache_dtype,
-        swap_space_bytes=options.num_host_blocks * _block_bytes(model_path, options),
+        swap_space_bytes=options.num_host_blocks and options.num_host_blocks * _block_bytes(model_path, options),
         **shared,
     )
     server = grpc.aio.server()
@@ -128,11 +139,13 @@ async def _serve_engine(address, model_path, options, workers):
     server.add_insecure_port(address)
     await server.start()
     try:
-        await engine.add_group(
-            engine_pb2.AddGroupRequest(group_id=0, workers=workers.endpoints, config=config),
-            lambda stage, duration_s: None,
-        )
-        yield engine
+        request = engine_pb2.AddGroupRequest(group_id=0, workers=workers.endpoints, config=config)
+
+        async def add_group() -> None:
+            await engine.add_group(request, lambda stage, duration_s: None)
+
+        await add_group()
+        yield engine, add_group
     finally:
         await engine.close()
         await server.stop(0)
@@ -146,9 +159,9 @@ def _block_bytes(model_path, options) -> int:
     return 2 * config.num_layers * options.block_size * num_kv_heads * config.head_dim * itemsize
 
 
-async def _generate(address, model_path, options, workers, requests) -> RunResult:
+async def _generate(address, model_path, options, workers, requests, beside) -> RunResult:
     async with (
-        _serve_engine(address, model_path, options, workers) as engine,
+        _serve_engine(address, model_path, options, workers) as (engine, add_group),
         grpc.aio.insecure_channel(address) as channel,
     ):
         session = engine_pb2_grpc.EngineStub(channel).Session()
@@ -163,8 +176,10 @@ async def _generate(address, model_path, options, workers, requests) -> RunResul
             [0] * len(requests),
         )
         num_unfinished = sum(map(len, result.outputs))
+        goes_on = asyncio.create_task(beside(engine, add_group))
         while num_unfinished:
             num_unfinished -= _take(await session.read(), result)
+        await goes_on
         while (status := engine.status()).groups[0].blocks.num_in_transfer:
             await asyncio.sleep(0.01)
         assert status.groups[0].num_free_blocks == status.groups[0].num_blocks
@@ -203,15 +218,20 @@ def _take(response: engine_pb2.SessionResponse, result: RunResult) -> int:
     return len(scored)
 
 
+async def _leave_alone(engine, add_group) -> None:
+    pass
+
+
 @pytest.fixture
 def run_requests(tmp_path):
-    """run_requests(model_path, options, requests) -> RunResult; of Submits, whose handles it chooses."""
+    """run_requests(model_path, options, requests) -> RunResult; of Submits, whose handles it chooses. Beside them runs
+    beside(the engine, what adds its group again)."""
 
-    def run(model_path, options, requests) -> RunResult:
-        workers = WorkerProcesses(options.tensor_parallel_size, options.device)
+    def run(model_path, options, requests, beside=_leave_alone) -> RunResult:
+        workers = WorkerProcesses(options.tensor_parallel_size, options.device, options.prepare)
         try:
             address = f"unix:{tmp_path}/engine.sock"
-            scenario = _generate(address, model_path, options, workers, requests)
+            scenario = _generate(address, model_path, options, workers, requests, beside)
             return asyncio.run(asyncio.wait_for(scenario, 240))
         finally:
             workers.close()
