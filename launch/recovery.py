@@ -168,7 +168,7 @@ class _GroupRecovery:
         self._say(f"group {self._group_id}: rebuilding it failed: {why}")
 
     def _give_up(self, reason: str) -> None:
-        within = f"{self._policy.num_failures} times within {WINDOW_S / 60:.0f} minutes"
+        within = f"{self._policy.num_failures} time(s) within {WINDOW_S / 60:.0f} minutes"
         why = f"worker group {self._group_id} failed {within} and is given up; the last time: {reason}"
         self._control.abandon_group(self._group_id)
         self.given_up = why

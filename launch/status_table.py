@@ -71,16 +71,14 @@ def _parts(status: admin_pb2.GetStatusResponse) -> Iterable[str | Table]:
 
 
 def _groups(status: admin_pb2.GetStatusResponse) -> Table:
-    state = ("group", "state", "epoch", "restarts")
-    table = _table("groups", *state, "running", "blocks used", "blocks", "steps", "ms a step", "tokens")
+    table = _table("groups", "group", "state", "running", "blocks used", "blocks", "steps", "ms a step", "tokens")
+    table.columns[1].min_width = max(map(len, GROUP_STATES.values()))  # a narrow terminal may cut others short
     for group in status.groups:
         used = group.num_blocks - group.num_free_blocks
         step_ms = 1000 * group.steps.step_time_s / group.steps.num_steps if group.steps.num_steps else 0.0
         table.add_row(
             str(group.group_id),
             GROUP_STATES.get(group.state, "unknown"),
-            str(group.epoch),
-            str(group.num_restarts),
             str(group.num_running),
             _of(used, group.num_blocks),
             f"{group.num_blocks} x {group.block_size}",
@@ -92,10 +90,11 @@ def _groups(status: admin_pb2.GetStatusResponse) -> Table:
 
 
 def _ranks(status: admin_pb2.GetStatusResponse) -> Table:
-    table = _table("ranks", "group", "rank", "device", "address")
+    table = _table("ranks", "group", "epoch", "restarts", "rank", "device", "address")
     for group in status.groups:
+        of_group = (str(group.group_id), str(group.epoch), str(group.num_restarts))
         for rank in group.ranks:
-            table.add_row(str(group.group_id), str(rank.rank), rank.device, rank.address)
+            table.add_row(*of_group, str(rank.rank), rank.device, rank.address)
     return table
 
 

@@ -140,20 +140,24 @@ def test_status_shows_groups_ranks_and_counters(capsys, fake_server):
     status = admin_pb2.GetStatusResponse(version="1", model="fake", num_waiting=7, num_gateways=1)
     group = status.groups.add(group_id=0, state=admin_pb2.GROUP_STATE_READY, num_blocks=100, num_free_blocks=75)
     group.ranks.add(rank=0, device="cuda:1", address="host:123")
+    group.epoch, group.num_restarts = 961, 953
     group.steps.num_steps = 4
     group.steps.step_time_s = 0.01
     status.counters.num_preemptions = 42
     fake_server.status = status
     assert run(["status", "--address", fake_server.address]) == 0
     out = capsys.readouterr().out
-    for shown in ("7 waiting", "ready", "25 (25%)", "cuda:1", "host:123", "2.50", "42"):
+    for shown in ("7 waiting", "ready", "961", "953", "25 (25%)", "cuda:1", "host:123", "2.50", "42"):
         assert shown in out
 
 
 def test_status_of_a_group_that_starts(capsys, fake_server):
     fake_server.status.groups.add(group_id=0, state=admin_pb2.GROUP_STATE_STARTING)
+    fake_server.status.groups.add(group_id=1, state=admin_pb2.GROUP_STATE_REBUILDING)
     assert run(["status", "--address", fake_server.address]) == 0
-    assert "starting" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "starting" in out
+    assert "rebuilding" in out
 
 
 def test_status_shows_what_blocks_hold(capsys, fake_server):

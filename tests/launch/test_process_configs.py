@@ -36,11 +36,17 @@ def test_the_coordinators(resolved):
         "max_num_waiting": 77,
         "num_inflight_steps": 3,
         "itl_target_ms": 7.5,
+        "step_timeout_s": 2.5,
     }
     config, model, placement = resolved(served_model_name=("shown", "other"), **options)
     proto = engine_config(config, model, placement, "unix:/e")
     assert {name: getattr(proto, name) for name in options} == options
     assert (proto.model, proto.vocab_size, proto.address) == ("shown", 128, "unix:/e")
+
+
+@pytest.mark.parametrize("rebuilds_groups", [True, False])
+def test_whether_groups_are_rebuilt_follows_from_who_starts_it(resolved, rebuilds_groups):
+    assert engine_config(*resolved(), "unix:/e", rebuilds_groups).rebuilds_groups is rebuilds_groups
 
 
 @pytest.mark.parametrize("enable_prefix_caching", [True, False])

@@ -243,6 +243,13 @@ def test_a_rank_that_was_stopped_and_wakes_joins_again_with_its_weights(one_grou
     one_group.wait_until_said("kept all ranks, serves again after")
 
 
+def test_a_server_that_is_stopped_while_it_rebuilds_leaves_nothing_behind():
+    with running("--max-group-restarts", "1") as server:
+        server.process_of(0, 0).kill()
+        server.wait_until_noticed(0, epoch=1, timeout_s=1)
+        time.sleep(0.5)
+
+
 def test_another_group_goes_on_at_once(expected):
     with running("--tensor-parallel-size", "2", "--num-groups", "2") as server:
         for num_kills, rank in enumerate([0, 1], start=1):
@@ -266,4 +273,4 @@ def test_a_group_that_keeps_dying_is_given_up_in_one_line():
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
         assert server.wait_until_ended() == 1
         [said] = [line for line in server.lines if line.startswith("octavo: ")]
-        assert "worker group 0 failed 2 times within 10 minutes and is given up; the last time: rank 0: " in said
+        assert "worker group 0 failed 2 time(s) within 10 minutes and is given up; the last time: rank 0: " in said

@@ -1,0 +1,190 @@
+"""When groups are rebuilt, what is replaced, and when one is given up: with ranks and a coordinator that obey."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+import pytest
+from octavo.errors import UnavailableError
+from octavo.launch.rank_probe import RankLoss, find_lost_ranks
+from octavo.launch.recovery import Recovery
+from octavo.launch.restart_policy import RestartPolicy
+from octavo.proto import engine_pb2, worker_pb2, worker_pb2_grpc
+
+
+def test_a_group_that_lived_long_is_rebuilt_at_once_and_one_that_keeps_dying_later_each_time():
+    policy = RestartPolicy(max_restarts=100)
+    delays, now = [], 0.0
+    for _ in range(9):
+        delays.append(policy.delay_s(now))
+        policy.serves(now := now + delays[-1] + 2)
+        now += 1
+    assert delays == [0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0]
+    assert policy.delay_s(now + 31) == 0.0
+    assert policy.delay_s(now + 32) == 0.5  # the attempt failed
+
+
+def test_one_failure_too_many_within_ten_minutes_is_the_last():
+    policy = RestartPolicy(max_restarts=2)
+    assert [policy.delay_s(now) is None for now in (0, 300, 599)] == [False, False, True]
+    assert policy.num_failures == 3
+    assert policy.delay_s(1000) is not None  # two are forgotten
+    assert RestartPolicy(max_restarts=0).delay_s(0) is None
+
+
+class Ranks:
+    """Of two groups of two ranks, of which rank 1 is dead."""
+
+    def __init__(self) -> None:
+        self.replaced = []
+        self.failures = []  # of replacing, one each time
+
+    def find_lost(self, group_id):
+        return {1: RankLoss.DIED}
+
+    def all_of(self, group_id):
+        return {0: RankLoss.HANGS, 1: RankLoss.HANGS}
+
+    def replace(self, group_id, lost):
+        self.replaced.append((group_id, list(lost)))
+        if self.failures:
+            raise self.failures.pop()
+
+
+class Control:
+    def __init__(self) -> None:
+        self.added, self.abandoned = [], []
+        self.failures = []  # of adding, one each time
+
+    def add_group(self, request, report):
+        if self.failures:
+            raise self.failures.pop()
+        self.added.append(request.group_id)
+
+    def abandon_group(self, group_id):
+        self.abandoned.append(group_id)
+
+
+class Scene:
+    def __init__(self, max_restarts=5) -> None:
+        self.ranks, self.control, self.said = Ranks(), Control(), []
+        self.heard = threading.Semaphore(0)
+        self.recovery = Recovery(
+            self.ranks,
+            self.control,
+            lambda group_id: engine_pb2.AddGroupRequest(group_id=group_id),
+            self.say,
+            group_ids=[0, 1],
+            max_restarts=max_restarts,
+        )
+
+    def say(self, line):
+        self.said.append(line)
+        self.heard.release()
+
+    def fail(self, group_id, epoch):
+        why = "rank 1: its stream broke off"
+        self.recovery.take([engine_pb2.GroupFailure(group_id=group_id, epoch=epoch, reason=why, silent_s=0.25)])
+
+    def wait(self):
+        assert self.heard.acquire(timeout=5)
+
+
+@pytest.fixture
+def scene():
+    made = Scene()
+    yield made
+    made.recovery.stop()
+
+
+def test_only_what_is_lost_is_replaced(scene):
+    scene.fail(0, epoch=1)
+    scene.wait()
+    assert (scene.ranks.replaced, scene.control.added) == ([(0, [1])], [0])
+    assert scene.said[0].startswith(
+        "group 0 failed: rank 1: its stream broke off (last heard of 0.25 s before); started rank 1 anew, serves again"
+    )
+    assert set(scene.recovery.known_epochs) == {0, 1}
+
+
+def test_where_that_does_not_help_all_are(scene):
+    scene.control.failures = [UnavailableError("rank 0: CUDA is lost")]
+    scene.fail(0, epoch=1)
+    scene.wait()
+    assert scene.said == ["group 0: rebuilding it failed: rank 0: CUDA is lost"]
+    scene.fail(0, epoch=2)  # as the coordinator says of the attempt
+    scene.wait()
+    assert scene.ranks.replaced == [(0, [1]), (0, [0, 1])]
+    scene.fail(0, epoch=3)
+    scene.wait()
+    assert scene.ranks.replaced[2] == (0, [1])
+
+
+def test_ranks_that_do_not_start_are_tried_again_and_hold_up_no_other_group(scene):
+    scene.ranks.failures = [UnavailableError("a rank did not start: no room")]
+    scene.fail(0, epoch=1)
+    scene.wait()
+    scene.fail(1, epoch=2)
+    scene.wait()
+    scene.wait()
+    assert sorted(scene.control.added) == [0, 1]
+    scene.recovery.check()
+
+
+def test_a_group_is_given_up_alone_and_the_last_one_ends_the_server():
+    scene = Scene(max_restarts=0)
+    scene.fail(0, epoch=1)
+    while not scene.control.abandoned:
+        threading.Event().wait(0.01)
+    scene.recovery.check()
+    scene.recovery.check()
+    assert scene.said == [
+        "worker group 0 failed 1 time(s) within 10 minutes and is given up; "
+        "the last time: rank 1: its stream broke off; the other groups go on"
+    ]
+    scene.fail(1, epoch=2)
+    while len(scene.control.abandoned) < 2:
+        threading.Event().wait(0.01)
+    with pytest.raises(UnavailableError, match=r"worker group . failed 1 time.s. within 10 minutes and is given up"):
+        scene.recovery.check()
+    assert scene.control.added == []
+    scene.recovery.stop()
+
+
+def check_for_long(recovery):
+    for _ in range(500):
+        recovery.check()
+        threading.Event().wait(0.01)
+
+
+def test_a_fault_of_ours_is_not_kept_quiet(scene):
+    scene.ranks.failures = [KeyError("a bug")]
+    scene.fail(0, epoch=1)
+    with pytest.raises(KeyError, match="a bug"):
+        check_for_long(scene.recovery)
+
+
+class FakeWorker(worker_pb2_grpc.WorkerServicer):
+    def __init__(self, hangs) -> None:
+        self.goes_on = threading.Event()
+        if not hangs:
+            self.goes_on.set()
+
+    def Ping(self, request, context):
+        self.goes_on.wait(10)
+        return worker_pb2.PingResponse(epoch=1)
+
+
+def test_ranks_that_are_dead_and_that_hang_are_told_apart():
+    servers, workers, addresses = [], [FakeWorker(hangs=False), FakeWorker(hangs=True), FakeWorker(hangs=False)], []
+    for worker in workers:
+        server = grpc.server(ThreadPoolExecutor(1))
+        worker_pb2_grpc.add_WorkerServicer_to_server(worker, server)
+        addresses.append(f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}")
+        server.start()
+        servers.append(server)
+    servers[2].stop(None).wait()
+    assert find_lost_ranks(addresses) == {1: RankLoss.HANGS, 2: RankLoss.DIED}
+    workers[1].goes_on.set()
+    for server in servers:
+        server.stop(None).wait()
