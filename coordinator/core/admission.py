@@ -1,10 +1,11 @@
 """Which requests are accepted: those that can be served by some group alone, however full it is now."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
-from ...errors import InvalidArgumentError
+from ...errors import InvalidArgumentError, OctavoError
 from .block_manager import num_blocks_for
 from .scheduler_config import SchedulerConfig
+from .sequence import RequestKey
 from .sequence_group import SequenceGroup
 from .worker_group import WorkerGroup
 
@@ -29,6 +30,20 @@ def check_fits(samples: SequenceGroup, config: SchedulerConfig, groups: Collecti
         )
     if samples.beams is not None:
         _check_beams(samples, samples.beams.num_beams, needed, available if groups else None, config)
+
+
+def find_misfits(
+    requests: Iterable[SequenceGroup], config: SchedulerConfig, groups: Collection[WorkerGroup]
+) -> dict[RequestKey, OctavoError]:
+    """Which of `requests` could never run to their ends, and why: accepted for a group that is gone, or while there was
+    none."""
+    misfits: dict[RequestKey, OctavoError] = {}
+    for samples in requests:
+        try:
+            check_fits(samples, config, groups)
+        except InvalidArgumentError as error:
+            misfits[samples.request.key] = error
+    return misfits
 
 
 def _check_beams(

@@ -59,6 +59,14 @@ class Membership:
         """Whether a request may still be served: by a group that is there, or by one that may come back."""
         return any(self._may_serve(group) for group in self.groups.values())
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether no group may come beside those that serve."""
+        return not any(
+            group.state is GroupState.STARTING or (group.state is not GroupState.READY and self._may_serve(group))
+            for group in self.groups.values()
+        )
+
     def _may_serve(self, group: GroupMember) -> bool:
         if group.state is GroupState.READY:
             return True

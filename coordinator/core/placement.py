@@ -2,6 +2,7 @@
 
 from collections.abc import Collection
 
+from .block_manager import num_blocks_for
 from .sequence import Sequence
 from .worker_group import WorkerGroup
 
@@ -39,7 +40,14 @@ def has_room(group: WorkerGroup, sequence: Sequence) -> bool:
     beams = sequence.samples.beams
     if group.num_free_slots < (1 if beams is None else beams.num_beams):
         return False
+    if beams is not None and not _could_hold_beams(group, sequence, beams.num_beams):
+        return False
     together = [sequence] if beams is None else sequence.samples.sequences
     # Of beams each is counted as if it were alone: how much they will share hangs on what is cached when they come.
     needed = sum(group.blocks.num_needed_blocks(group.find_prefix(each), each.num_tokens) for each in together)
     return needed + bool(group.running) <= group.blocks.num_free_blocks
+
+
+def _could_hold_beams(group: WorkerGroup, sequence: Sequence, num_beams: int) -> bool:
+    """To their end, were it empty: groups may differ in size, and a request is accepted for the largest."""
+    return num_beams * num_blocks_for(sequence.max_num_tokens - 1, group.blocks.block_size) <= group.blocks.num_blocks

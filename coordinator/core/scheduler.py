@@ -3,8 +3,8 @@
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from ...errors import ResourceExhaustedError
-from .admission import check_fits
+from ...errors import OctavoError, ResourceExhaustedError
+from .admission import check_fits, find_misfits
 from .batch_plan import BatchPlan, ScheduledRow
 from .chunk_budget import ChunkBudget, counted_tokens, paced_num_tokens
 from .ordered_sequences import WaitingQueue
@@ -102,6 +102,10 @@ class Scheduler:
     def unfinished_requests(self) -> list[RequestKey]:
         """Keys of all unfinished outputs."""
         return list(self._outputs)
+
+    def misfits(self) -> dict[RequestKey, OctavoError]:
+        """Requests that none of the groups could serve, and why; they hold up the others, and are to be dropped."""
+        return find_misfits(set(self._outputs.values()), self.config, self.groups.values())
 
     def samples(self, key: RequestKey) -> SequenceGroup:
         """The request with that unfinished output."""

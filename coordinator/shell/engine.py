@@ -69,7 +69,7 @@ class Engine:
         self._membership.admit(request.group_id)
         runner.start()
         self._serving.set()
-        self._wake_groups()
+        self._settle_requests()
         return memory
 
     async def _replace_runner(self, request: engine_pb2.AddGroupRequest, epoch: int) -> GroupRunner:
@@ -116,7 +116,10 @@ class Engine:
         self._settle_requests()
 
     def _settle_requests(self) -> None:
+        """What has become of the groups decides what becomes of the requests."""
         if self._membership.has_prospects:
+            if self._membership.is_settled:
+                self._fail_misfits()
             self._wake_groups()
             return
         self._serving.clear()
@@ -136,6 +139,12 @@ class Engine:
 
     def _fail_all(self, error: OctavoError) -> None:
         for key in self.scheduler.unfinished_requests():
+            self.scheduler.drop(key)
+            self._fail_request(key, error)
+        self._flush()
+
+    def _fail_misfits(self) -> None:
+        for key, error in self.scheduler.misfits().items():
             self.scheduler.drop(key)
             self._fail_request(key, error)
         self._flush()

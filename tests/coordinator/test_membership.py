@@ -1,0 +1,82 @@
+"""Groups come, fail, are rebuilt and given up: every transition, and what requests may hope for meanwhile."""
+
+import pytest
+from octavo.coordinator.core.membership import GroupState, Membership
+from octavo.errors import FailedPreconditionError
+
+
+def of_one(rebuilds=True) -> Membership:
+    membership = Membership(rebuilds)
+    membership.begin(0)
+    membership.admit(0)
+    return membership
+
+
+def test_each_incarnation_of_any_group_has_an_epoch_of_its_own_and_a_higher_one():
+    membership = of_one()
+    membership.begin(1)
+    membership.admit(1)
+    membership.fail(0, "it broke")
+    epochs = [membership.groups[1].epoch, membership.begin(0).epoch]
+    membership.check_invariants()
+    assert epochs == [2, 3]
+    membership.admit(0)
+    assert (membership.groups[0].num_restarts, membership.groups[0].failure) == (1, "")
+    membership.check_invariants()
+
+
+def test_requests_may_hope_while_a_group_serves_or_may_come_back():
+    membership = Membership(rebuilds=True)
+    hopes, settled = [membership.has_prospects], [membership.is_settled]
+    for event in (
+        lambda: membership.begin(0),
+        lambda: membership.admit(0),
+        lambda: membership.fail(0, "it broke"),
+        lambda: membership.begin(0),
+        lambda: membership.fail(0, "and again"),
+        lambda: membership.abandon(0),
+    ):
+        event()
+        membership.check_invariants()
+        hopes.append(membership.has_prospects)
+        settled.append(membership.is_settled)
+    # A group that starts for the first time may never be ready, and nobody has sent it anything.
+    assert hopes == [False, False, True, True, True, True, False]
+    assert settled == [True, False, True, False, False, False, True]
+
+
+def test_without_anybody_to_rebuild_it_a_group_that_fails_is_no_hope():
+    membership = of_one(rebuilds=False)
+    assert membership.has_prospects
+    membership.fail(0, "it broke")
+    assert not membership.has_prospects
+
+
+def test_a_new_group_that_cannot_start_is_forgotten_and_one_that_served_is_not():
+    membership = of_one()
+    membership.begin(1)
+    membership.fail(1, "no room")
+    assert list(membership.groups) == [0]
+    membership.fail(0, "it broke")
+    membership.begin(0)
+    membership.fail(0, "no room")
+    assert [group.failure for group in membership.awaiting_rebuild] == ["no room"]
+    membership.abandon(0)
+    assert membership.awaiting_rebuild == []
+
+
+def test_what_cannot_be_is_refused():
+    membership = of_one()
+    with pytest.raises(FailedPreconditionError, match="group 0 exists already, and is ready"):
+        membership.begin(0)
+    with pytest.raises(FailedPreconditionError, match="group 0 has not failed"):
+        membership.abandon(0)
+    with pytest.raises(AssertionError, match="group 0 cannot go from READY to READY"):
+        membership.admit(0)
+    membership.fail(0, "it broke")
+    with pytest.raises(AssertionError, match="group 0 cannot go from FAILED to FAILED"):
+        membership.fail(0, "it broke")
+    membership.begin(0)
+    with pytest.raises(FailedPreconditionError, match="group 0 exists already, and is rebuilding"):
+        membership.begin(0)
+    assert membership.groups[0].state is GroupState.REBUILDING
