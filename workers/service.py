@@ -103,8 +103,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         self._pipeline.end_steps()
         try:
             async with asyncio.timeout(_LEAVE_TIMEOUT_S[self._device.type]):
-                await asyncio.wrap_future(self._pipeline.call(lambda: None))  # what runs has ended
-                self.release()
+                # On the device thread, behind what runs there: this one answers pings.
                 await asyncio.wrap_future(self._pipeline.call(self._leave_group))
         except TimeoutError:
             _log.exception("the device does not let go of the last epoch; this rank ends, to be replaced")
@@ -112,6 +111,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             raise FailedPreconditionError("the device is stuck in the last epoch") from None
 
     def _leave_group(self) -> None:
+        self.release()
         if self._loaded is not None:
             self._loaded.tp.leave()
         leave_group()

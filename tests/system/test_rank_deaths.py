@@ -210,7 +210,8 @@ def test_a_rank_of_the_only_group_is_killed(one_group, expected, rank, record_pr
         record_property("rebuild_s", rebuild_s)
         print(f"rank {rank} killed: noticed after {detection_s:.3f} s, whole {rebuild_s:.1f} s later")
     said = one_group.wait_until_said(f"started rank {rank} anew, serves again after")
-    assert re.search(rf"^group 0 failed: rank {rank}: .* \(last heard of \d\.\d\d s before\)", said)
+    # The dead rank's stream breaks off; the other may be the first to say that it misses a peer.
+    assert re.search(r"^group 0 failed: rank [01]: .* \(last heard of \d\.\d\d s before\)", said)
     after = one_group.groups()[0]
     assert after.epoch > before.epoch
     kept = 1 - rank
