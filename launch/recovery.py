@@ -155,9 +155,10 @@ class _GroupRecovery:
         return ""
 
     def _replace_lost(self) -> Sequence[int]:
-        """Only what is lost, so that the others keep their weights; all, where that did not help."""
-        find = self._ranks.all_of if self._has_failed_to_rebuild else self._ranks.find_lost
-        lost = find(self._group_id)
+        """Only what is lost, so that the others keep their weights; all, where nothing is and that did not help."""
+        lost = self._ranks.find_lost(self._group_id)
+        if not lost and self._has_failed_to_rebuild:
+            lost = self._ranks.all_of(self._group_id)
         self._ranks.replace(self._group_id, lost)
         return list(lost)
 

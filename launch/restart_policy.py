@@ -3,7 +3,7 @@
 from collections import deque
 
 WINDOW_S = 600.0
-_LONG_LIFE_S = 30.0  # a group that served for so long does not keep dying
+_LONG_LIFE_S = 10.0  # a group that served for so long does not keep dying
 _FIRST_DELAY_S = 0.5
 _MAX_DELAY_S = 30.0
 

@@ -1,5 +1,6 @@
 """What a call to a rank ends with when it fails."""
 
+import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator
@@ -22,6 +23,8 @@ async def status_for_errors(context: grpc.aio.ServicerContext) -> AsyncIterator[
         yield
     except grpc.aio.AbortError:
         raise
+    except grpc.aio.InternalError:  # the call ended under an answer
+        raise asyncio.CancelledError from None
     except Exception as error:
         await abort(context, *status_of(error))
 
@@ -36,5 +39,9 @@ def status_of(error: Exception) -> tuple[grpc.StatusCode, str]:
 
 
 async def abort(context: grpc.aio.ServicerContext, code: grpc.StatusCode, details: str) -> NoReturn:
-    await context.abort(code, details)
+    """A caller that has gone hears nothing, which is no news."""
+    try:
+        await context.abort(code, details)
+    except grpc.aio.InternalError:
+        raise asyncio.CancelledError from None
     raise AssertionError("abort raises")

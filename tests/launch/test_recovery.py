@@ -20,8 +20,8 @@ def test_a_group_that_lived_long_is_rebuilt_at_once_and_one_that_keeps_dying_lat
         policy.serves(now := now + delays[-1] + 2)
         now += 1
     assert delays == [0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0]
-    assert policy.delay_s(now + 31) == 0.0
-    assert policy.delay_s(now + 32) == 0.5  # the attempt failed
+    assert policy.delay_s(now + 11) == 0.0
+    assert policy.delay_s(now + 12) == 0.5  # the attempt failed
 
 
 def test_one_failure_too_many_within_ten_minutes_is_the_last():
@@ -36,11 +36,12 @@ class Ranks:
     """Of two groups of two ranks, of which rank 1 is dead."""
 
     def __init__(self) -> None:
+        self.lost = {1: RankLoss.DIED}
         self.replaced = []
         self.failures = []  # of replacing, one each time
 
     def find_lost(self, group_id):
-        return {1: RankLoss.DIED}
+        return self.lost
 
     def all_of(self, group_id):
         return {0: RankLoss.HANGS, 1: RankLoss.HANGS}
@@ -107,17 +108,22 @@ def test_only_what_is_lost_is_replaced(scene):
     assert set(scene.recovery.known_epochs) == {0, 1}
 
 
-def test_where_that_does_not_help_all_are(scene):
-    scene.control.failures = [UnavailableError("rank 0: CUDA is lost")]
+def test_where_nothing_is_lost_and_that_does_not_help_all_are(scene):
+    scene.control.failures = [UnavailableError("rank 0: CUDA is lost")] * 2
     scene.fail(0, epoch=1)
     scene.wait()
     assert scene.said == ["group 0: rebuilding it failed: rank 0: CUDA is lost"]
     scene.fail(0, epoch=2)  # as the coordinator says of the attempt
     scene.wait()
-    assert scene.ranks.replaced == [(0, [1]), (0, [0, 1])]
+    scene.ranks.lost = {}
     scene.fail(0, epoch=3)
     scene.wait()
-    assert scene.ranks.replaced[2] == (0, [1])
+    assert scene.ranks.replaced == [(0, [1]), (0, [1]), (0, [0, 1])]
+    assert "; started rank 0, 1 anew, serves again after" in scene.said[2]
+    scene.fail(0, epoch=4)
+    scene.wait()
+    assert scene.ranks.replaced[3] == (0, [])
+    assert "; kept all ranks, serves again after" in scene.said[3]
 
 
 def test_ranks_that_do_not_start_are_tried_again_and_hold_up_no_other_group(scene):
