@@ -42,7 +42,7 @@ class Control(Protocol):
 
 
 class Recovery:
-    """Owner of the attempts to rebuild groups. `take` and `check` are called by one thread; nothing here blocks it."""
+    """Owner of the attempts to rebuild groups. One thread at a time calls `take` and `check`; nothing blocks it."""
 
     def __init__(
         self,
@@ -120,7 +120,6 @@ class _GroupRecovery:
 
     def stop(self) -> None:
         self._stopping.set()
-        self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _recover(self, failure: engine_pb2.GroupFailure, failed_at: float) -> None:
         try:

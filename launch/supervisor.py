@@ -8,7 +8,7 @@ import concurrent.futures
 import contextlib
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -228,13 +228,32 @@ class Supervisor:
     def stop(self, hurry: threading.Event) -> None:
         """Ends everything, gateways first, so that what runs may finish. `hurry` cuts every wait short."""
         self._is_ready = False
-        if self._recovery is not None:
-            self._recovery.stop()
         with contextlib.ExitStack() as last_to_first:  # goes on to the end even if a step fails
             last_to_first.callback(self._remove_run_dir)
             last_to_first.callback(self._stop_cluster, hurry)
             last_to_first.callback(self._stop_coordinator, hurry)
-            self._stop_gateways(hurry)
+            with self._groups_kept():
+                self._stop_gateways(hurry)
+
+    @contextlib.contextmanager
+    def _groups_kept(self) -> Iterator[None]:
+        """What still runs needs the groups: inside, one that fails is rebuilt all the same."""
+        recovery, control, is_over = self._recovery, self._control, threading.Event()
+        if recovery is None or control is None:
+            yield
+            return
+
+        def keep() -> None:
+            with contextlib.suppress(UnavailableError):  # nothing runs any more
+                while not is_over.is_set():
+                    recovery.take(control.await_failures(recovery.known_epochs, _WATCH_S))
+
+        threading.Thread(target=keep, name="groups", daemon=True).start()
+        try:
+            yield
+        finally:
+            is_over.set()
+            recovery.stop()
 
     def _stop_gateways(self, hurry: threading.Event) -> None:
         for gateway in self._gateways:

@@ -254,6 +254,22 @@ def test_a_server_that_is_stopped_while_it_rebuilds_leaves_nothing_behind():
         time.sleep(0.5)
 
 
+def test_a_rank_that_dies_while_the_server_ends_costs_no_request():
+    with running() as server:
+        request = request_of(0)
+        request.sampling_params.max_tokens = num_tokens = 600
+        victim = server.process_of(0, 0)
+        stream = server.generation.Generate(request)
+        tokens = [*next(stream).outputs[0].token_ids]
+        server.process.send_signal(signal.SIGINT)
+        time.sleep(0.1)
+        victim.kill()
+        tokens += [token for response in stream for output in response.outputs for token in output.token_ids]
+        assert len(tokens) == num_tokens
+        assert server.wait_until_ended() == 0
+        assert any("started rank 0 anew, serves again after" in line for line in server.lines), server.lines
+
+
 def test_another_group_goes_on_at_once(expected):
     with running("--tensor-parallel-size", "2", "--num-groups", "2") as server:
         for num_kills, rank in enumerate([0, 1], start=1):
