@@ -65,5 +65,10 @@ class BatchPlan:
         return num_decodes + sum(row.samples for row in self.rows[num_decodes:])
 
     @property
+    def num_joined_tokens(self) -> int:
+        """Known tokens of the sequences that join."""
+        return sum(len(join.token_ids) for join in self.joins) // 4
+
+    @property
     def num_tokens(self) -> int:
         return len(self.decode_slots) + sum(self.chunk_num_tokens)
