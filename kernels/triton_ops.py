@@ -1,64 +1,38 @@
 """The operations of a GPU: Triton kernels, put together as layers call them, and cuBLAS for large matrix products."""
 
 import logging
-from collections.abc import Callable
-from itertools import pairwise
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 
 from .activation import silu_and_mul
 from .batch import AttentionBatch
-from .chunk_attention import paged_chunk_attention
-from .decode_attention import DecodeWorkspace, decode_workspace, paged_decode_attention
-from .gathered_chunks import GatherPlan, attend_gathered, is_worth_gathering, plan_gather
+from .decode_splits import DecodeWorkspace, decode_workspace
 from .gemv import MAX_NORM_SIZE, add_norm_gemv, gemv, gemv_silu_and_mul
 from .linear_config import LinearKernel, linear_kernel
 from .lookup import embed, rope_rows
 from .norm import add_rms_norm, rms_norm
 from .ops import Operations
-from .rope_cache import rope_and_cache
 from .small_matmul import SplitWorkspace, small_matmul, small_matmul_silu_and_mul
+from .step_attention import StepAttention
 
 _log = logging.getLogger(__name__)
 
 Tensor = torch.Tensor
 T = TypeVar("T")
-_RowInputs = tuple[Tensor, Tensor, Tensor]
 
 
-class TritonAttentionPlan:
-    """What the layers of one step share."""
-
-    def __init__(self, batch: AttentionBatch) -> None:
-        self.batch = batch
-        self.num_decodes = batch.num_decode_rows
-        # Sliced here once: a slice costs the host 1 us, and layers are many.
-        self.decodes = batch.slots[: self.num_decodes], batch.seq_lens[: self.num_decodes]
-        behind = slice(self.num_decodes, None)
-        self.chunks = batch.slots[behind], batch.seq_lens[behind], batch.query_starts[behind]
-        chunk_starts = batch.host_query_starts[behind]
-        self.max_query_len = max((end - start for start, end in pairwise(chunk_starts)), default=0)  # of the chunks
-        self._inputs: tuple[_RowInputs, _RowInputs] | None = None
-        self._gather: GatherPlan | None = None
-        self._has_gather = False  # whether _gather says what to do
-
-    def split(self, rope: tuple[Tensor, Tensor], kv_indices: Tensor) -> tuple[_RowInputs, _RowInputs]:
-        """Cos, sin and cells of the decodes, and of the chunks. The arguments are the same for all layers."""
-        if self._inputs is None:
-            cos, sin = rope
-            n = self.num_decodes
-            self._inputs = (cos[:n], sin[:n], kv_indices[:n]), (cos[n:], sin[n:], kv_indices[n:])
-        return self._inputs
-
-    def gather(self, num_heads: int, k_cache: Tensor) -> GatherPlan | None:
-        """For the chunks' attention; None where it reads the cache through the block tables."""
-        if not self._has_gather:
-            _, block_size, _, head_dim = k_cache.shape
-            if is_worth_gathering(self.batch, head_dim, k_cache.dtype):
-                self._gather = plan_gather(self.batch, num_heads, block_size)
-            self._has_gather = True
-        return self._gather
+@contextmanager
+def _cublas_lt() -> Iterator[None]:
+    """Has torch leave matrix products to cuBLASLt. A setting of the process: one thread launches all of them."""
+    before = torch.backends.cuda.preferred_blas_library()
+    torch.backends.cuda.preferred_blas_library("cublaslt")
+    try:
+        yield
+    finally:
+        torch.backends.cuda.preferred_blas_library(before)
 
 
 class TritonOperations(Operations):
@@ -76,6 +50,9 @@ class TritonOperations(Operations):
                 return gemv(x, weight, bias)
             case LinearKernel.SMALL_MATMUL:
                 return small_matmul(x, weight, bias, self._split_workspace)
+            case LinearKernel.CUBLAS_LT:
+                with _cublas_lt():
+                    return super().linear(x, weight, bias, out)
         return super().linear(x, weight, bias, out)
 
     def gated_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -114,54 +91,23 @@ class TritonOperations(Operations):
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         return self._or_reference(add_rms_norm, super().add_rms_norm, x, residual, weight, eps)
 
-    def rope_and_cache(
-        self,
-        qkv: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        kv_indices: Tensor,
-        num_heads: int,
-    ) -> Tensor:
-        return rope_and_cache(qkv, cos, sin, k_cache, v_cache, kv_indices, num_heads)
-
-    def plan_attention(self, batch: AttentionBatch, block_size: int, dtype: torch.dtype) -> TritonAttentionPlan:
+    def plan_attention(self, batch: AttentionBatch, block_size: int, dtype: torch.dtype) -> StepAttention:
         """Computes nothing: the kernels read the step's tensors."""
         del block_size, dtype
-        return TritonAttentionPlan(batch)
+        return StepAttention(batch, self._decode_workspace)
 
     def attention(
         self,
         qkv: Tensor,
         rope: tuple[Tensor, Tensor],
-        cache: tuple[Tensor, Tensor],
+        cache: tuple[Tensor, ...],
         kv_indices: Tensor,
-        plan: TritonAttentionPlan,
+        plan: StepAttention,
         num_heads: int,
         scale: float,
+        out: Tensor | None = None,
     ) -> Tensor:
-        if not plan.num_decodes:
-            return super().attention(qkv, rope, cache, kv_indices, plan, num_heads, scale)
-        decodes, chunks = plan.split(rope, kv_indices)
-        num_tokens, _, head_dim = qkv.shape
-        out = qkv.new_empty(num_tokens, num_heads, head_dim)
-        workspace = self._decode_workspace(plan.batch.block_tables, num_heads, cache[0])
-        n = plan.num_decodes
-        rows = plan.batch.block_tables, *plan.decodes
-        paged_decode_attention(qkv[:n], *decodes, *cache, *rows, num_heads, scale, workspace, out[:n])
-        if plan.max_query_len:
-            q = torch.empty_like(out)  # the chunks' places are those in the step
-            cos, sin, cells = chunks
-            rope_and_cache(qkv[n:], cos, sin, *cache, cells, num_heads, q[n:])
-            self._attend_chunks(q, *cache, plan, scale, out)
-        return out
-
-    def attend(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: TritonAttentionPlan, scale: float) -> Tensor:
-        assert not plan.num_decodes, "`attention` does all of a decode's in one kernel"
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        self._attend_chunks(q, k_cache, v_cache, plan, scale, out)
-        return out
+        return plan.attend(qkv, rope, cache, kv_indices, num_heads, scale, out)
 
     def _decode_workspace(self, block_tables: Tensor, num_heads: int, k_cache: Tensor) -> DecodeWorkspace:
         """One for all steps of a slot table, whose rows are as many as can decode: captured graphs keep it in use."""
@@ -172,16 +118,6 @@ class TritonOperations(Operations):
                 num_slots, num_heads, num_kv_heads, head_dim, k_cache.dtype, max_blocks * block_size, k_cache.device
             )
         return self._decode_workspaces[key]
-
-    def _attend_chunks(
-        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: TritonAttentionPlan, scale: float, out: Tensor
-    ) -> None:
-        if (gather := plan.gather(q.shape[1], k_cache)) is not None:
-            attend_gathered(q, k_cache, v_cache, gather, scale, out)
-            return
-        paged_chunk_attention(
-            q, k_cache, v_cache, plan.batch.block_tables, *plan.chunks, plan.max_query_len, scale, out
-        )
 
     def _or_reference(self, kernel: Callable[..., T], slower: Callable[..., T], *args: object) -> T:
         try:

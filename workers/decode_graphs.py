@@ -13,6 +13,7 @@ import torch
 
 from ..kernels.batch import AttentionBatch
 from ..kernels.sampling import candidate_keys
+from .bucket_choice import sizes_worth_having
 from .graph_recorder import Recorder, Recording, Tensors
 from .kv_cache import KVCache
 from .models.registry import Model
@@ -73,12 +74,19 @@ class DecodeGraphs:
         self._graphs: dict[int, _Graph] = {}
         self._sampling: SamplingBatch | None = None  # what temperature and seeds were last written for
 
-    def capture(self) -> None:
-        """Captures every bucket, the largest first: the others then share its memory."""
+    def capture(self, keeps_all: bool = False) -> None:
+        """Captures every bucket, the largest first: the others then share its memory. On all ranks at once.
+
+        Drops those that a larger one outruns, unless `keeps_all`: finding them takes a while.
+        """
         with self._recorder.session():
             for size in reversed(self._sizes):
                 self._write_inputs(size, _padding(size, self._spare_cell))
                 self._graphs[size] = self._capture(size)
+            if not keeps_all:
+                times_ms = {size: self._time_ms(size) for size in self._sizes}
+                self._sizes = sizes_worth_having(times_ms, self._vocab.tp)
+        self._graphs = {size: self._graphs[size] for size in self._sizes}
 
     def forward(self, rows: StepRows) -> DecodeOutput:
         """Runs a step of decodes up to the logits."""
@@ -138,6 +146,11 @@ class DecodeGraphs:
         forward, (logits,) = self._recorder.record(partial(self._forward, size))
         sampling, _ = self._recorder.record(partial(self._sample, size, logits))
         return _Graph(forward, sampling)
+
+    def _time_ms(self, size: int) -> float:
+        """Of a step without a key to attend to: what attention takes does not hang on padding."""
+        self._write_inputs(size, _padding(size, self._spare_cell))
+        return self._recorder.time_ms([self._graphs[size].forward])
 
     def _views(self, size: int) -> Iterator[torch.Tensor]:
         return iter(self._inputs[: _NUM_INPUTS * size].view(_NUM_INPUTS, size))

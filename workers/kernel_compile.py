@@ -6,7 +6,7 @@ with two layers and weights of zeros, and launches that compile and do not run.
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -17,6 +17,7 @@ import triton
 from torch.overrides import TorchFunctionMode
 from triton.runtime.jit import JITFunction
 
+from ..kernels.launch import Launch
 from .graph_recorder import Recording, Tensors
 from .model_config import ModelConfig
 from .models.registry import Model, model_class, registered_architectures
@@ -49,12 +50,12 @@ def launches_compile() -> Iterator[None]:
         del warmup
         return run(self, *args, grid=grid, warmup=True, **kwargs)
 
-    JITFunction.run = compile_only
+    JITFunction.run, Launch.always_anew = compile_only, True
     try:
         with _ZeroedMemory():
             yield
     finally:
-        JITFunction.run = run
+        JITFunction.run, Launch.always_anew = run, False
 
 
 class _ZeroedMemory(TorchFunctionMode):
@@ -80,6 +81,11 @@ class UnrecordedGraphs:
     def record(self, function: Callable[[], Tensors]) -> tuple[Recording, Tensors]:
         outputs = function()
         return Recording(lambda: None, outputs), outputs
+
+    def time_ms(self, recordings: Sequence[Recording]) -> float:
+        """Nothing takes no time."""
+        del recordings
+        return 0.0
 
 
 def miniature(model_path: str, tp: TensorParallel, dtype: torch.dtype, max_model_len: int) -> Model:

@@ -13,6 +13,7 @@ from .parallel import TensorParallel
 from .plan import Ints, Plan
 from .sampler.batch import SamplingBatch, build_batch
 from .sampler.logprobs import Logprobs, logprobs_of, measure
+from .sampler.operations import sampler_operations_for
 from .sampler.sampler import Context, Sampled, sample
 from .sampler.vocab import VocabSlice
 from .segments import run_now
@@ -44,6 +45,7 @@ class ModelRunner:
         self._model, self._kv_cache, self._tp = model, kv_cache, tp
         self._host_tier = host_tier
         self._slots = SlotTable(shape, tp.device)
+        self._sampler_ops = sampler_operations_for(tp.device)
         self._vocab = VocabSlice(tp, model.vocab_start, model.local_vocab_size, shape.vocab_size)
         # None on a CPU, and before they are captured.
         self._decode_graphs: DecodeGraphs | None = None
@@ -52,15 +54,16 @@ class ModelRunner:
         self._sampling_key: tuple[int, bytes] | None = None  # what _sampling was built for
 
     @torch.inference_mode()
-    def capture_graphs(self, segment_graphs: "SegmentGraphs") -> None:
+    def capture_graphs(self, segment_graphs: "SegmentGraphs", is_rehearsal: bool = False) -> None:
         """Has steps run as CUDA graphs from now on: those of decodes alone as a whole, others but for their attention.
 
-        The slot table must be empty. `segment_graphs` are captured already, and may serve several runners.
+        The slot table must be empty. `segment_graphs` are captured already, and may serve several runners. In a
+        rehearsal nothing is timed: it shows only what memory graphs take.
         """
         from .decode_graphs import DecodeGraphs  # Triton is there only beside a CUDA build of torch
 
         graphs = DecodeGraphs(self._model, self._kv_cache, self._slots, self._vocab, segment_graphs.recorder)
-        graphs.capture()
+        graphs.capture(keeps_all=is_rehearsal)
         self._decode_graphs, self._segment_graphs = graphs, segment_graphs
 
     @torch.inference_mode()
@@ -114,7 +117,7 @@ class ModelRunner:
     def _sample(self, logits: torch.Tensor, rows: StepRows, samples: SampleRows) -> tuple[Sampled, RowLogprobs | None]:
         sampling = self._sampling_batch(rows.sample_slots)
         context = Context(self._slots.token_ids, samples.positions, int(rows.sample_positions.max()))
-        sampled = sample(logits, sampling, context, self._vocab)
+        sampled = sample(logits, sampling, context, self._vocab, self._sampler_ops)
         self._slots.token_ids.view(-1).index_copy_(0, samples.cells, sampled.token_ids.int())
         if sampling.logprobs is None or sampled.logprobs is None:
             return sampled, None

@@ -12,14 +12,17 @@ from functools import partial
 import torch
 
 from ..kernels.batch import AttentionBatch
+from .bucket_choice import sizes_worth_having
 from .graph_recorder import Recorder, Recording, Tensors
 from .kv_cache import KVCache
 from .models.registry import Model
+from .parallel import TensorParallel
 from .segments import Segment, SegmentRunner, run_now
 
 # Above, a step's launches hide behind the GPU's own time: 8B takes one H200 47 ms for 2,048 tokens, and four of them 34
 # for 4,096, which their hosts launch in about 22.
 _MAX_NUM_TOKENS = 2048
+_NUM_SAMPLES = 3  # segments of a bucket that are timed
 
 
 def bucket_sizes(max_num_tokens: int) -> list[int]:
@@ -44,15 +47,30 @@ class _Bucket:
     size: int
     segments: dict[Segment, _Replayable] = field(default_factory=dict)
 
-    def run(self, num_tokens: int, segment: Segment, *inputs: torch.Tensor) -> Tensors:
-        """Replays `segment` for `num_tokens` rows, up to the size."""
-        replayable = self.segments[segment]
+    def samples(self) -> list[Recording]:
+        """What stands for all segments where they are timed: some of the middle, which are alike."""
+        recordings = [replayable.recording for replayable in self.segments.values()]
+        return recordings[1 : 1 + _NUM_SAMPLES] or recordings
+
+
+@dataclass(frozen=True, slots=True)
+class _Replay:
+    """The runner of one step of `num_tokens` rows, at most the bucket's size."""
+
+    bucket: _Bucket
+    num_tokens: int
+
+    def __call__(self, segment: Segment, *inputs: torch.Tensor) -> Tensors:
+        replayable = self.bucket.segments[segment]
         for place, given in zip(replayable.inputs, inputs, strict=True):
-            # What another segment made is where this one reads it already.
+            # What another segment made is where this one reads it already, and so is what was written to `input_of`.
             if place.data_ptr() != given.data_ptr():
-                place[:num_tokens].copy_(given)
+                place[: self.num_tokens].copy_(given)
         replayable.recording.replay()
-        return tuple(output[:num_tokens] for output in replayable.recording.outputs)
+        return tuple(output[: self.num_tokens] for output in replayable.recording.outputs)
+
+    def input_of(self, segment: Segment) -> torch.Tensor:
+        return self.bucket.segments[segment].inputs[0][: self.num_tokens]
 
 
 class _Places:
@@ -78,15 +96,16 @@ class SegmentGraphs:
     What a segment returns is overwritten by the next step's: all that reads it is queued before.
     """
 
-    def __init__(self, model: Model, max_num_tokens: int, recorder: Recorder) -> None:
+    def __init__(self, model: Model, max_num_tokens: int, recorder: Recorder, tp: TensorParallel) -> None:
         """Records nothing yet: see `capture`."""
-        self._model, self.recorder = model, recorder
+        self._model, self.recorder, self._tp = model, recorder, tp
         self._buckets = [_Bucket(size) for size in bucket_sizes(max_num_tokens)]
         self._places = _Places()
 
     @torch.inference_mode()
     def capture(self, kv_cache: KVCache) -> None:
-        """Records every bucket, the largest first: the others then share its memory. On all ranks at once.
+        """Records every bucket, the largest first: the others then share its memory. On all ranks at once. Those that a
+        larger one outruns are dropped.
 
         Leaves a meaningless key and value in the first cell of `kv_cache`, which the graphs do not keep.
         """
@@ -97,11 +116,14 @@ class SegmentGraphs:
                 # Kernels compile, and libraries make their workspaces, before the recording.
                 self._model.forward(token_ids, batch, kv_cache)
                 self._model.forward(token_ids, batch, kv_cache, _BucketRecorder(self.recorder, self._places, bucket))
+            times_ms = {bucket.size: self.recorder.time_ms(bucket.samples()) for bucket in self._buckets}
+            worth_having = sizes_worth_having(times_ms, self._tp)
+        self._buckets = [bucket for bucket in self._buckets if bucket.size in worth_having]
 
     def runner(self, num_tokens: int) -> SegmentRunner:
         """Runs the segments of one step of `num_tokens`: from graphs, or as they are called if none is large enough."""
         index = bisect_left(self._buckets, num_tokens, key=lambda bucket: bucket.size)
-        return partial(self._buckets[index].run, num_tokens) if index < len(self._buckets) else run_now
+        return _Replay(self._buckets[index], num_tokens) if index < len(self._buckets) else run_now
 
 
 class _BucketRecorder:
@@ -117,6 +139,10 @@ class _BucketRecorder:
         self._bucket.segments[segment] = _Replayable(places, recording)
         self._made |= {output.data_ptr(): output for output in recording.outputs}
         return outputs
+
+    def input_of(self, segment: Segment) -> None:
+        """Any place will do: replays read from one of ours."""
+        del segment
 
     def _place(self, argument: int, given: torch.Tensor) -> torch.Tensor:
         made = self._made.get(given.data_ptr())

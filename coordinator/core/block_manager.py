@@ -139,8 +139,8 @@ class BlockManager:
 
     def num_missing_blocks(self, sequence: Sequence, num_tokens: int) -> int:
         """Blocks that `sequence` lacks to hold `num_tokens` tokens."""
-        held = len(self._tables.get(sequence, ()))
-        return max(0, num_blocks_for(num_tokens, self.block_size) - held)
+        missing = num_tokens - len(self._tables.get(sequence, ())) * self.block_size
+        return num_blocks_for(missing, self.block_size) if missing > 0 else 0
 
     def allocate(self, sequence: Sequence, num_tokens: int) -> list[int]:
         """Grows the table of `sequence` to hold `num_tokens`; returns the added ids. The caller checked the room."""

@@ -168,11 +168,13 @@ class Scheduler:
         for sequence in list(group.running):
             if not sequence.is_running or sequence.num_pending_tokens != 1 or not group.is_ready(sequence):
                 continue
-            if not self._make_room(sequence, group):
+            beams = sequence.samples.beams
+            missing = group.blocks.num_missing_blocks(sequence, sequence.num_sent_tokens + 1)
+            if (missing or beams) and not self._make_room(sequence, group):
                 continue
             self._add_decode(sequence, group, plan)
-            if sequence.samples.beams is not None:
-                for parent, child in sequence.samples.beams.take_forks():
+            if beams is not None:
+                for parent, child in beams.take_forks():
                     group.fork(parent, child, plan)
                     self._add_decode(child, group, plan)
         return self.counters.num_preemptions > num_preemptions
@@ -180,7 +182,8 @@ class Scheduler:
     @staticmethod
     def _add_decode(sequence: Sequence, group: WorkerGroup, plan: BatchPlan) -> None:
         group.introduce(sequence, plan)
-        group.grow(sequence, sequence.num_sent_tokens + 1, plan)
+        if group.blocks.num_missing_blocks(sequence, sequence.num_sent_tokens + 1):
+            group.grow(sequence, sequence.num_sent_tokens + 1, plan)
         plan.decode_slots.append(sequence.slot)
         plan.rows.append(ScheduledRow(sequence, sequence.num_preemptions, 1, samples=True))
 
@@ -290,7 +293,7 @@ class Scheduler:
             self._finish_sample(sequence, reason)
             if not sequence.samples.sequences:
                 self._count_end(reason)
-        else:
+        elif sequence.num_tokens >= (sequence.num_published_blocks + 1) * self.config.block_size:
             self._publish(sequence)
         return SampledToken(sequence.key, token_id, reason, row, num_cached_tokens)
 

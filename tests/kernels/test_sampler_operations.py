@@ -1,4 +1,4 @@
-"""The GPU's sampler against torch's: the same tokens for any parameters and any batch."""
+"""The GPU's sampler and the CPU's against torch's: the same tokens for any parameters and any batch."""
 
 import numpy as np
 import pytest
@@ -6,6 +6,7 @@ import torch
 from octavo.proto import sampling_pb2
 from octavo.workers.parallel import TensorParallel
 from octavo.workers.sampler.batch import build_batch
+from octavo.workers.sampler.cpu_operations import CpuSamplerOperations
 from octavo.workers.sampler.operations import SamplerOperations, sampler_operations_for
 from octavo.workers.sampler.sampler import Context, sample
 from octavo.workers.sampler.table import SamplingTable
@@ -41,20 +42,22 @@ def random_params(random: np.random.Generator) -> sampling_pb2.SamplingParams:
     return sampling_pb2.SamplingParams(**fields)
 
 
-def sampled(ops: SamplerOperations, dtype: torch.dtype, params: list, start: int = 0) -> list[int]:
+def sampled(
+    ops: SamplerOperations, dtype: torch.dtype, params: list, start: int = 0, device: torch.device = DEVICE
+) -> list[int]:
     """The tokens of one random row for each of `params`, the same rows in every call, from token `start` on."""
     random = np.random.default_rng(3)
     table = SamplingTable(len(params))
     for slot, row in enumerate(params):
         table.join(slot, row, VOCAB_SIZE)
     lengths = random.integers(2, 40, len(params))
-    token_table = torch.tensor(random.integers(0, VOCAB_SIZE, (len(params), 64)), dtype=torch.int32, device=DEVICE)
+    token_table = torch.tensor(random.integers(0, VOCAB_SIZE, (len(params), 64)), dtype=torch.int32, device=device)
     logits = torch.tensor(random.normal(0, 4, (len(params), PADDED_SIZE)))
     logits[:, VOCAB_SIZE:] = -torch.inf
-    vocab = VocabSlice(TensorParallel(0, 1, DEVICE), start, PADDED_SIZE - start, VOCAB_SIZE)
+    vocab = VocabSlice(TensorParallel(0, 1, device), start, PADDED_SIZE - start, VOCAB_SIZE)
     batch = build_batch(table, np.arange(len(params)), lengths // 2, vocab)
-    context = Context(token_table, torch.tensor(lengths, device=DEVICE), int(lengths.max()))
-    return sample(logits[:, start:].to(DEVICE, dtype), batch, context, vocab, ops).token_ids.tolist()
+    context = Context(token_table, torch.tensor(lengths, device=device), int(lengths.max()))
+    return sample(logits[:, start:].to(device, dtype), batch, context, vocab, ops).token_ids.tolist()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -66,6 +69,15 @@ def test_tokens_are_the_ones_that_torch_draws(start, dtype):
     assert sampled(TritonSamplerOperations(), dtype, params, start) == expected
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("start", [0, 1001, 1002, 2998])
+def test_a_cpu_draws_the_same_tokens(start, dtype):
+    random, cpu = np.random.default_rng(11), torch.device("cpu")
+    params = [random_params(random) for _ in range(NUM_ROWS)]
+    expected = sampled(SamplerOperations(), dtype, params, start, cpu)
+    assert sampled(CpuSamplerOperations(), dtype, params, start, cpu) == expected
+
+
 @pytest.mark.parametrize("fields", [{}, {"temperature": 0.8}, {"temperature": 0.8, "top_k": 3}])
 def test_batches_without_most_features(fields):
     params = [sampling_pb2.SamplingParams(**({"top_p": 1.0, "repetition_penalty": 1.0, "seed": 5} | fields))] * 3
@@ -73,6 +85,6 @@ def test_batches_without_most_features(fields):
     assert sampled(TritonSamplerOperations(), torch.bfloat16, params) == expected
 
 
-def test_a_cpu_gets_torch():
-    assert type(sampler_operations_for(torch.device("cpu"))) is SamplerOperations
+def test_each_device_gets_its_own():
+    assert type(sampler_operations_for(torch.device("cpu"))) is CpuSamplerOperations
     assert type(sampler_operations_for(torch.device("cuda"))) is TritonSamplerOperations

@@ -94,6 +94,27 @@ def test_chunks_of_all_sizes_through_cuda_graphs_equal_transformers(
             assert result.tokens == expected, f"TP {tensor_parallel_size}, {max_num_batched_tokens} tokens"
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_steps_summed_in_halves_equal_transformers(make_llama, run_engine, engine_options, sampling_params):
+    """Above 32 MiB, here 4,096 tokens, one half's sums run beside the other's products: first of prompts alone, then of
+    prompts beside decodes, an odd number of tokens each time."""
+    path = make_llama(
+        hidden_size=2048, intermediate_size=2048, num_attention_heads=16, num_key_value_heads=4, num_hidden_layers=3,
+        initializer_range=0.03, eos_token_id=None,
+    )  # fmt: skip
+    generator = np.random.default_rng(11)
+    all_prompts = [generator.integers(0, 128, length).tolist() for length in generator.integers(400, 600, 24)]
+    assert sum(map(len, all_prompts)) > 2 * 4501
+    expected = transformers_tokens(path, all_prompts)
+    for tensor_parallel_size in (size for size in (2, 4) if size <= torch.cuda.device_count()):
+        options = engine_options(
+            tensor_parallel_size, num_blocks=24 * 40, max_num_seqs=24, max_num_batched_tokens=4501, device="cuda"
+        )
+        result = run_engine(path, options, all_prompts, lambda i: sampling_params(MAX_TOKENS))
+        assert result.tokens == expected, f"TP {tensor_parallel_size}"
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_greedy_tokens_equal_transformers(name, make_llama, run_engine, engine_options, sampling_params):
     path, all_prompts = model_and_prompts(name, make_llama)

@@ -1,4 +1,5 @@
-"""Prints each kernel that a mix of steps needs and the start did not compile. Args: device, model directory.
+"""Prints each kernel that a mix of steps needs and the start did not compile. Args: device, model directory,
+dtype of the KV cache.
 
 A process of its own: without a GPU it needs Triton as on one, while the tests' kernels run in the interpreter. Then
 nothing is compiled or run: the variants that the start finds are compared with those that steps launch.
@@ -93,8 +94,9 @@ class Hopper:
 def pretend_gpu():
     """Has a rank on the CPU launch what one on a Hopper GPU does."""
     from octavo.kernels import pdl, triton_ops  # noqa: F401 (all kernels, to be patched)
+    from octavo.workers import model_runner
     from octavo.workers.models import llama
-    from octavo.workers.sampler import sampler, triton_operations
+    from octavo.workers.sampler import triton_operations
 
     triton.runtime.driver.set_active(Hopper())
     for module in [module for name, module in sys.modules.items() if name.startswith("octavo.kernels.")]:
@@ -102,8 +104,9 @@ def pretend_gpu():
             if hasattr(module, name):
                 setattr(module, name, answer)
     llama.operations_for = triton_ops.TritonOperations
-    sampler.sampler_operations_for = lambda device: triton_operations.TritonSamplerOperations()
+    model_runner.sampler_operations_for = lambda device: triton_operations.TritonSamplerOperations()
     torch.Tensor.pin_memory = lambda tensor: tensor
+    torch.backends.cuda.preferred_blas_library = lambda *library: None
 
 
 def start_here(config):
@@ -113,7 +116,7 @@ def start_here(config):
     rank._find_kernels(config, torch.bfloat16, tp, 1)
     builder = rank._RunnerBuilder(config, rank._load(config, tp, 1), tp, 1)
     cache = builder.kv_cache(1000)
-    graphs = SegmentGraphs(builder.model, NUM_TOKENS, UnrecordedGraphs())
+    graphs = SegmentGraphs(builder.model, NUM_TOKENS, UnrecordedGraphs(), tp)
     runner = builder.runner(cache)
     with launches_compile():
         graphs.capture(cache)
@@ -135,10 +138,11 @@ def kernels_noted(is_real):
     triton.knobs.runtime.jit_cache_hook = None
 
 
-def main(device, model_path):
+def main(device, model_path, kv_cache_dtype):
     config = engine_pb2.WorkerConfig(
         model_path=model_path, load_format="dummy", dtype="bfloat16", block_size=16, max_model_len=5000,
         max_num_seqs=NUM_SEQS, max_num_batched_tokens=NUM_TOKENS, num_blocks_override=1000, gpu_memory_utilization=0.5,
+        kv_cache_dtype=kv_cache_dtype,
     )  # fmt: skip
     is_real = device != "cpu"
     with kernels_noted(is_real) as started:

@@ -47,3 +47,12 @@ def test_results_that_nobody_holds_give_their_memory_to_later_recordings(recorde
     for recording in recordings:
         recording.replay()
     assert recordings[-1].outputs[0].eq(10).all()
+
+
+def test_recordings_are_timed_on_the_device(recorder):
+    small, large = torch.zeros(NUM_ROWS // 64, device="cuda"), torch.zeros(NUM_ROWS, device="cuda")
+    recordings = [record_chain(recorder, place, 3) for place in (small, large)]
+    with recorder.session():
+        once, more, longer = (recorder.time_ms(these) for these in (recordings[0], recordings[0] * 4, recordings[1]))
+    assert 0.001 < once < more < 8 * once
+    assert longer > 2 * once

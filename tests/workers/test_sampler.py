@@ -13,7 +13,7 @@ from octavo.workers.parallel import TensorParallel
 from octavo.workers.sampler.batch import build_batch
 from octavo.workers.sampler.gumbel import gumbel_noise
 from octavo.workers.sampler.sampler import Context, Sampled, sample
-from octavo.workers.sampler.table import MAX_LOGPROBS, SamplingTable
+from octavo.workers.sampler.table import MAX_CANDIDATES, MAX_LOGPROBS, SamplingTable
 from octavo.workers.sampler.vocab import VocabSlice
 
 CPU = torch.device("cpu")
@@ -223,7 +223,7 @@ REFUSED = {
     "repetition_penalty": [{"repetition_penalty": 0.0}, {"repetition_penalty": float("inf")}],
     "presence_penalty": [{"presence_penalty": float("nan")}],
     "frequency_penalty": [{"frequency_penalty": float("-inf")}],
-    "num_logprobs": [{"num_logprobs": MAX_LOGPROBS + 1}],
+    "num_logprobs": [{"num_logprobs": MAX_CANDIDATES + 1}],
     "num_prompt_logprobs": [{"num_prompt_logprobs": MAX_LOGPROBS + 1}],
     "logit_bias_token_ids": [{"logit_bias_token_ids": pack([VOCAB_SIZE]), "logit_bias_values": pack([1], "<f4")}],
     "logit_bias_values": [

@@ -27,6 +27,8 @@ class Rerun:
     def __init__(self) -> None:
         self.sizes = []  # of each recording
         self.num_replays = 0
+        self.replayed_sizes = set()
+        self.slow_size = 0  # a bucket that takes longer than any other
         self._results = []
         self._last = -1
 
@@ -45,17 +47,21 @@ class Rerun:
                         tensor.fill_(torch.nan)
             self._last = index
             self.num_replays += 1
+            self.replayed_sizes.add(len(outputs[0]))
             for place, result in zip(outputs, function(), strict=True):
                 place.copy_(result)
 
         return Recording(replay, outputs), outputs
 
+    def time_ms(self, recordings):
+        return 9.0 if len(recordings[0].outputs[0]) == self.slow_size else 1.0
+
 
 class Replaying:
     """A model whose steps run through graphs."""
 
-    def __init__(self, model, recorder, max_num_tokens) -> None:
-        self._model, self.graphs = model, SegmentGraphs(model, max_num_tokens, recorder)
+    def __init__(self, model, max_num_tokens, recorder, tp) -> None:
+        self._model, self.graphs = model, SegmentGraphs(model, max_num_tokens, recorder, tp)
 
     def __getattr__(self, name):
         return getattr(self._model, name)
@@ -90,7 +96,7 @@ def test_replayed_steps_equal_eager_ones(num_layers, make_llama, run_ranks, page
     def run(tp):
         model, recorder = load(path, tp), Rerun()
         eager = paged_sequences(model, tokens).run(SCHEDULE)
-        replaying = Replaying(model, recorder, 48)
+        replaying = Replaying(model, 48, recorder, tp)
         sequences = paged_sequences(replaying, tokens)
         replaying.graphs.capture(sequences.cache)
         return eager, sequences.run(SCHEDULE), recorder
@@ -102,6 +108,21 @@ def test_replayed_steps_equal_eager_ones(num_layers, make_llama, run_ranks, page
             assert recorder.num_replays == (num_layers + 1) * (len(SCHEDULE[0]) - 1)
             sizes = [48] * (num_layers + 1) + [32] * (num_layers + 1) + [16] * (num_layers + 1)
             assert recorder.sizes == sizes, "the largest bucket makes the memory that the others share"
+
+
+@pytest.mark.parametrize(("slow_size", "replayed_sizes"), [(0, {16, 32, 48}), (32, {16, 48}), (48, {16, 32, 48})])
+def test_a_bucket_that_a_larger_one_outruns_is_not_used(slow_size, replayed_sizes, make_llama, paged_sequences):
+    tp, recorder = TensorParallel(0, 1, CPU), Rerun()
+    recorder.slow_size = slow_size
+    model = load(make_llama(), tp)
+    tokens = random_tokens([9, 30, 40])
+    replaying = Replaying(model, 48, recorder, tp)
+    sequences = paged_sequences(replaying, tokens)
+    replaying.graphs.capture(sequences.cache)
+    for index, sequence in enumerate(tokens):
+        expected = paged_sequences(model, tokens).step({index: len(sequence)})[index]
+        torch.testing.assert_close(sequences.step({index: len(sequence)})[index], expected, **TOLERANCE)
+    assert recorder.replayed_sizes == replayed_sizes
 
 
 class NanToken:
@@ -125,7 +146,7 @@ def test_nan_in_padding_reaches_no_real_row(make_llama, paged_sequences):
     # The first sequence leaves NaN behind in the rows that the second one's step only pads.
     tokens = [[0] * 31, *random_tokens([17], lowest=1)]
     expected = paged_sequences(model, tokens).step({1: 17})[1]
-    replaying = Replaying(model, Rerun(), 32)
+    replaying = Replaying(model, 32, Rerun(), TensorParallel(0, 1, CPU))
     sequences = paged_sequences(replaying, tokens)
     # Capture leaves a key and a value of the NaN token in the first cell.
     replaying.graphs.capture(paged_sequences(model, tokens).cache)

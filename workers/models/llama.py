@@ -23,7 +23,7 @@ from ..layers import (
 from ..model_config import ModelConfig
 from ..parallel import TensorParallel
 from ..rope import RotaryEmbedding
-from ..segments import SegmentRunner, run_now
+from ..segments import Segment, SegmentRunner, run_now
 from ..weights import Weights
 
 Tensor = torch.Tensor
@@ -46,11 +46,15 @@ class Attention:
         self.qkv_proj.load(weights, f"{name}.q_proj", f"{name}.k_proj", f"{name}.v_proj")
         self.o_proj.load(weights, f"{name}.o_proj")
 
-    def attend(self, qkv: Tensor, step: "Step", cache: tuple[Tensor, Tensor]) -> Tensor:
-        """What lies between the two projections: [num_tokens, heads of q, k and v] to [num_tokens, heads of q]."""
-        heads = qkv.view(len(qkv), -1, self.head_dim)
+    def attend(self, qkv: Tensor, step: "Step", cache: tuple[Tensor, ...], out: Tensor | None) -> Tensor:
+        """What lies between the two projections: [num_tokens, heads of q, k and v] to [num_tokens, heads of q], the
+        latter in `out` if one is given and it can be written there."""
+        num_tokens = len(qkv)
+        heads = qkv.view(num_tokens, -1, self.head_dim)
+        if out is not None:
+            out = out.view(num_tokens, -1, self.head_dim)
         return self.ops.attention(
-            heads, step.rope, cache, step.kv_indices, step.plan, self.num_heads, self.scale
+            heads, step.rope, cache, step.kv_indices, step.plan, self.num_heads, self.scale, out
         ).flatten(1)
 
 
@@ -122,7 +126,9 @@ class LlamaForCausalLM:
         self.norm = RMSNorm(ctx, config.hidden_size, config.rms_norm_eps)
         self.lm_head = ParallelLMHead(self._head_table)
         self.rope = RotaryEmbedding(config, max_model_len, dtype, tp.device, self.ops)
-        self._segments = [partial(self._middle_segment, i) for i in range(config.num_layers - 1)]
+        # What follows each layer's attention.
+        self._segments: list[Segment] = [partial(self._middle_segment, i) for i in range(config.num_layers - 1)]
+        self._segments.append(self._last_segment)
 
     @staticmethod
     def tensor_shapes(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
@@ -167,12 +173,12 @@ class LlamaForCausalLM:
             self.rope(batch.positions),
             batch.kv_indices,
         )
-        qkv, *stream = run(self._first_segment, token_ids)
-        for i in range(len(self.layers) - 1):
-            attended = self.layers[i].attention.attend(qkv, step, kv_cache.layer(i))
-            qkv, *stream = run(self._segments[i], attended, *stream)
-        attended = self.layers[-1].attention.attend(qkv, step, kv_cache.layer(len(self.layers) - 1))
-        (hidden,) = run(self._last_segment, attended, *stream)
+        made = run(self._first_segment, token_ids)
+        for layer, cache, segment in zip(self.layers, kv_cache.layers, self._segments, strict=True):
+            qkv, *stream = made
+            attended = layer.attention.attend(qkv, step, cache, run.input_of(segment))
+            made = run(segment, attended, *stream)
+        (hidden,) = made
         return hidden
 
     # The residual stream goes from segment to segment whole, or in two halves whose sums over the ranks are hidden

@@ -24,9 +24,14 @@ def draw(logits: torch.Tensor, random: RandomRows | None, positions: torch.Tenso
 
 def _randomised(logits: torch.Tensor, random: RandomRows, positions: torch.Tensor, vocab: VocabSlice) -> torch.Tensor:
     """Scores whose argmax is the draw; `logits` [r, size] are overwritten."""
+    return tempered(logits, random, vocab).add_(gumbel_noise(random.seeds, positions, vocab))
+
+
+def tempered(logits: torch.Tensor, random: RandomRows, vocab: VocabSlice) -> torch.Tensor:
+    """Finite scores or -inf, without those that truncation takes; `logits` [r, size] float32 are overwritten."""
     # A product with the inverse is what kernels compute too, in fewer instructions than a quotient.
     scores = logits.mul_(random.temperature.reciprocal())
     # NaN and +inf would spoil the sums that truncation needs.
     scores.nan_to_num_(nan=-torch.inf, posinf=_LARGEST, neginf=-torch.inf)
     truncate(scores, random.truncation, vocab)
-    return scores.add_(gumbel_noise(random.seeds, positions, vocab))
+    return scores

@@ -33,9 +33,11 @@ class SamplerOperations:
 
 
 def sampler_operations_for(device: torch.device) -> SamplerOperations:
-    """The implementation for `device`: Triton kernels on a GPU, torch on a CPU."""
+    """The implementation for `device`: Triton kernels on a GPU, numba's on a CPU."""
     if device.type != "cuda":
-        return SamplerOperations()
+        from .cpu_operations import CpuSamplerOperations  # as below, a subclass
+
+        return CpuSamplerOperations()
     from .triton_operations import TritonSamplerOperations  # Triton comes with a CUDA build of torch
 
     return TritonSamplerOperations()

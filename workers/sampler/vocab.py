@@ -32,7 +32,10 @@ class VocabSlice:
 
         Always a valid token id, also for rows of NaN or -inf.
         """
-        best, columns = scores.max(dim=-1)
+        return self.take_best(*scores.max(dim=-1))
+
+    def take_best(self, best: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        """As argmax, of each row's greatest score here, [n] float32, and its column, [n] int64."""
         token_ids = columns + self.start
         if self.tp.size > 1:
             token_ids = _token_ids(self.tp.all_reduce_max(_keys(best, token_ids)))
