@@ -261,6 +261,7 @@ class Scheduler:
         context = sequence.num_sent_tokens
         num_tokens = budget.take(sequence.num_pending_tokens, context)
         samples = num_tokens == sequence.num_pending_tokens
+        plan.num_context_tokens += context
         plan.num_attended_tokens += num_tokens * context + num_tokens * (num_tokens - 1) // 2
         plan.chunk_slots.append(sequence.slot)
         plan.chunk_num_tokens.append(num_tokens)

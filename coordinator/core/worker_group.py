@@ -258,8 +258,7 @@ class WorkerGroup:
         self.blocks.finish_transfers(finished_transfers)
         self._last_step_ms = model_time_us / 1e3
         if plan.chunk_slots and model_time_us:
-            num_tokens, num_attended = sum(plan.chunk_num_tokens), plan.num_attended_tokens
-            self.step_time.observe(len(plan.decode_slots), num_tokens, num_attended, model_time_us / 1e3)
+            self.step_time.observe(plan.load, model_time_us / 1e3)
         return plan
 
     def check_invariants(self) -> None:
