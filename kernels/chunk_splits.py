@@ -143,8 +143,11 @@ def cut(rows: ChunkRows, splits: Ints, tile: ChunkTile) -> ChunkSplits:
     of_tiles = (x[of_tile] for x in (row, first_token, num_queries, position))
     jobs = np.stack([*of_tiles, start, end, partial, np.zeros_like(part)], 1)[np.argsort(start - end, kind="stable")]
     merges = np.stack([first_token, num_queries, first_partial, parts], 1)[parts > 1]
-    as_tensor = (torch.from_numpy(np.ascontiguousarray(x, dtype=np.int32)) for x in (jobs, merges))
-    return ChunkSplits(*as_tensor, int(partials.sum()), tile)
+    return ChunkSplits(_as_tensor(jobs), _as_tensor(merges), int(partials.sum()), tile)
+
+
+def _as_tensor(table: Ints) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(table, dtype=np.int32))
 
 
 def _spread(counts: Ints) -> tuple[Ints, Ints]:

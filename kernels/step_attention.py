@@ -116,11 +116,11 @@ class StepAttention:
         rows = ChunkRows.of(batch.host_query_starts[n:], batch.host_seq_lens[n:])
         splits = plan_chunk_splits(rows, num_heads, keys.shape[2], head_dim, q.dtype, num_sms(q.device))
         if splits is not None:
-            tables, plan = (batch.block_tables, batch.slots[n:]), sent(splits, q.device)
-            return split_chunk_launches(q, keys, values, *tables, plan, workspace, scale, out, scales)
-        starts, length = batch.query_starts[n:], self._max_query_len
-        tables = batch.block_tables, batch.slots[n:], batch.seq_lens[n:]
-        return (chunk_attention_launch(q, keys, values, *tables, starts, length, scale, out, scales),)
+            places = batch.block_tables, batch.slots[n:]
+            plan = sent(splits, q.device)
+            return split_chunk_launches(q, keys, values, *places, plan, workspace, scale, out, scales)
+        tables = batch.block_tables, batch.slots[n:], batch.seq_lens[n:], batch.query_starts[n:]
+        return (chunk_attention_launch(q, keys, values, *tables, self._max_query_len, scale, out, scales),)
 
 
 class _Layers:
