@@ -138,18 +138,20 @@ class Engine:
         )
 
     def _fail_all(self, error: OctavoError) -> None:
-        for key in self.scheduler.unfinished_requests():
+        keys = self.scheduler.unfinished_requests()
+        self._num_failed += len({self.scheduler.samples(key) for key in keys})
+        for key in keys:
             self.scheduler.drop(key)
-            self._fail_request(key, error)
+            self._sessions[key.session_id].add_failure(key.handle, error)
         self._flush()
 
     def _fail_misfits(self) -> None:
         for key, error in self.scheduler.misfits().items():
             self.scheduler.drop(key)
-            self._fail_request(key, error)
+            self._refuse(key, error)
         self._flush()
 
-    def _fail_request(self, key: RequestKey, error: OctavoError) -> None:
+    def _refuse(self, key: RequestKey, error: OctavoError) -> None:
         self._num_failed += 1
         self._sessions[key.session_id].add_failure(key.handle, error)
 
@@ -180,7 +182,7 @@ class Engine:
             try:
                 self._submit(session, submit)
             except OctavoError as error:
-                self._fail_request(RequestKey(session.session_id, submit.handle), error)
+                self._refuse(RequestKey(session.session_id, submit.handle), error)
         for handle in unpack(request.cancel_handles, "<u4", "cancel_handles"):
             self.scheduler.cancel(RequestKey(session.session_id, handle))
         for handle in unpack(request.stop_handles, "<u4", "stop_handles"):

@@ -124,27 +124,26 @@ def test_a_group_that_is_given_up_ends_its_requests_unless_another_serves(cluste
     run(scenario())
 
 
-def test_beams_that_only_a_lost_group_could_hold_wait_for_it_and_end_when_it_is_given_up(cluster, submit, run):
+def test_beams_that_came_while_there_was_no_group_and_that_fit_none_then_are_refused(cluster, submit, run):
     async def scenario():
         async with cluster(rebuilds_groups=True) as it:
-            it.workers[1].num_blocks = 16
-            for group_id, worker in enumerate(it.workers):
-                worker.rank = 0
-                await it.add_group(group_id=group_id, ranks=slice(group_id, group_id + 1))
+            await it.add_group()
             it.workers[0].fail_at_step = 1
             session = await it.session()
+            await session.submit(submit(1, max_tokens=20))
+            await it.await_failures()
             beams = submit(0, max_tokens=60)
             beams.beam_search.num_beams, beams.num_samples = 3, 1
             beams.beam_search.early_stopping = engine_pb2.EARLY_STOPPING_FIRST
-            await session.submit(beams)
-            await it.await_failures()
-            assert not session.failures
-            await session.submit(submit(1, max_tokens=20))  # behind it in the queue
-            await it.stub.AbandonGroup(engine_pb2.AbandonGroupRequest(group_id=0))
-            await session.read_until_done(2)
+            await session.submit(beams, submit(2, max_tokens=20))  # one before it in the queue, one behind
+            it.workers[0].fail_at_step = 0
+            for worker in it.workers:
+                worker.num_blocks = 16
+            await it.add_group()
+            await session.read_until_done(3)
             assert session.failures[0].code == grpc.StatusCode.INVALID_ARGUMENT.value[0]
             assert session.failures[0].field == "num_beams"
-            assert session.tokens[1] == list(range(4, 24))
+            assert session.tokens[1] == session.tokens[2] == list(range(4, 24))
 
     run(scenario())
 
