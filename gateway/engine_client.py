@@ -239,17 +239,14 @@ class EngineClient:
         return stream is not None and stream.request.is_beam_search
 
     def _fail(self, failure: engine_pb2.Failure) -> None:
-        """One of a request's first handle ends the request; one of another sample does so too, and the rest of the
-        samples are cancelled when its reader hears of it."""
-        error = _failure_error(failure)
+        """One of a sample ends the request; the other samples are cancelled when its reader hears of it. Where there
+        are none, since the request was refused, the engine takes no notice of that."""
         stream = self._streams.get(failure.handle)
-        if (request := self._requests.get(failure.handle)) is not None:
-            for sample in request.streams:
-                self._close(sample)
-            request.fail(error)
-        elif stream is not None:
-            self._close(stream)
-            stream.request.fail(error)
+        if stream is None:
+            return
+        for sample in stream.request.streams if stream.request.is_beam_search else [stream]:
+            self._close(sample)
+        stream.request.fail(_failure_error(failure))
 
 
 def _failure_error(failure: engine_pb2.Failure) -> OctavoError:

@@ -37,6 +37,10 @@ class UnknownModelError(NotFoundError):
     """A request names a model that is not served."""
 
 
+class RequestFailedError(InternalError):
+    """A fault of ours that ended one request, in words of the coordinator that are meant for the client."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Kind:
     """How one class of errors looks from outside."""
@@ -56,6 +60,7 @@ _KINDS: dict[type[OctavoError], _Kind] = {
     ResourceExhaustedError: _Kind(code_pb2.RESOURCE_EXHAUSTED, 429, "rate_limit_error", "resource_exhausted"),
     FailedPreconditionError: _Kind(code_pb2.FAILED_PRECONDITION, 409, "conflict_error", "failed_precondition"),
     UnavailableError: _Kind(code_pb2.UNAVAILABLE, 503, "service_unavailable_error", "unavailable"),
+    RequestFailedError: _Kind(code_pb2.INTERNAL, 500, "server_error", "request_failed"),
 }
 
 
@@ -131,6 +136,8 @@ def from_engine_failure(code: int, message: str, retry_after_s: float, field: st
         return FailedPreconditionError(message)
     if code == code_pb2.UNAVAILABLE:
         return UnavailableError(message)
+    if code == code_pb2.INTERNAL:
+        return RequestFailedError(message)
     return InternalError(f"the coordinator failed a request with code {code}: {message}")
 
 
