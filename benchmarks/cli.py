@@ -7,6 +7,7 @@ import typer
 from ..errors import InvalidArgumentError
 from ..launch.config import OFFLINE_DEFAULTS, ServeConfig
 from ..workers.model_config import ModelConfig
+from .block_commands import bench_long_context, bench_memory, bench_swap
 from .latency import LatencySettings, check_latency, run_latency
 from .options import (
     JsonOption,
@@ -152,11 +153,16 @@ def _startup(
 
 def _build_app() -> typer.Typer:
     app = typer.Typer(
-        help="Measure latency, throughput, serving and start-up.", no_args_is_help=True, rich_markup_mode=None
+        help="Measure latency, throughput, serving, KV memory and start-up.",
+        no_args_is_help=True,
+        rich_markup_mode=None,
     )
     app.command("latency")(with_serve_options(_latency))
     app.command("throughput")(with_serve_options(_throughput))
     app.command("serve")(with_serve_options(bench_serve))
+    app.command("memory")(with_serve_options(bench_memory))
+    app.command("long-context")(with_serve_options(bench_long_context))
+    app.command("swap")(with_serve_options(bench_swap))
     app.command("startup")(with_serve_options(_startup))
     return app
 

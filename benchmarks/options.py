@@ -25,9 +25,10 @@ JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the 
 
 # The options of `octavo serve` that change what is measured; ports and names do not.
 _SERVED = (
-    *("tensor_parallel_size", "num_groups", "num_gateways", "device", "dtype", "load_format", "block_size"),
-    *("max_model_len", "max_num_seqs", "max_num_batched_tokens", "gpu_memory_utilization", "num_gpu_blocks_override"),
-    *("num_inflight_steps", "itl_target_ms", "enable_prefix_caching", "swap_space", "enforce_eager", "ray_address"),
+    *("tensor_parallel_size", "num_groups", "num_gateways", "device", "dtype", "kv_cache_dtype", "load_format"),
+    *("block_size", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "gpu_memory_utilization"),
+    *("num_gpu_blocks_override", "num_inflight_steps", "itl_target_ms", "enable_prefix_caching", "swap_space"),
+    *("enforce_eager", "ray_address"),
 )
 _MAX_MODEL_LEN = 16_384  # of presets, unless asked for: longer ones only cost memory here
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import grpc
 from rich.console import Console
 
+from ..launch.bulk import BulkClient
 from ..launch.config import ServeConfig
 from ..launch.resolve import ServedModel
 from ..launch.rpc_errors import from_rpc_error
@@ -59,6 +60,16 @@ def running_system(config: ServeConfig) -> Iterator[System]:
         finally:
             signals.begin_stop()
             supervisor.stop(signals.hurry)
+
+
+@contextmanager
+def open_bulk(address: str, max_num_requests: int) -> Iterator[BulkClient]:
+    """A client for many requests, `max_num_requests` of them on their way at once."""
+    client = BulkClient(address, max_num_requests)
+    try:
+        yield client
+    finally:
+        client.close()
 
 
 @contextmanager

@@ -2,18 +2,17 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 from ..errors import InternalError, InvalidArgumentError
-from ..launch.bulk import BulkClient, BulkRequest
+from ..launch.bulk import BulkRequest
 from ..launch.client import Client
 from ..launch.config import ServeConfig
 from ..launch.prompts import RequestOptions, build_request
 from ..launch.sampling_params import SamplingParams
 from .probe import StepMeans, total_steps
 from .report import Report, Row
-from .system import System, running_system
+from .system import System, open_bulk, running_system
 from .workload import Workload
 
 _WARM_UP_REQUESTS = 16
@@ -55,7 +54,7 @@ def run_throughput(config: ServeConfig, workload: Workload, num_repeats: int, re
 def run_octavo(system: System, config: ServeConfig, workload: Workload, num_repeats: int) -> Iterator[Run]:
     """The workload, so many times, with other prompts each time. A short one before does what is slow only once."""
     vocab_size = system.model.config.vocab_size
-    with _bulk_client(system, config) as bulk, Client(system.address) as client:
+    with open_bulk(system.address, config.max_num_waiting) as bulk, Client(system.address) as client:
         warm_up = workload.prompts(vocab_size, repeat=num_repeats)[:_WARM_UP_REQUESTS]
         bulk.run(_requests(warm_up, _WARM_UP_OUTPUT_LEN), lambda output: None)
         for repeat in range(num_repeats):
@@ -94,15 +93,6 @@ def row_of(run: Run) -> Row:
         "step_ms": None if steps is None else steps.step_s * 1e3,
         "model_ms": None if steps is None else steps.model_s * 1e3,
     }
-
-
-@contextmanager
-def _bulk_client(system: System, config: ServeConfig) -> Iterator[BulkClient]:
-    client = BulkClient(system.address, config.max_num_waiting)
-    try:
-        yield client
-    finally:
-        client.close()
 
 
 def _requests(prompts: Sequence[list[int]], output_len: int) -> list[BulkRequest]:

@@ -12,6 +12,15 @@ import torch
 import triton
 import triton.language as tl
 
+from .fp8_cache import (
+    SMALLEST_SCALE,
+    block_stride,
+    fit_queries,
+    inverse_power_of_two,
+    key_scales,
+    power_of_two,
+    value_scales,
+)
 from .launch import Launch
 from .paged_cache import cell_offsets, check_cache, check_rows, load_block_ids, load_cells, padded
 
@@ -48,21 +57,26 @@ def _attend_keys(
     top: tl.tensor,
     total: tl.tensor,
     acc: tl.tensor,
+    unit: tl.tensor,
     k_head_ptr: tl.tensor,
     v_head_ptr: tl.tensor,
+    scales_ptr: tl.tensor,
     table_ptr: tl.tensor,
     positions: tl.tensor,
     start: tl.tensor,
     end: tl.tensor,
-    log2_scale: tl.tensor,
-    cell_stride: tl.constexpr,
+    log2_scales: tl.tensor,  # one, or one for each query where `is_fp8`
+    num_kv_heads: tl.constexpr,
     head_dim: tl.constexpr,
     head_dim_padded: tl.constexpr,
     block_size: tl.constexpr,
+    scale_stride: tl.constexpr,
     keys_per_tile: tl.constexpr,
     masked: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
     """Takes keys [start, end) into the running maximum, sum and output; `masked` says which of them a query sees."""
+    is_fp8: tl.constexpr = scales_ptr is not None
+    cell_stride: tl.constexpr = num_kv_heads * head_dim
     # The next tile's block ids travel through the loop: loaded where they are used, the pipeline would wait for every
     # copy in flight.
     block_ids = load_block_ids(table_ptr, start + tl.arange(0, keys_per_tile), end, block_size)
@@ -72,19 +86,34 @@ def _attend_keys(
         offsets = cell_offsets(block_ids, keys, block_size, cell_stride)
         k = load_cells(k_head_ptr, offsets, is_key, head_dim, head_dim_padded, masked)
         v = load_cells(v_head_ptr, offsets, is_key, head_dim, head_dim_padded, masked)
+        if is_fp8:
+            in_scales = block_ids.to(tl.int64) * scale_stride + (keys & (block_size - 1))
+            scales = tl.load(scales_ptr + in_scales, mask=is_key, other=0)
         block_ids = load_block_ids(table_ptr, keys + keys_per_tile, end, block_size)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee")
+        if is_fp8:
+            scores *= key_scales(scales)[None, :]
         if masked:
             # Covers the keys from `end` on too: every query of the row stands before it.
             scores = tl.where(keys[None, :] <= positions[:, None], scores, -float("inf"))
         # Scaled once more behind the maximum, not before it: scaling then is one instruction with the subtraction.
-        new_top = tl.maximum(top, tl.max(scores, 1) * log2_scale)
+        new_top = tl.maximum(top, tl.max(scores, 1) * log2_scales)
         rescale = tl.exp2(top - new_top)
-        weights = tl.exp2(scores * log2_scale - new_top[:, None])
+        weights = tl.exp2(scores * (log2_scales[:, None] if is_fp8 else log2_scales) - new_top[:, None])
         total = total * rescale + tl.sum(weights, 1)
-        acc = tl.dot(weights.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
+        if is_fp8:
+            new_unit = tl.maximum(unit, power_of_two(tl.max(value_scales(scales), 0)))
+            inverse = inverse_power_of_two(new_unit)
+            rescale *= unit * inverse
+            weights = (weights * (value_scales(scales) * inverse)[None, :]).to(q.dtype)
+            # Not in pairs, as decodes read values: with heads of 32 and 64 the second product of a pair made wgmma read
+            # beside the shared memory (H100, Triton 3.6).
+            acc = tl.dot(weights, v.to(q.dtype), acc * rescale[:, None], input_precision="ieee")
+            unit = new_unit
+        else:
+            acc = tl.dot(weights.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
         top = new_top
-    return top, total, acc
+    return top, total, acc, unit
 
 
 # Where a step's chunk rows start in its tensors changes with the number of decodes; the kernel must not. Nor does it
@@ -98,6 +127,7 @@ def _chunk_kernel(
     q_ptr: tl.tensor,
     k_cache_ptr: tl.tensor,
     v_cache_ptr: tl.tensor,
+    scales_ptr: tl.tensor,  # of an FP8 cache; None beside another
     block_tables_ptr: tl.tensor,
     slots_ptr: tl.tensor,
     seq_lens_ptr: tl.tensor,
@@ -111,9 +141,11 @@ def _chunk_kernel(
     head_dim: tl.constexpr,
     head_dim_padded: tl.constexpr,
     block_size: tl.constexpr,
+    scale_stride: tl.constexpr,
     queries_per_tile: tl.constexpr,
     keys_per_tile: tl.constexpr,
 ) -> None:
+    is_fp8: tl.constexpr = scales_ptr is not None
     head = tl.program_id(0)
     row = tl.program_id(2)
     query_start = tl.load(query_starts_ptr + row)
@@ -140,49 +172,62 @@ def _chunk_kernel(
     table_ptr = block_tables_ptr + slot * table_stride
     k_head_ptr = k_cache_ptr + head // group * head_dim
     v_head_ptr = v_cache_ptr + head // group * head_dim
-    cell_stride: tl.constexpr = num_kv_heads * head_dim
     top = tl.full([queries_per_tile], -float("inf"), dtype=tl.float32)
     total = tl.zeros([queries_per_tile], dtype=tl.float32)
     acc = tl.zeros([queries_per_tile, head_dim_padded], dtype=tl.float32)
+    unit = total  # of acc, in FP8: follows the largest scale of the values in it
+    if is_fp8:
+        scales_ptr += head // group * block_size
+        unit = tl.full([], SMALLEST_SCALE, dtype=tl.float32)
+        q, q_scales = fit_queries(q)
+        log2_scale *= q_scales
     # Every query sees a key of the first tile that either loop takes, so no maximum is ever that of nothing.
-    top, total, acc = _attend_keys(
+    top, total, acc, unit = _attend_keys(
         q,
         top,
         total,
         acc,
+        unit,
         k_head_ptr,
         v_head_ptr,
+        scales_ptr,
         table_ptr,
         positions,
         0,
         seen_by_all,
         log2_scale,
-        cell_stride,
+        num_kv_heads,
         head_dim,
         head_dim_padded,
         block_size,
+        scale_stride,
         keys_per_tile,
         False,
     )
-    top, total, acc = _attend_keys(
+    top, total, acc, unit = _attend_keys(
         q,
         top,
         total,
         acc,
+        unit,
         k_head_ptr,
         v_head_ptr,
+        scales_ptr,
         table_ptr,
         positions,
         seen_by_all,
         end,
         log2_scale,
-        cell_stride,
+        num_kv_heads,
         head_dim,
         head_dim_padded,
         block_size,
+        scale_stride,
         keys_per_tile,
         True,
     )
+    if is_fp8:
+        acc *= unit
     attention = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + tokens[:, None] * out_stride + in_token[None, :], attention, mask=is_real)
 
@@ -198,19 +243,21 @@ def paged_chunk_attention(
     max_query_len: int,
     scale: float,
     out: torch.Tensor | None = None,
+    scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention of each row's last query_starts[row + 1] - query_starts[row] tokens over its cached keys.
 
     q: [num_tokens, num_heads, head_dim], tokens any stride apart; caches: [num_blocks, block_size, num_kv_heads,
     head_dim], with this step's keys in them; block_tables: [num_slots, max_blocks] int32; slots: [num_rows] int64, each
     row's row of block_tables; seq_lens: [num_rows] int32, those query tokens included; query_starts: [num_rows + 1]
-    int32, places in q; no row has more than max_query_len query tokens, a padding row has none; scale: above 0.
+    int32, places in q; no row has more than max_query_len query tokens, a padding row has none; scale: above 0;
+    scales: an FP8 cache's (kernels/fp8_cache.py).
     Returns `out`, or new memory of q's shape; tokens of no row are left as they are. Raises ValueError for shapes that
     the kernel does not take.
     """
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
     rows = block_tables, slots, seq_lens, query_starts, max_query_len
-    launch = chunk_attention_launch(q, k_cache, v_cache, *rows, scale, out)
+    launch = chunk_attention_launch(q, k_cache, v_cache, *rows, scale, out, scales)
     if len(slots) and max_query_len > 0:
         with torch.cuda.device_of(q):
             launch.run()
@@ -228,9 +275,10 @@ def chunk_attention_launch(
     max_query_len: int,
     scale: float,
     out: torch.Tensor,
+    scales: torch.Tensor | None = None,
 ) -> Launch:
     """What paged_chunk_attention launches: to be run only if there are rows and query tokens."""
-    check_cache(q, k_cache, v_cache, out)
+    check_cache(q, k_cache, v_cache, out, scales)
     check_rows(block_tables, slots, seq_lens)
     if query_starts.dtype != torch.int32 or query_starts.shape != (len(slots) + 1,) or not query_starts.is_contiguous():
         raise ValueError(f"query_starts {tuple(query_starts.shape)} of {query_starts.dtype} for {len(slots)} rows")
@@ -242,6 +290,7 @@ def chunk_attention_launch(
         "q_ptr": q,
         "k_cache_ptr": k_cache,
         "v_cache_ptr": v_cache,
+        "scales_ptr": scales,
         "block_tables_ptr": block_tables,
         "slots_ptr": slots,
         "seq_lens_ptr": seq_lens,
@@ -255,6 +304,7 @@ def chunk_attention_launch(
         "head_dim": head_dim,
         "head_dim_padded": padded(head_dim),
         "block_size": block_size,
+        "scale_stride": block_stride(scales),
         "queries_per_tile": config.queries_per_tile,
         "keys_per_tile": config.keys_per_tile,
     }

@@ -98,7 +98,9 @@ class CpuOperations(Operations):
         v_cache: Tensor,
         kv_indices: Tensor,
         num_heads: int,
+        scales: Tensor | None = None,
     ) -> Tensor:
+        assert scales is None, "a rank on a CPU refuses a cache in FP8"
         if qkv.dtype not in LIKE:
             return super().rope_and_cache(qkv, cos, sin, k_cache, v_cache, kv_indices, num_heads)
         return rope_and_cache(self._threads, qkv, (cos, sin), (k_cache, v_cache), kv_indices, num_heads)
@@ -106,7 +108,16 @@ class CpuOperations(Operations):
     def plan_attention(self, batch: AttentionBatch, block_size: int, dtype: torch.dtype) -> Any:  # noqa: ANN401
         return batch if dtype in LIKE else super().plan_attention(batch, block_size, dtype)
 
-    def attend(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: Any, scale: float) -> Tensor:  # noqa: ANN401
+    def attend(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        plan: Any,  # noqa: ANN401
+        scale: float,
+        scales: Tensor | None = None,
+    ) -> Tensor:
+        assert scales is None, "a rank on a CPU refuses a cache in FP8"
         if q.dtype not in LIKE:
             return super().attend(q, k_cache, v_cache, plan, scale)
         return attend(self._threads, q, (k_cache, v_cache), plan, scale)

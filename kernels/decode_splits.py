@@ -53,8 +53,10 @@ def decode_config(
     dtype: torch.dtype,
     max_keys: int,
     num_sms: int = H200_NUM_SMS,
+    is_fp8: bool = False,
 ) -> DecodeConfig:
-    """Fills the GPU with one wave of programs. `max_keys`: what a row of the block table can hold."""
+    """Fills the GPU with one wave of programs. `max_keys`: what a row of the block table can hold; `dtype`: of the
+    queries, and of the cache unless `is_fp8`."""
     row_heads = max(num_rows * num_kv_heads, 1)
     programs_per_sm = _PROGRAMS_PER_SM_FOR_FEW if row_heads <= _FEW_ROW_HEADS else _PROGRAMS_PER_SM
     wanted = max(programs_per_sm * num_sms // row_heads, -(-max_keys // _MAX_KEYS_PER_SPLIT))
@@ -63,7 +65,9 @@ def decode_config(
     # rows of accumulators need more warps.
     group = num_heads // num_kv_heads
     num_warps = min(8, max(1, padded(group + _NEW_ROWS) * padded(head_dim) // (16 * 128)))
-    num_stages = 4
+    # In FP8 as many bytes on their way are more tiles. Measured (H100, 256 rows of 8,192 keys): 1,557 us with six of
+    # them, 1,768 with four; one row of them takes 17.2 us with four and 19.0 with six.
+    num_stages = 6 if is_fp8 and row_heads > _FEW_ROW_HEADS else 4
     if dtype == torch.float32:
         # Computed without tensor cores, from registers.
         num_warps, num_stages = max(4, num_warps), 2

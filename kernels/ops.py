@@ -75,23 +75,33 @@ class Operations:
         v_cache: Tensor,
         kv_indices: Tensor,
         num_heads: int,
+        scales: Tensor | None = None,
     ) -> Tensor:
         """Rotates queries and keys, caches keys and values, returns the queries [num_tokens, num_heads, head_dim]."""
-        return reference.rope_and_cache(qkv, cos, sin, k_cache, v_cache, kv_indices, num_heads)
+        return reference.rope_and_cache(qkv, cos, sin, k_cache, v_cache, kv_indices, num_heads, scales)
 
     def plan_attention(self, batch: AttentionBatch, block_size: int, dtype: torch.dtype) -> Any:  # noqa: ANN401
         """What one step's layers share. Only the same implementation's `attend` and `attention` know what is in it."""
         return reference.plan_attention(batch, block_size, dtype)
 
-    def attend(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: Any, scale: float) -> Tensor:  # noqa: ANN401
+    def attend(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        plan: Any,  # noqa: ANN401
+        scale: float,
+        scales: Tensor | None = None,
+    ) -> Tensor:
         """Causal attention [num_tokens, num_heads, head_dim] over the cache, which has this step's tokens already."""
-        return reference.attend(q, k_cache, v_cache, plan, scale)
+        return reference.attend(q, k_cache, v_cache, plan, scale, scales)
 
     def attention(
         self,
         qkv: Tensor,
         rope: tuple[Tensor, Tensor],  # cos and sin, [num_tokens, 1, head_dim] each
-        cache: tuple[Tensor, Tensor],  # of keys and of values, [num_blocks, block_size, num_kv_heads, head_dim] each
+        # Of keys and of values, [num_blocks, block_size, num_kv_heads, head_dim] each; and in FP8 their scales.
+        cache: tuple[Tensor, ...],
         kv_indices: Tensor,
         plan: Any,  # noqa: ANN401
         num_heads: int,
@@ -101,8 +111,9 @@ class Operations:
         """All between the QKV product [num_tokens, all heads, head_dim] and the output projection: rotates, caches and
         attends. Returns [num_tokens, num_heads, head_dim]: in `out` if one is given and it can be written there."""
         del out
-        q = self.rope_and_cache(qkv, *rope, *cache, kv_indices, num_heads)
-        return self.attend(q, *cache, plan, scale)
+        k_cache, v_cache, *scales = cache
+        q = self.rope_and_cache(qkv, *rope, k_cache, v_cache, kv_indices, num_heads, *scales)
+        return self.attend(q, k_cache, v_cache, plan, scale, *scales)
 
 
 def operations_for(device: torch.device) -> Operations:

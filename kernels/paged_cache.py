@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .fp8_cache import check_dtype
+
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_HEAD_DIM = 256
 # Tensor cores multiply tiles of at least 16 in each dimension.
@@ -53,12 +55,19 @@ def load_cells(
     return tl.load(pointers)
 
 
-def check_cache(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, out: torch.Tensor) -> None:
+def check_cache(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    out: torch.Tensor,
+    scales: torch.Tensor | None = None,
+) -> None:
     """Raises ValueError for queries or caches that the kernels do not take."""
     num_heads, head_dim = q.shape[1:]
     _, block_size, num_kv_heads, cache_head_dim = k_cache.shape
-    if q.dtype not in DTYPES or not q.dtype == k_cache.dtype == v_cache.dtype == out.dtype:
-        raise ValueError(f"dtypes {q.dtype}, {k_cache.dtype}, {v_cache.dtype}, {out.dtype}: one of {DTYPES} for all")
+    if q.dtype not in DTYPES or q.dtype != out.dtype:
+        raise ValueError(f"dtypes {q.dtype} and {out.dtype} of queries and output: one of {DTYPES} for both")
+    check_dtype(q.dtype, k_cache, v_cache, scales)
     if head_dim != cache_head_dim or head_dim > MAX_HEAD_DIM:
         raise ValueError(f"head_dim {head_dim} of the queries, {cache_head_dim} of the cache: at most {MAX_HEAD_DIM}")
     if num_heads % num_kv_heads:

@@ -81,14 +81,45 @@ def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
     return F.silu(gate).mul_(up)
 
 
+def quantise(heads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[..., head_dim] over their scales in FP8, and those [...] in bfloat16: largest / 448, rounded up."""
+    heads = heads.float()
+    # The formula of kernels/fp8_cache.py, operation by operation.
+    bits = heads.abs().amax(-1).mul(1 / 448).clamp(min=2.0**-120).view(torch.int32)
+    scales = (bits + 0xFFFF).bitwise_and(-65536).view(torch.float32)
+    return (heads * scales.reciprocal().unsqueeze(-1)).to(torch.float8_e4m3fn), scales.bfloat16()
+
+
+def dequantise(
+    k_cache: torch.Tensor, v_cache: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """An FP8 cache's keys and values in `dtype`. scales: [num_blocks, num_kv_heads, block_size] int32, in whose lower
+    halves are the keys' in bfloat16, and in the upper ones the values'."""
+    halves = scales.view(torch.bfloat16).unflatten(-1, (-1, 2)).float()
+    k_scales, v_scales = halves.permute(3, 0, 2, 1).unsqueeze(-1)
+    return (k_cache.float() * k_scales).to(dtype), (v_cache.float() * v_scales).to(dtype)
+
+
 def write_kv(
-    k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, kv_indices: torch.Tensor
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    kv_indices: torch.Tensor,
+    scales: torch.Tensor | None = None,
 ) -> None:
     """Puts each token's key and value into its place in the cache.
 
     k, v: [num_tokens, num_kv_heads, head_dim]; caches: [num_blocks, block_size, num_kv_heads, head_dim];
-    kv_indices: [num_tokens] int64, block_id * block_size + offset.
+    kv_indices: [num_tokens] int64, block_id * block_size + offset; scales: an FP8 cache's, as in `dequantise`.
     """
+    if scales is not None:
+        (k, k_scales), (v, v_scales) = quantise(k), quantise(v)
+        block_size = k_cache.shape[1]
+        words = torch.stack((k_scales, v_scales), -1).view(torch.int32).squeeze(-1)
+        scales.transpose(1, 2)[kv_indices // block_size, kv_indices % block_size] = words
+        # Torch copies FP8 as bytes.
+        k, v, k_cache, v_cache = (x.view(torch.uint8) for x in (k, v, k_cache, v_cache))
     k_cache.flatten(0, 1).index_copy_(0, kv_indices, k)
     v_cache.flatten(0, 1).index_copy_(0, kv_indices, v)
 
@@ -101,15 +132,17 @@ def rope_and_cache(
     v_cache: torch.Tensor,
     kv_indices: torch.Tensor,
     num_heads: int,
+    scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Rotates queries and keys, caches keys and values, returns the queries [num_tokens, num_heads, head_dim].
 
-    qkv: [num_tokens, num_heads + 2 * num_kv_heads, head_dim]: the heads of queries, keys and values in this order.
+    qkv: [num_tokens, num_heads + 2 * num_kv_heads, head_dim]: the heads of queries, keys and values in this order;
+    scales: an FP8 cache's.
     """
     # Queries and keys lie side by side, so one call rotates both.
     qk, v = qkv.tensor_split((num_heads + k_cache.shape[2],), dim=1)
     q, k = apply_rope(qk, cos, sin).tensor_split((num_heads,), dim=1)
-    write_kv(k, v, k_cache, v_cache, kv_indices)
+    write_kv(k, v, k_cache, v_cache, kv_indices, scales)
     return q
 
 
@@ -198,13 +231,20 @@ def _plan_chunk(batch: AttentionBatch, blocks: torch.Tensor, row: int, block_siz
 
 
 def attend(
-    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, plan: AttentionPlan, scale: float
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    plan: AttentionPlan,
+    scale: float,
+    scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention of q over the cached keys and values, which this step's tokens are already part of.
 
     q: [num_tokens, num_heads, head_dim]; caches: [num_blocks, block_size, num_kv_heads, head_dim]; each run of
-    num_heads / num_kv_heads query heads shares one KV head. Returns the shape of q.
+    num_heads / num_kv_heads query heads shares one KV head; scales: an FP8 cache's. Returns the shape of q.
     """
+    if scales is not None:
+        k_cache, v_cache = dequantise(k_cache, v_cache, scales, q.dtype)
     outputs = [_attend_chunk(q[chunk.start : chunk.end], k_cache, v_cache, chunk, scale) for chunk in plan.chunks]
     if plan.num_decode_rows:
         outputs.insert(0, _attend_decodes(q[: plan.num_decode_rows], k_cache, v_cache, plan, scale))

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .fp8_cache import block_stride, check_dtype, largest, quantise, scales_of
 from .launch import Launch
 from .pdl import starts_early, wait_for_earlier_kernels
 
@@ -31,12 +32,15 @@ def _rope_and_cache_kernel(
     q_ptr: tl.tensor,  # [num_tokens, num_heads, 2 * half]
     k_cache_ptr: tl.tensor,  # [num_slots, num_kv_heads, 2 * half]
     v_cache_ptr: tl.tensor,  # the same
+    scales_ptr: tl.tensor,  # of an FP8 cache; None beside another
     kv_indices_ptr: tl.tensor,  # [num_tokens] int64; negative: nothing is written
     num_heads: tl.constexpr,
     num_kv_heads: tl.constexpr,
     half: tl.constexpr,  # head_dim / 2
     head_block: tl.constexpr,
     half_block: tl.constexpr,  # the power of two that holds half
+    block_size: tl.constexpr,  # of an FP8 cache
+    scale_stride: tl.constexpr,  # the same: words from a block's to the next one's
     pdl: tl.constexpr,
 ) -> None:
     dim: tl.constexpr = 2 * half
@@ -67,6 +71,20 @@ def _rope_and_cache_kernel(
     q_ptrs = q_ptr + token * (num_heads * dim) + head * dim + column
     tl.store(q_ptrs, rotated_low, fits & (head < num_heads))
     tl.store(q_ptrs + half, rotated_high, fits & (head < num_heads))
+    if scales_ptr is not None:
+        # A head's two halves lie in two tensors.
+        is_rotated = head < num_heads + num_kv_heads
+        low = tl.where(is_rotated, rotated_low, low)
+        high = tl.where(is_rotated, rotated_high, high)
+        scales = scales_of(tl.maximum(largest(low), largest(high)))
+        low = quantise(low, scales)
+        high = quantise(high, scales)
+        rotated_low, rotated_high = low, high
+        kv_head = tl.where(is_key, head - num_heads, head - num_heads - num_kv_heads)
+        word = slot // block_size * scale_stride + kv_head * block_size + slot % block_size
+        # Keys and values are other programs' too: each stores its half of the word.
+        half_ptrs = scales_ptr.to(tl.pointer_type(tl.bfloat16)) + word * 2 + is_value.to(tl.int32)
+        tl.store(half_ptrs, scales.to(tl.bfloat16)[:, None], (is_key | is_value) & (slot >= 0))
     cached = slot * (num_kv_heads * dim) + column
     k_ptrs = k_cache_ptr + cached + (head - num_heads) * dim
     is_key = fits & is_key & (slot >= 0)
@@ -87,18 +105,20 @@ def rope_and_cache(
     kv_indices: torch.Tensor,
     num_heads: int,
     out: torch.Tensor | None = None,
+    scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Rotates queries and keys, writes keys and values to the cache, returns the queries: `out`, or new memory.
 
     qkv: [num_tokens, num_heads + 2 * num_kv_heads, head_dim], the heads of queries, keys and values in this order;
     cos, sin: [num_tokens, 1, head_dim], the first half of sin negated; caches: [num_blocks, block_size, num_kv_heads,
     head_dim]; kv_indices: [num_tokens] int64, block_id * block_size + offset, or negative for a padding row, whose key
-    and value are dropped; out: [num_tokens, num_heads, head_dim]. All contiguous.
+    and value are dropped; out: [num_tokens, num_heads, head_dim]. All contiguous. scales: an FP8 cache's
+    (kernels/fp8_cache.py), written too.
 
     Raises ValueError for tensors that the kernel does not take.
     """
     q = qkv.new_empty(len(qkv), num_heads, qkv.shape[-1]) if out is None else out
-    launch = rope_and_cache_launch(qkv, cos, sin, k_cache, v_cache, kv_indices, num_heads, q)
+    launch = rope_and_cache_launch(qkv, cos, sin, k_cache, v_cache, kv_indices, num_heads, q, scales)
     if len(qkv):
         launch.run()
     return q
@@ -113,9 +133,10 @@ def rope_and_cache_launch(
     kv_indices: torch.Tensor,
     num_heads: int,
     out: torch.Tensor,
+    scales: torch.Tensor | None = None,
 ) -> Launch:
     """What rope_and_cache launches: to be run only if there are tokens."""
-    check_qkv(qkv, cos, sin, kv_indices, k_cache, v_cache, num_heads)
+    check_qkv(qkv, cos, sin, kv_indices, k_cache, v_cache, scales, num_heads)
     num_tokens, all_heads, head_dim = qkv.shape
     if out.shape != (num_tokens, num_heads, head_dim) or out.dtype != qkv.dtype or not out.is_contiguous():
         raise ValueError(
@@ -131,12 +152,15 @@ def rope_and_cache_launch(
         "q_ptr": out,
         "k_cache_ptr": k_cache,
         "v_cache_ptr": v_cache,
+        "scales_ptr": scales,
         "kv_indices_ptr": kv_indices,
         "num_heads": num_heads,
         "num_kv_heads": k_cache.shape[2],
         "half": half,
         "head_block": head_block,
         "half_block": triton.next_power_of_2(half),
+        "block_size": 0 if scales is None else k_cache.shape[1],
+        "scale_stride": block_stride(scales),
         "pdl": pdl,
     }
     grid = num_tokens, triton.cdiv(all_heads, head_block), 1
@@ -150,19 +174,18 @@ def check_qkv(
     kv_indices: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
+    scales: torch.Tensor | None,
     num_heads: int,
 ) -> None:
     """Raises ValueError for tensors that `rope_and_cache` does not take."""
     _check_heads(qkv, k_cache, v_cache, num_heads)
+    check_dtype(qkv.dtype, k_cache, v_cache, scales)
     _check_tokens(qkv, cos, sin, kv_indices)
 
 
 def _check_heads(qkv: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, num_heads: int) -> None:
-    if qkv.dtype not in _DTYPES or k_cache.dtype != qkv.dtype or v_cache.dtype != qkv.dtype:
-        raise ValueError(
-            f"rope_and_cache: qkv and caches of one of {_DTYPES} are needed, "
-            f"not {qkv.dtype}, {k_cache.dtype} and {v_cache.dtype}"
-        )
+    if qkv.dtype not in _DTYPES:
+        raise ValueError(f"rope_and_cache: qkv of one of {_DTYPES} is needed, not {qkv.dtype}")
     if qkv.dim() != 3 or k_cache.dim() != 4 or k_cache.shape != v_cache.shape or num_heads < 1:
         raise ValueError(
             f"rope_and_cache: qkv {list(qkv.shape)} of {num_heads} query heads and caches {list(k_cache.shape)}, "

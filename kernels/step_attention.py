@@ -14,6 +14,8 @@ from .launch import Launch
 from .rope_cache import rope_and_cache_launch
 
 Tensor = torch.Tensor
+# Of all the kernels, for the tensors of a layer's cache; the last is an FP8 cache's.
+_CACHE_ARGUMENTS = "k_cache_ptr", "v_cache_ptr", "scales_ptr"
 
 
 class StepAttention:
@@ -35,7 +37,7 @@ class StepAttention:
         self,
         qkv: Tensor,
         rope: tuple[Tensor, Tensor],
-        cache: tuple[Tensor, Tensor],
+        cache: tuple[Tensor, ...],
         kv_indices: Tensor,
         num_heads: int,
         scale: float,
@@ -57,30 +59,45 @@ class StepAttention:
         self,
         qkv: Tensor,
         rope: tuple[Tensor, Tensor],
-        cache: tuple[Tensor, Tensor],
+        cache: tuple[Tensor, ...],
         kv_indices: Tensor,
         num_heads: int,
         scale: float,
         out: Tensor,
     ) -> "_Layers":
         batch, n, (cos, sin) = self._batch, self._batch.num_decode_rows, rope
+        keys, values = cache[:2]
+        scales = cache[2] if len(cache) > 2 else None
         layers = _Layers(n, scale)
         if n:
             workspace = self._decode_workspace(batch.block_tables, num_heads, cache[0])
             rows = batch.block_tables, batch.slots[:n], batch.seq_lens[:n]
             layers.decodes = decode_attention_launch(
-                qkv[:n], cos[:n], sin[:n], kv_indices[:n], *cache, *rows, num_heads, scale, workspace, out[:n]
+                qkv[:n],
+                cos[:n],
+                sin[:n],
+                kv_indices[:n],
+                keys,
+                values,
+                *rows,
+                num_heads,
+                scale,
+                workspace,
+                out[:n],
+                scales,
             )
         if not self._max_query_len:
             return layers
         layers.q = q = torch.empty_like(out)  # the chunks' places are those in the step
-        layers.rope = rope_and_cache_launch(qkv[n:], cos[n:], sin[n:], *cache, kv_indices[n:], num_heads, q[n:])
-        if is_worth_gathering(batch, qkv.shape[-1], qkv.dtype):
+        layers.rope = rope_and_cache_launch(
+            qkv[n:], cos[n:], sin[n:], keys, values, kv_indices[n:], num_heads, q[n:], scales
+        )
+        if is_worth_gathering(batch, qkv.shape[-1], qkv.dtype, is_fp8=scales is not None):
             layers.gather = plan_gather(batch, num_heads, cache[0].shape[1])
         else:
             rows = batch.block_tables, batch.slots[n:], batch.seq_lens[n:]
             layers.chunks = chunk_attention_launch(
-                q, *cache, *rows, batch.query_starts[n:], self._max_query_len, scale, out
+                q, keys, values, *rows, batch.query_starts[n:], self._max_query_len, scale, out, scales
             )
         return layers
 
@@ -99,14 +116,15 @@ class _Layers:
         self.gather: GatherPlan | None = None
         self.chunks: Launch | None = None
 
-    def attend(self, qkv: Tensor, cache: tuple[Tensor, Tensor], out: Tensor) -> None:
-        keys, values = cache
+    def attend(self, qkv: Tensor, cache: tuple[Tensor, ...], out: Tensor) -> None:
+        cache_ptrs = dict(zip(_CACHE_ARGUMENTS, cache, strict=False))
         if self.decodes is not None:
-            self.decodes.run(qkv_ptr=qkv, k_cache_ptr=keys, v_cache_ptr=values, out_ptr=out)
+            self.decodes.run(qkv_ptr=qkv, out_ptr=out, **cache_ptrs)
         if self.rope is not None:
-            self.rope.run(qkv_ptr=qkv[self._num_decodes :], k_cache_ptr=keys, v_cache_ptr=values)
+            self.rope.run(qkv_ptr=qkv[self._num_decodes :], **cache_ptrs)
         if self.chunks is not None:
-            self.chunks.run(k_cache_ptr=keys, v_cache_ptr=values, out_ptr=out)
+            self.chunks.run(out_ptr=out, **cache_ptrs)
         elif self.gather is not None:
             assert self.q is not None, "it is planned with the queries' memory"
-            attend_gathered(self.q, keys, values, self.gather, self._scale, out)
+            keys, values, *scales = cache
+            attend_gathered(self.q, keys, values, self.gather, self._scale, out, *scales)

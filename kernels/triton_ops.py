@@ -100,7 +100,7 @@ class TritonOperations(Operations):
         self,
         qkv: Tensor,
         rope: tuple[Tensor, Tensor],
-        cache: tuple[Tensor, Tensor],
+        cache: tuple[Tensor, ...],
         kv_indices: Tensor,
         plan: StepAttention,
         num_heads: int,

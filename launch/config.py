@@ -16,6 +16,7 @@ DEFAULT_GRPC_PORT = 50051
 
 Device = Literal["auto", "cuda", "cpu"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+KVCacheDtype = Literal["auto", "fp8"]
 LoadFormat = Literal["auto", "safetensors", "dummy"]
 
 
@@ -41,7 +42,11 @@ class ServeConfig:
     )
     dtype: Dtype = field(
         default="auto",
-        metadata=_help("Type of weights and KV cache; auto: the checkpoint's on GPUs, float32 on the CPU."),
+        metadata=_help("Type of weights and activations; auto: the checkpoint's on GPUs, float32 on the CPU."),
+    )
+    kv_cache_dtype: KVCacheDtype = field(
+        default="auto",
+        metadata=_help("What keys and values are kept as; auto: as dtype; fp8: one byte each, on GPUs only."),
     )
     load_format: LoadFormat = field(
         default="auto", metadata=_help("safetensors (auto), or dummy: random weights of the model's shape.")

@@ -69,6 +69,7 @@ def add_group_request(
         model_path=str(model.path),
         load_format="dummy" if config.load_format == "dummy" else "safetensors",
         dtype=placement.dtype,
+        kv_cache_dtype=placement.dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype,
         block_size=config.block_size,
         max_model_len=model.max_model_len,
         max_num_seqs=config.max_num_seqs,

@@ -127,6 +127,11 @@ def resolve_placement(config: ServeConfig, model: ModelConfig, num_free_gpus: in
             f"{num_ranks} rank(s) need a GPU each, and Ray has {num_free_gpus} free; lower --tensor-parallel-size or "
             "--num-groups, or pass --device cpu"
         )
+    if device == "cpu" and config.kv_cache_dtype == "fp8":
+        raise InvalidArgumentError(
+            "kv_cache_dtype fp8 is served on GPUs only, and device is cpu; drop --kv-cache-dtype, or serve on GPUs",
+            "kv_cache_dtype",
+        )
     if device == "cuda" and config.block_size not in _CUDA_BLOCK_SIZES:
         sizes = ", ".join(map(str, _CUDA_BLOCK_SIZES))
         raise InvalidArgumentError(

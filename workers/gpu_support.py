@@ -9,6 +9,8 @@ from ..errors import FailedPreconditionError
 
 # Asynchronous copies and bfloat16 products.
 _MIN_CAPABILITY = (8, 0)
+# What kernels over a KV cache in FP8 need more: conversions of e4m3.
+_MIN_FP8_CAPABILITY = (8, 9)
 # The oldest that the kernels are tested with.
 _MIN_TRITON = (3, 6)
 
@@ -35,12 +37,17 @@ class GpuSupport:
             triton_version = None
         return cls(name, capability, triton_version)
 
-    def check(self) -> None:
+    def check(self, has_fp8_cache: bool = False) -> None:
         """Raises FailedPreconditionError naming what is too old."""
         if self.capability < _MIN_CAPABILITY:
             raise FailedPreconditionError(
                 f"{self.name} has compute capability {_dotted(self.capability)}; the kernels need "
                 f"{_dotted(_MIN_CAPABILITY)} or newer (--device cpu serves without a GPU)"
+            )
+        if has_fp8_cache and self.capability < _MIN_FP8_CAPABILITY:
+            raise FailedPreconditionError(
+                f"{self.name} has compute capability {_dotted(self.capability)}; kv_cache_dtype fp8 needs "
+                f"{_dotted(_MIN_FP8_CAPABILITY)} or newer; drop --kv-cache-dtype"
             )
         found = "none" if self.triton_version is None else self.triton_version
         if self.triton_version is None or _release(self.triton_version) < _MIN_TRITON:

@@ -11,12 +11,17 @@ from .block_rows import BlockRows
 from .device_memory import DeviceMemory, mib
 from .plan import BlockMoves
 
+FP8 = torch.float8_e4m3fn
 _MIB = 1024 * 1024
 _MAX_CPU_BYTES = 4096 * _MIB
 
 
 class KVCache:
-    """Keys and values of all layers: for each, [num_layers, num_blocks, block_size, num_kv_heads, head_dim]."""
+    """Keys and values of all layers: for each, [num_layers, num_blocks, block_size, num_kv_heads, head_dim].
+
+    In FP8 (kernels/fp8_cache.py) the scales of as many layers as fit lie in further rows of a block, as if there were
+    more layers: whatever moves `rows` moves them along.
+    """
 
     def __init__(
         self,
@@ -34,13 +39,23 @@ class KVCache:
         self.num_layers, self.num_blocks, self.block_size = num_layers, num_blocks, block_size
         self.num_kv_heads, self.head_dim = num_kv_heads, head_dim
         self.dtype, self.device = dtype, device
-        cells = _zeros((2, num_layers, num_blocks, block_size, num_kv_heads, head_dim), dtype, device)
-        self.keys, self.values = cells[0], cells[1]
-        self.rows = BlockRows(cells.view(2 * num_layers, num_blocks, -1))
+        num_groups = 2 * num_layers + _num_scale_groups(num_layers, head_dim, dtype)
+        cells = _zeros((num_groups, num_blocks, block_size, num_kv_heads, head_dim), dtype, device)
+        self.keys, self.values, scales = cells.tensor_split((num_layers, 2 * num_layers))
+        self.rows = BlockRows(cells.view(num_groups, num_blocks, -1))
+        self.num_bytes = cells.nbytes
+        # Of each layer keys and values, each [num_blocks, block_size, num_kv_heads, head_dim], and in FP8 their scales,
+        # [num_blocks, num_kv_heads, block_size] int32.
+        self.layers: list[tuple[torch.Tensor, ...]] = list(zip(self.keys.unbind(), self.values.unbind(), strict=True))
+        if len(scales):
+            self.layers = [(*layer, self._scales(scales, i)) for i, layer in enumerate(self.layers)]
 
-    def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of one layer, each [num_blocks, block_size, num_kv_heads, head_dim]."""
-        return self.keys[index], self.values[index]
+    def _scales(self, groups: torch.Tensor, layer: int) -> torch.Tensor:
+        """Those of one layer, out of [num_groups, num_blocks, block_size, num_kv_heads, head_dim]."""
+        group, place = divmod(layer, _scales_per_group(self.head_dim))
+        num_words = self.num_kv_heads * self.block_size
+        words = groups[group].flatten(1).view(torch.int32)[:, place * num_words :][:, :num_words]
+        return words.view(len(words), self.num_kv_heads, self.block_size)
 
     def copy(self, copies: BlockMoves) -> None:
         """Queues copies of blocks in all layers. Raises FailedPreconditionError for ids that are not there, and for a
@@ -54,8 +69,18 @@ class KVCache:
     def bytes_per_block(
         *, num_layers: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
     ) -> int:
-        """Memory of one block of this rank: keys and values of all layers."""
-        return 2 * num_layers * block_size * num_kv_heads * head_dim * dtype.itemsize
+        """Memory of one block of this rank: keys and values of all layers, and their scales."""
+        num_groups = 2 * num_layers + _num_scale_groups(num_layers, head_dim, dtype)
+        return num_groups * block_size * num_kv_heads * head_dim * dtype.itemsize
+
+
+def _scales_per_group(head_dim: int) -> int:
+    """Layers whose scales, of four bytes a head, lie in the place of a layer's keys in FP8."""
+    return head_dim // torch.int32.itemsize
+
+
+def _num_scale_groups(num_layers: int, head_dim: int, dtype: torch.dtype) -> int:
+    return -(-num_layers // _scales_per_group(head_dim)) if dtype == FP8 else 0
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -14,7 +14,7 @@ from .gpu_support import GpuSupport
 from .graph_recorder import GraphRecorder
 from .host_memory import check_swap_space, num_host_blocks
 from .host_tier import HostTier
-from .kv_cache import BlockBudget, KVCache, num_blocks_that_fit
+from .kv_cache import FP8, BlockBudget, KVCache, num_blocks_that_fit
 from .model_config import DTYPES
 from .model_loader import check_model, load_model
 from .model_runner import ModelRunner
@@ -40,6 +40,11 @@ def check_request(request: worker_pb2.ConfigureRequest) -> None:
     """Raises InvalidArgumentError naming the field."""
     if request.config.dtype not in DTYPES:
         raise InvalidArgumentError(f"dtype {request.config.dtype!r} is none of {', '.join(DTYPES)}", "dtype")
+    if request.config.kv_cache_dtype not in ("", request.config.dtype, "fp8"):
+        raise InvalidArgumentError(
+            f"kv_cache_dtype {request.config.kv_cache_dtype!r} is neither dtype {request.config.dtype} nor fp8",
+            "kv_cache_dtype",
+        )
     if not request.rank < request.tensor_parallel_size:
         raise InvalidArgumentError(f"rank {request.rank} is not under tensor_parallel_size", "rank")
 
@@ -94,9 +99,12 @@ def _stages(
 
 
 def _connect(request: worker_pb2.ConfigureRequest, device: torch.device, store: dist.Store | None) -> TensorParallel:
+    has_fp8_cache = request.config.kv_cache_dtype == "fp8"
     if device.type == "cuda":
-        GpuSupport.of(device).check()
+        GpuSupport.of(device).check(has_fp8_cache)
         torch.cuda.set_device(device)
+    elif has_fp8_cache:
+        raise InvalidArgumentError(f"kv_cache_dtype fp8 is for GPUs, and device {device} is none", "kv_cache_dtype")
     if request.tensor_parallel_size == 1:
         return TensorParallel(0, 1, device)
     store = store or connect_store(request.config.store_address)
@@ -148,6 +156,10 @@ class _RunnerBuilder:
     tp: TensorParallel
     num_ranks_on_host: int
 
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        return FP8 if self.config.kv_cache_dtype == "fp8" else self.model.dtype
+
     def kv_cache(self, num_blocks: int) -> KVCache:
         return KVCache(
             num_layers=self.model.config.num_layers,
@@ -155,7 +167,7 @@ class _RunnerBuilder:
             block_size=self.config.block_size,
             num_kv_heads=self.model.num_kv_heads,
             head_dim=self.model.config.head_dim,
-            dtype=self.model.dtype,
+            dtype=self.cache_dtype,
             device=self.tp.device,
         )
 
@@ -209,7 +221,7 @@ class _RunnerBuilder:
         torch.cuda.empty_cache()
         # What torch keeps now lies between tensors or is the graphs': no KV cache can have it.
         free_bytes, total_bytes = torch.cuda.mem_get_info(self.tp.device)
-        return activation_bytes, DeviceMemory(total_bytes, free_bytes + cache.keys.nbytes + cache.values.nbytes)
+        return activation_bytes, DeviceMemory(total_bytes, free_bytes + cache.num_bytes)
 
     def _budget(self) -> BlockBudget:
         return BlockBudget(
@@ -218,7 +230,7 @@ class _RunnerBuilder:
                 block_size=self.config.block_size,
                 num_kv_heads=self.model.num_kv_heads,
                 head_dim=self.model.config.head_dim,
-                dtype=self.model.dtype,
+                dtype=self.cache_dtype,
             ),
             block_size=self.config.block_size,
             max_num_seqs=self.config.max_num_seqs,

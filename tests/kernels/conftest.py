@@ -9,12 +9,13 @@ from octavo.kernels.batch import AttentionBatch
 
 
 def _mend_the_interpreter() -> None:
-    """Two holes in Triton 3.6's interpreter that no GPU has."""
+    """Three holes in Triton 3.6's interpreter that no GPU has."""
     import triton.language as tl
     from triton.runtime import interpreter
 
     patch_tensor = interpreter._patch_lang_tensor
     create_dot = interpreter.InterpreterBuilder.create_dot
+    create_fp_to_fp = interpreter.InterpreterBuilder.create_fp_to_fp
 
     def patch(tensor, scope):
         # It makes a loop bound an int by int(array of one element), which numpy 2.4 refuses.
@@ -30,7 +31,22 @@ def _mend_the_interpreter() -> None:
     def dot(self, a, b, *rest):
         return create_dot(self, widen(a), widen(b), *rest)
 
+    def convert(self, src, dst_type, rounding):
+        """To and from FP8 as torch does it; the interpreter drops what rounding carries, and knows no NaN in FP8."""
+        dtypes = {tl.float8e4nv: torch.float8_e4m3fn, tl.float32: torch.float32, tl.float16: torch.float16}
+        source, target = src.dtype.scalar, dst_type.scalar
+        if tl.float8e4nv not in (source, target):
+            return create_fp_to_fp(self, src, dst_type, rounding)
+        if target == tl.bfloat16:
+            wide = convert(self, src, tl.float32, rounding)
+            return self.create_fp_trunc(wide, dst_type)
+        words = torch.from_numpy(src.data.copy()).view(dtypes[source])
+        converted = words.float().to(dtypes[target])
+        raw = converted.view(torch.uint8) if target == tl.float8e4nv else converted
+        return interpreter.TensorHandle(raw.numpy(), target)
+
     interpreter._patch_lang_tensor = patch
+    interpreter.InterpreterBuilder.create_fp_to_fp = convert
     interpreter.InterpreterBuilder.create_dot = dot
 
 

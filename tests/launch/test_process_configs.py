@@ -1,6 +1,6 @@
 """Every option reaches the process that it is for."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -77,4 +77,7 @@ def test_a_groups(resolved):
     worker = request.config
     assert (worker.store_address, worker.load_format, worker.dtype) == ("h:9", "dummy", "float16")
     assert worker.swap_space_bytes == 3 << 29
+    assert worker.kv_cache_dtype == "float16"
+    fp8 = replace(config, kv_cache_dtype="fp8")
+    assert add_group_request(3, fp8, model, placement, ranks).config.kv_cache_dtype == "fp8"
     assert (worker.num_blocks_override, worker.seed, worker.max_model_len) == (33, 9, 1024)

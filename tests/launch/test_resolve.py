@@ -106,6 +106,16 @@ def test_gpus_take_the_block_sizes_that_their_kernels_do(write_model):
         place(directory, 1, block_size=24)
 
 
+def test_a_kv_cache_in_fp8_is_for_gpus(write_model):
+    directory = write_model()
+    assert place(directory, 1, kv_cache_dtype="fp8").device == "cuda"
+    for device in ("auto", "cpu"):
+        with pytest.raises(InvalidArgumentError, match=r"kv_cache_dtype fp8 .* device is cpu") as refusal:
+            place(directory, 0, device=device, kv_cache_dtype="fp8")
+        assert refusal.value.field == "kv_cache_dtype"
+        assert "\n" not in str(refusal.value)
+
+
 def test_what_is_asked_is_kept(write_model):
     placement = place(write_model(), 8, device="cpu", dtype="float16", max_num_batched_tokens=300)
     assert (placement.device, placement.dtype, placement.max_num_batched_tokens) == ("cpu", "float16", 300)

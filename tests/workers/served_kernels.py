@@ -1,4 +1,5 @@
-"""Prints each kernel that a mix of steps needs and the start did not compile. Args: device, model directory.
+"""Prints each kernel that a mix of steps needs and the start did not compile. Args: device, model directory,
+dtype of the KV cache.
 
 A process of its own: without a GPU it needs Triton as on one, while the tests' kernels run in the interpreter. Then
 nothing is compiled or run: the variants that the start finds are compared with those that steps launch.
@@ -137,10 +138,11 @@ def kernels_noted(is_real):
     triton.knobs.runtime.jit_cache_hook = None
 
 
-def main(device, model_path):
+def main(device, model_path, kv_cache_dtype):
     config = engine_pb2.WorkerConfig(
         model_path=model_path, load_format="dummy", dtype="bfloat16", block_size=16, max_model_len=5000,
         max_num_seqs=NUM_SEQS, max_num_batched_tokens=NUM_TOKENS, num_blocks_override=1000, gpu_memory_utilization=0.5,
+        kv_cache_dtype=kv_cache_dtype,
     )  # fmt: skip
     is_real = device != "cpu"
     with kernels_noted(is_real) as started:

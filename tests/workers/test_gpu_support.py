@@ -27,6 +27,15 @@ def test_what_is_too_old_is_named(support, line):
     assert "\n" not in str(refused.value)
 
 
+def test_a_cache_in_fp8_needs_more():
+    GOOD.check(has_fp8_cache=True)
+    GpuSupport("NVIDIA L40S", (8, 9), "3.6.0").check(has_fp8_cache=True)
+    a100 = GpuSupport("NVIDIA A100", (8, 0), "3.6.0")
+    a100.check()
+    with pytest.raises(FailedPreconditionError, match=r"A100 has .* 8\.0; kv_cache_dtype fp8 needs 8\.9"):
+        a100.check(has_fp8_cache=True)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 def test_a_driver_that_does_not_work_is_one_line_of_torchs():
     with pytest.raises(FailedPreconditionError, match="torch cannot use cuda:0: ") as refused:

@@ -43,13 +43,14 @@ def test_what_is_not_recorded_runs_once():
     assert recording.outputs is outputs
 
 
-def test_no_step_compiles_a_kernel_after_the_start(make_llama):
+@pytest.mark.parametrize("kv_cache_dtype", ["bfloat16", "fp8"])
+def test_no_step_compiles_a_kernel_after_the_start(kv_cache_dtype, make_llama):
     shape = {"hidden_size": 256, "head_dim": 64, "num_key_value_heads": 2, "max_position_embeddings": 8192}
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
     script = Path(__file__).with_name("served_kernels.py")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, script, device, make_llama(**shape)],
+        [sys.executable, script, device, make_llama(**shape), kv_cache_dtype],
         env=environment,
         capture_output=True,
         text=True,

@@ -2,11 +2,13 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from octavo.errors import ResourceExhaustedError
 from octavo.workers.device_memory import DeviceMemory
-from octavo.workers.kv_cache import BlockBudget, KVCache, num_blocks_that_fit
+from octavo.workers.kv_cache import FP8, BlockBudget, KVCache, num_blocks_that_fit
+from octavo.workers.plan import BlockMoves
 
 MIB = 1024 * 1024
 CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
@@ -20,13 +22,34 @@ MEMORY = DeviceMemory(total_bytes=1000 * MIB, free_bytes=800 * MIB)
 def test_the_cache_is_zeroed_and_as_large_as_it_says():
     shape = {"num_layers": 2, "block_size": 4, "num_kv_heads": 3, "head_dim": 6}
     cache = KVCache(num_blocks=5, dtype=torch.bfloat16, device=CPU, **shape)
-    keys, values = cache.layer(1)
+    keys, values = cache.layers[1]
     assert keys.shape == values.shape == (5, 4, 3, 6)
     assert keys.data_ptr() != values.data_ptr()
     assert not cache.keys.any()
     assert not cache.values.any()
     num_bytes = cache.keys.nbytes + cache.values.nbytes
     assert num_bytes == 5 * KVCache.bytes_per_block(dtype=torch.bfloat16, **shape)
+
+
+@pytest.mark.parametrize(("num_layers", "head_dim", "num_groups"), [(5, 8, 13), (2, 6, 6), (32, 128, 65), (1, 256, 3)])
+def test_a_cache_in_fp8_keeps_its_scales_in_further_rows(num_layers, head_dim, num_groups):
+    shape = {"num_layers": num_layers, "block_size": 8, "num_kv_heads": 3, "head_dim": head_dim, "dtype": FP8}
+    cache = KVCache(num_blocks=4, device=CPU, **shape)
+    assert cache.num_bytes == 4 * KVCache.bytes_per_block(**shape) == 4 * num_groups * 8 * 3 * head_dim
+    assert cache.rows.block_bytes == KVCache.bytes_per_block(**shape)
+    for i, (keys, values, scales) in enumerate(cache.layers):
+        assert keys.dtype == values.dtype == FP8
+        assert scales.shape == (4, 3, 8)
+        assert scales[0].is_contiguous()
+        assert not scales.any(), "no two layers share scales"
+        scales.copy_(torch.arange(4 * 3 * 8).view(4, 3, 8) + 100 * i + 1)
+    assert not cache.keys.view(torch.uint8).any()
+    assert not cache.values.view(torch.uint8).any()
+    # A block is moved with its scales.
+    cache.copy(BlockMoves(np.array([1], dtype=np.int32), np.array([3], dtype=np.int32)))
+    for i, (_, _, scales) in enumerate(cache.layers):
+        assert torch.equal(scales[:3].flatten(), torch.arange(3 * 3 * 8, dtype=torch.int32) + 100 * i + 1)
+        assert torch.equal(scales[3], scales[1])
 
 
 def test_a_gpu_gives_all_that_its_share_leaves():

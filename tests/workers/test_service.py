@@ -134,6 +134,12 @@ def test_refuses_steps_before_it_is_configured_and_a_second_driver(stub, make_re
     ("fields", "code", "message"),
     [
         ({"model_path": "/nowhere"}, grpc.StatusCode.NOT_FOUND, "/nowhere does not exist"),
+        (
+            {"kv_cache_dtype": "int3"},
+            grpc.StatusCode.INVALID_ARGUMENT,
+            "kv_cache_dtype 'int3' is neither dtype float32",
+        ),
+        ({"kv_cache_dtype": "fp8"}, grpc.StatusCode.INVALID_ARGUMENT, "fp8 is for GPUs, and device cpu"),
         ({"dtype": "int3"}, grpc.StatusCode.INVALID_ARGUMENT, "dtype 'int3' is none of"),
         ({"load_format": "pickle"}, grpc.StatusCode.INVALID_ARGUMENT, "load_format 'pickle' is unknown"),
         ({"swap_space_bytes": 1 << 50}, grpc.StatusCode.RESOURCE_EXHAUSTED, "lower --swap-space"),

@@ -46,7 +46,7 @@ class Attention:
         self.qkv_proj.load(weights, f"{name}.q_proj", f"{name}.k_proj", f"{name}.v_proj")
         self.o_proj.load(weights, f"{name}.o_proj")
 
-    def attend(self, qkv: Tensor, step: "Step", cache: tuple[Tensor, Tensor], out: Tensor | None) -> Tensor:
+    def attend(self, qkv: Tensor, step: "Step", cache: tuple[Tensor, ...], out: Tensor | None) -> Tensor:
         """What lies between the two projections: [num_tokens, heads of q, k and v] to [num_tokens, heads of q], the
         latter in `out` if one is given and it can be written there."""
         num_tokens = len(qkv)
@@ -174,8 +174,7 @@ class LlamaForCausalLM:
             batch.kv_indices,
         )
         made = run(self._first_segment, token_ids)
-        caches = zip(kv_cache.keys.unbind(), kv_cache.values.unbind(), strict=True)
-        for layer, cache, segment in zip(self.layers, caches, self._segments, strict=True):
+        for layer, cache, segment in zip(self.layers, kv_cache.layers, self._segments, strict=True):
             qkv, *stream = made
             attended = layer.attention.attend(qkv, step, cache, run.input_of(segment))
             made = run(segment, attended, *stream)
