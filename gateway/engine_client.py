@@ -61,13 +61,16 @@ class EngineClient:
         self._released_beams = ReleasedBeams()
         self._last_handle = 0
         self._outbox = EngineOutbox()
+        self._refusal: OctavoError | None = None  # of all requests, in the end
 
     @property
     def ready(self) -> bool:
         return self._ready
 
     def submit(self, submission: Submission, only_end: bool = False) -> EngineRequest:
-        """Sends a request. Raises UnavailableError without a session."""
+        """Sends a request. Raises UnavailableError without a session, and what `give_up` said."""
+        if self._refusal is not None:
+            raise self._refusal
         if not self._ready:
             raise UnavailableError("the engine is not ready; try again")
         handle = self._next_handles(submission.num_samples)
@@ -94,6 +97,12 @@ class EngineClient:
         handles = [stream.handle for stream in request.streams if self._close(stream)]
         if handles and self._outbox.cancel(handles) and request.is_beam_search:
             self._released_beams.add(handles)
+
+    def give_up(self, error: OctavoError) -> None:
+        """Ends every request with `error`, also each that is still to be sent."""
+        self._refusal = error
+        for request in self._requests.values():
+            request.fail(error)
 
     def stop(self, stream: EngineStream) -> None:
         """Its text has reached a stop string: the engine ends the sample, unless it has already."""

@@ -94,9 +94,9 @@ def to_grpc_status(error: BaseException) -> grpc.Status:
     if isinstance(error, InvalidArgumentError) and error.field is not None:
         violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=str(error))
         _attach(status, error_details_pb2.BadRequest(field_violations=[violation]))
-    if isinstance(error, ResourceExhaustedError) and error.retry_after_s is not None:
+    if (retry_after_s := _retry_after_s(error)) is not None:
         delay = duration_pb2.Duration()
-        delay.FromNanoseconds(round(error.retry_after_s * 1e9))
+        delay.FromNanoseconds(round(retry_after_s * 1e9))
         _attach(status, error_details_pb2.RetryInfo(retry_delay=delay))
     return rpc_status.to_status(status)
 
@@ -113,9 +113,13 @@ def to_http_error(error: BaseException) -> HttpError:
     body = {"message": _public_message(error), "type": kind.openai_type, "param": _param(error)}
     body["code"] = kind.openai_code
     headers = {}
-    if isinstance(error, ResourceExhaustedError) and error.retry_after_s is not None:
-        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
+    if (retry_after_s := _retry_after_s(error)) is not None:
+        headers["Retry-After"] = str(max(1, math.ceil(retry_after_s)))
     return HttpError(kind.http_status, {"error": body}, headers)
+
+
+def _retry_after_s(error: BaseException) -> float | None:
+    return error.retry_after_s if isinstance(error, ResourceExhaustedError | UnavailableError) else None
 
 
 def _param(error: BaseException) -> str | None:

@@ -17,6 +17,7 @@ from .sampling import SamplingRequest
 from .text import TextModel
 from .unknown_fields import refuse_unknown_fields
 
+Q = TypeVar("Q")
 T = TypeVar("T")
 
 _ROLES = ("system", "user", "assistant")
@@ -48,7 +49,8 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
         self, request: generation_pb2.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> None:
         try:
-            await self._answer(request, await self._check(request), context.write)
+            with self._service.calls.open():
+                await self._answer(request, await self._check(request), context.write)
         except Exception as error:
             await abort(context, error)
 
@@ -66,12 +68,16 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
     async def Tokenize(  # noqa: N802
         self, request: generation_pb2.TokenizeRequest, context: grpc.aio.ServicerContext
     ) -> generation_pb2.TokenizeResponse:
-        return await _unary(context, self._tokenize(request))
+        return await _unary(context, self._counted(self._tokenize, request))
 
     async def Detokenize(  # noqa: N802
         self, request: generation_pb2.DetokenizeRequest, context: grpc.aio.ServicerContext
     ) -> generation_pb2.DetokenizeResponse:
-        return await _unary(context, self._detokenize(request))
+        return await _unary(context, self._counted(self._detokenize, request))
+
+    async def _counted(self, answer: Callable[[Q], Awaitable[T]], request: Q) -> T:
+        with self._service.calls.open():
+            return await answer(request)
 
     async def _check(self, request: generation_pb2.GenerateRequest) -> CheckedRequest:
         refuse_unknown_fields(request)
