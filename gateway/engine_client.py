@@ -21,6 +21,7 @@ from .engine_stream import EngineRequest, EngineStream
 from .errors import from_engine_failure, raise_from_rpc
 from .logprobs import PositionLogprobs, unpack_table
 from .released_beams import ReleasedBeams
+from .slow_readers import MAX_UNREAD, SlowReaderError
 
 logger = logging.getLogger(__name__)
 
@@ -226,12 +227,19 @@ class EngineClient:
         for index, (handle, count, finish_reason) in enumerate(entries):
             end = start + count
             stream = self._streams.get(handle)
-            if stream is not None:
+            if stream is not None and stream.request.num_unread > MAX_UNREAD:
+                self._let_go(stream.request)
+            elif stream is not None:
                 rows = unpack_table(logprobs[index]) if index in logprobs else no_logprobs
                 stream.deliver(token_ids[start:end], rows, finish_reason, beam_scores.get(handle))
                 if finish_reason:
                     self._close(stream)
             start = end
+
+    def _let_go(self, request: EngineRequest) -> None:
+        """Its client reads nothing. What runs of it ends now, not when a write of its reader does."""
+        self.release(request)
+        request.fail(SlowReaderError())
 
     def _beam_scores(self, response: engine_pb2.SessionResponse, handles: Sequence[int]) -> dict[int, float]:
         """By handle. Those of released beam searches, which the engine has not heard of, take theirs too."""

@@ -1,5 +1,6 @@
 """The public gRPC door: octavo.v1.Generation and octavo.v1.Admin."""
 
+import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
 from typing import NoReturn, TypeVar
@@ -14,6 +15,7 @@ from .logprobs import Logprob, PositionLogprobs
 from .output import OutputDelta, RequestDelta
 from .samples import StreamField
 from .sampling import SamplingRequest
+from .slow_readers import LINGER_S, in_time
 from .text import TextModel
 from .unknown_fields import refuse_unknown_fields
 
@@ -27,8 +29,12 @@ _STREAMS_BY = StreamField("output_mode", "set output_mode to OUTPUT_MODE_FINAL")
 
 
 async def abort(context: grpc.aio.ServicerContext, error: BaseException) -> NoReturn:
-    """Ends the call with the error's status."""
-    await context.abort_with_status(to_grpc_status(error))
+    """Ends the call with the error's status, or breaks it off if the client does not even read that."""
+    try:
+        async with asyncio.timeout(LINGER_S):
+            await context.abort_with_status(to_grpc_status(error))
+    except TimeoutError:
+        raise asyncio.CancelledError from None
     raise AssertionError("abort_with_status raises")
 
 
@@ -128,7 +134,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
             return
         async with aclosing(self._service.stream(checked)) as deltas:
             async for delta in deltas:
-                await write(builder.build(delta))
+                await in_time(write(builder.build(delta)))
 
     async def _tokenize(self, request: generation_pb2.TokenizeRequest) -> generation_pb2.TokenizeResponse:
         refuse_unknown_fields(request)

@@ -24,6 +24,7 @@ from .grpc_server import Readiness, build_grpc_server
 from .http_app import build_http_app
 from .listen import shared_socket
 from .open_calls import OpenCalls
+from .slow_readers import UNSENT_BYTES, LenientHttpProtocol
 from .text import load_text_model
 
 logger = logging.getLogger(__name__)
@@ -100,6 +101,7 @@ class Gateway:
             return None, []
         config = uvicorn.Config(
             build_http_app(service),
+            http=LenientHttpProtocol,
             log_config=None,
             log_level="warning",
             access_log=False,
@@ -107,7 +109,9 @@ class Gateway:
             ws="none",
             server_header=False,
         )
-        return _HttpServer(config), [shared_socket(self._settings.host, self._settings.http_port, "--port")]
+        listener = shared_socket(self._settings.host, self._settings.http_port, "--port")
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)  # its connections inherit it
+        return _HttpServer(config), [listener]
 
     async def _until_stopped(self, *tasks: "asyncio.Future[None] | None") -> None:
         """Until `stop`, or the failure of a task that should go on, which is raised."""
