@@ -155,7 +155,7 @@ class _Meter:
         rng = np.random.default_rng(self._settings.seed)
         requests = []
         for input_len, output_len in lengths:
-            prompt = {"prompt_token_ids": rng.integers(0, self._vocab_size, input_len).tolist()}
+            prompt: list[int] = rng.integers(0, self._vocab_size, input_len).tolist()
             requests.append(BulkRequest(build_request(prompt, case.params(output_len), _OUTPUTS), None))
         before = total_blocks(self._client.status())
         outputs = self._bulk.run(requests, lambda output: None)

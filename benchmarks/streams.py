@@ -112,7 +112,8 @@ class Watcher:
         """From sending a prompt until its only token."""
         request = generate_request(prompt, 1)
         await asyncio.sleep(0)  # a long prompt takes a while to put down; what came meanwhile is read before
-        started, times_s = time.perf_counter(), []
+        times_s: list[float] = []
+        started = time.perf_counter()
         async for response in self._generation.Generate(request):
             _note_time(response, times_s)
         self.streams.check()

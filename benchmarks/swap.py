@@ -21,6 +21,7 @@ from .workload import LengthRange, Workload
 
 _WARM_UP_TOKENS = 16
 _POLL_S = 0.01
+_SAME_STEP_S = 0.001  # within which the streams' tokens come after a prompt's first, of the same step
 _SETTLED_POLLS = 5  # without another block saved
 _SPARE_BLOCKS = 16
 _GIB = 2**30
@@ -52,7 +53,7 @@ class SwapSettings:
 
     def num_prompts(self, block_size: int) -> int:
         """So many that the first is gone from the device when the last has come."""
-        return self.num_blocks(block_size) // max(1, self.prompt_len // block_size) + 1
+        return self.num_blocks(block_size) // max(1, self.prompt_len // block_size) + 2
 
     def host_bytes(self, block_size: int, block_bytes: int) -> int:
         """For all prompts."""
@@ -97,7 +98,7 @@ async def _measure(address: str, vocab_size: int, block_size: int, settings: Swa
         streams.start(settings.prompts(settings.num_streams, settings.stream_len, vocab_size, 0), settings.output_len)
         await streams.advance(_WARM_UP_TOKENS)
         table = _Table(watcher, report)
-        await table.add("alone", [await streams.advance(2 * _WARM_UP_TOKENS)], 0)
+        await table.add("alone", [await streams.advance(4 * _WARM_UP_TOKENS)], 0)
         saves, before = [], await table.num_saved()
         for prompt in prompts:
             await watcher.first_token(prompt)
@@ -145,8 +146,8 @@ class _Table:
         return total_blocks(await self._watcher.status()).num_loaded_blocks
 
     async def wait_for_saves(self) -> Window:
-        """Until no more blocks are saved. Raises InternalError if there were none to save."""
-        started = ended = time.perf_counter()
+        """From a prompt's end until no more blocks are saved. Raises InternalError if there were none to save."""
+        started = ended = time.perf_counter() + _SAME_STEP_S
         number, unchanged = -1, 0
         while unchanged < _SETTLED_POLLS:
             await asyncio.sleep(_POLL_S)

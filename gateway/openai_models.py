@@ -105,7 +105,7 @@ class GenerationBody(_Body):
     return_token_ids: bool | None = None
     best_of: int | None = None
     cache_salt: Annotated[Text | None, StringConstraints(min_length=1)] = None
-    # Of beam search; `beam_width` is another name of `num_beams`, see openai_beams.py.
+    # Of beam search; `beam_width` is another name of `num_beams`, see openai_sampling.py.
     num_beams: int | None = None
     beam_width: int | None = None
     use_beam_search: bool | None = None

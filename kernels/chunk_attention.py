@@ -52,7 +52,7 @@ def chunk_config(max_query_len: int, head_dim: int, dtype: torch.dtype) -> Chunk
 
 
 @triton.jit
-def _attend_keys(
+def attend_keys(
     q: tl.tensor,
     top: tl.tensor,
     total: tl.tensor,
@@ -182,7 +182,7 @@ def _chunk_kernel(
         q, q_scales = fit_queries(q)
         log2_scale *= q_scales
     # Every query sees a key of the first tile that either loop takes, so no maximum is ever that of nothing.
-    top, total, acc, unit = _attend_keys(
+    top, total, acc, unit = attend_keys(
         q,
         top,
         total,
@@ -204,7 +204,7 @@ def _chunk_kernel(
         keys_per_tile,
         False,
     )
-    top, total, acc, unit = _attend_keys(
+    top, total, acc, unit = attend_keys(
         q,
         top,
         total,

@@ -156,11 +156,12 @@ def meet_splits(
     arrived = tl.atomic_add(arrivals_ptr, 1, sem="acq_rel", scope="gpu")
     if arrived == num_active - 1:
         tl.store(arrivals_ptr, 0)
-        _merge_splits(
+        merge_splits(
             partials_ptr,
             log_sums_ptr,
             out_ptr,
             num_active,
+            group,
             group,
             head_dim,
             attention.shape[1],
@@ -170,11 +171,12 @@ def meet_splits(
 
 
 @triton.jit
-def _merge_splits(
+def merge_splits(
     partials_ptr: tl.tensor,
     log_sums_ptr: tl.tensor,
     out_ptr: tl.tensor,
     num_active: tl.tensor,
+    split_stride: tl.constexpr,  # heads from one split's to the next one's
     group: tl.constexpr,
     head_dim: tl.constexpr,
     head_dim_padded: tl.constexpr,
@@ -190,7 +192,7 @@ def _merge_splits(
     acc = tl.zeros([heads_per_tile, head_dim_padded], dtype=tl.float32)
     for first in range(0, num_active, splits_per_tile):
         splits = first + tl.arange(0, splits_per_tile)
-        index = splits[:, None] * group + heads[None, :]
+        index = splits[:, None] * split_stride + heads[None, :]
         is_active = (splits < num_active)[:, None] & is_head[None, :]
         # .cg: other multiprocessors wrote these; this one's L1 may hold what was there before.
         log_sums = tl.load(log_sums_ptr + index, mask=is_active, other=-float("inf"), cache_modifier=".cg")

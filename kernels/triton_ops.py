@@ -9,7 +9,8 @@ import torch
 
 from .activation import silu_and_mul
 from .batch import AttentionBatch
-from .decode_splits import DecodeWorkspace, decode_workspace
+from .chunk_splits import ChunkWorkspace, chunk_workspace
+from .decode_splits import DecodeWorkspace, decode_workspace, num_sms
 from .gemv import MAX_NORM_SIZE, add_norm_gemv, gemv, gemv_silu_and_mul
 from .linear_config import LinearKernel, linear_kernel
 from .lookup import embed, rope_rows
@@ -42,6 +43,7 @@ class TritonOperations(Operations):
         """For one stream of `device`: launches share a workspace."""
         self._split_workspace = SplitWorkspace(device)
         self._decode_workspaces: dict[tuple[object, ...], DecodeWorkspace] = {}
+        self._chunk_workspaces: dict[tuple[object, ...], ChunkWorkspace] = {}
         self._refusals: set[str] = set()
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
@@ -94,7 +96,7 @@ class TritonOperations(Operations):
     def plan_attention(self, batch: AttentionBatch, block_size: int, dtype: torch.dtype) -> StepAttention:
         """Computes nothing: the kernels read the step's tensors."""
         del block_size, dtype
-        return StepAttention(batch, self._decode_workspace)
+        return StepAttention(batch, self._decode_workspace, self._chunk_workspace)
 
     def attention(
         self,
@@ -118,6 +120,14 @@ class TritonOperations(Operations):
                 num_slots, num_heads, num_kv_heads, head_dim, k_cache.dtype, max_blocks * block_size, k_cache.device
             )
         return self._decode_workspaces[key]
+
+    def _chunk_workspace(self, q: Tensor, k_cache: Tensor) -> ChunkWorkspace:
+        """One for all steps of a model."""
+        (_, num_heads, head_dim), num_kv_heads = q.shape, k_cache.shape[2]
+        key = num_heads, num_kv_heads, head_dim, q.dtype
+        if key not in self._chunk_workspaces:
+            self._chunk_workspaces[key] = chunk_workspace(*key, num_sms(q.device), q.device)
+        return self._chunk_workspaces[key]
 
     def _or_reference(self, kernel: Callable[..., T], slower: Callable[..., T], *args: object) -> T:
         try:

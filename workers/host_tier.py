@@ -46,6 +46,7 @@ class HostTier:
 
         Raises FailedPreconditionError for blocks that are not there.
         """
+        self._transfers.note_step(plan.step_id)
         self._transfers.hold_steps(plan.finished_transfers)
         if not len(plan.saves) and not len(plan.loads):
             return
@@ -56,7 +57,7 @@ class HostTier:
             self._load(plan.loads)
 
     def finished(self, awaited: int = 0) -> int:
-        """The last step whose transfers, and all before them, have ended. Waits for those of steps up to `awaited`."""
+        """As TransferStream.finished."""
         return self._transfers.finished(awaited)
 
     def measure_block_us(self) -> float:
@@ -71,7 +72,7 @@ class HostTier:
         with self._transfers.behind_steps(_NO_STEP):
             self._save(moves)
             self._load(moves)
-        self._transfers.finished(awaited=_NO_STEP)
+        self._transfers.wait()
         return time.perf_counter() - started_at
 
     def _save(self, saves: BlockMoves) -> None:

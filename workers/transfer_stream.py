@@ -1,11 +1,14 @@
 """Where transfers between device and host run: beside the steps, in the order of the plans."""
 
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+
+_POLL_S = 0.0005
 
 
 class TransferStream:
@@ -19,6 +22,11 @@ class TransferStream:
         self._lock = threading.Lock()
         self._running: deque[tuple[int, torch.cuda.Event]] = deque()  # by step, ascending
         self._finished = 0
+        self._last_step = 0  # that was queued
+
+    def note_step(self, step_id: int) -> None:
+        """A step is about to be queued."""
+        self._last_step = step_id
 
     @contextmanager
     def behind_steps(self, step_id: int) -> Iterator[None]:
@@ -41,9 +49,11 @@ class TransferStream:
             torch.cuda.current_stream().wait_event(event)
 
     def finished(self, awaited: int = 0) -> int:
-        """The last step whose transfers, and all before them, have ended. Waits for those of steps up to `awaited`."""
-        if event := self._last_event(awaited):
-            event.synchronize()
+        """The last step whose transfers, and all before them, have ended. Waits for those of steps up to `awaited`, but
+        no longer than until another step is queued: its result is not to wait for them too."""
+        event = self._last_event(awaited)
+        while event is not None and not event.query() and self._last_step <= awaited:
+            time.sleep(_POLL_S)
         with self._lock:
             while self._running and self._running[0][1].query():
                 self._finished, _ = self._running.popleft()

@@ -58,6 +58,22 @@ def run_all_kinds(runner: ModelRunner, max_num_tokens: int) -> None:
             # What is sent to the device behind a step's tokens is aligned to 16 bytes for one of them.
             for length in (2, 3):
                 warm_up(runner, rows, min(rows * length, max_num_tokens), params)
+    _attend_to_the_longest_context(runner)
+
+
+def _attend_to_the_longest_context(runner: ModelRunner) -> None:
+    """With one token: if programs ever share a context (kernels/chunk_splits.py), they share that one."""
+    shape, slots = runner.shape, np.zeros(1, dtype=np.int64)
+    join = Join(
+        slot=0,
+        token_ids=np.zeros(shape.max_model_len, dtype=np.int32),
+        num_prompt_tokens=shape.max_model_len,
+        num_computed_tokens=shape.max_model_len - 1,
+        block_ids=np.zeros(shape.max_blocks, dtype=np.int32),  # one for all: nothing of it means anything
+        sampling_params=_PLAIN,
+    )
+    runner.execute(_plan(joins=(join,), chunk_slots=slots, chunk_num_tokens=np.ones(1, dtype=np.int64))).wait()
+    runner.execute(_plan(leave_slots=slots, decode_slots=_EMPTY)).wait()
 
 
 def blocks_for_warm_up(num_seqs: int, num_tokens: int, block_size: int) -> int:

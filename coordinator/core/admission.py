@@ -28,13 +28,15 @@ def check_fits(samples: SequenceGroup, config: SchedulerConfig, groups: Collecti
             field="max_tokens",
         )
     if samples.beams is not None:
-        _check_beams(samples, samples.beams.num_beams, needed, available if groups else None, config)
+        least = min((group.blocks.num_blocks for group in groups), default=None)
+        _check_beams(samples, samples.beams.num_beams, needed, least, config)
 
 
 def _check_beams(
     samples: SequenceGroup, num_beams: int, needed: int, available: int | None, config: SchedulerConfig
 ) -> None:
-    """Beams run together or not at all, and may have nothing in common when they come back from a preemption."""
+    """Beams run together or not at all, and may have nothing in common when they come back from a preemption. The
+    smallest group must hold them: it may be the one that is left."""
     if num_beams > config.max_num_seqs:
         raise InvalidArgumentError(
             f"num_beams ({num_beams}) must be at most max_num_seqs ({config.max_num_seqs})", field="num_beams"

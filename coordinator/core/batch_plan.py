@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .sequence import Sequence
+from .step_time import StepLoad
 from .transfers import StepTransfers
 
 
@@ -55,7 +56,8 @@ class BatchPlan:
     decode_slots_changed: bool = False
     chunk_slots: list[int] = field(default_factory=list)
     chunk_num_tokens: list[int] = field(default_factory=list)
-    num_attended_tokens: int = 0  # of the chunks' tokens, those before each in its sequence, together
+    num_attended_tokens: int = 0  # before each of the chunks' tokens in its sequence, together
+    num_context_tokens: int = 0  # before each of the chunks, together
     rows: list[ScheduledRow] = field(default_factory=list)
 
     @property
@@ -65,5 +67,16 @@ class BatchPlan:
         return num_decodes + sum(row.samples for row in self.rows[num_decodes:])
 
     @property
+    def num_joined_tokens(self) -> int:
+        """Known tokens of the sequences that join."""
+        return sum(len(join.token_ids) for join in self.joins) // 4
+
+    @property
     def num_tokens(self) -> int:
         return len(self.decode_slots) + sum(self.chunk_num_tokens)
+
+    @property
+    def load(self) -> StepLoad:
+        """What its duration hangs on."""
+        num_decodes, num_chunk_tokens = len(self.decode_slots), sum(self.chunk_num_tokens)
+        return StepLoad(num_decodes, num_chunk_tokens, self.num_attended_tokens, self.num_context_tokens)

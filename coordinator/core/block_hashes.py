@@ -20,7 +20,7 @@ class BlockHashes:
         """Sequences of other salts have other names throughout."""
         self.block_size = block_size
         self._size_bytes = block_size * array("i").itemsize
-        self._root = blake2b(salt, digest_size=_NAME_BYTES).digest()
+        self._root = blake2b(salt, digest_size=_NAME_BYTES, person=b"root").digest()  # unlike any block's
         self._names: list[bytes] = []
 
     def first(self, num_blocks: int, token_ids: "array[int]") -> list[bytes]:

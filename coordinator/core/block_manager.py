@@ -51,6 +51,8 @@ class BlockManager:
         self.transfers = Transfers()
         self.counters = BlockCounters()
         self.num_table_entries = 0
+        self.num_cached_blocks = 0  # free blocks in which a prefix may be found
+        self.num_saving_blocks = 0  # blocks that only a save still holds
         self._tables: dict[Sequence, list[int]] = {}
         self._loading: dict[int, int] = {}  # device blocks to which content is on its way, and the step that sent it
         self._next = StepTransfers()  # of the step that is being planned
@@ -65,18 +67,13 @@ class BlockManager:
     def num_free_blocks(self) -> int:
         return self.pool.num_free
 
-    @property
-    def num_cached_blocks(self) -> int:
-        """Free blocks that a prefix may be found in."""
-        return sum(self.cache.name_of(block_id) is not None for block_id in self.pool.next_free(self.num_blocks))
-
     # What a sequence finds
 
     def find_prefix(self, sequence: Sequence, use_host: bool) -> PrefixHit:
         """The longest run of cached blocks at the start of `sequence`, which leaves it a token to compute."""
         if not sequence.reads_cache:
             return PrefixHit([], [])
-        names = sequence.hashes.first((sequence.num_tokens - 1) // self.block_size, sequence.token_ids)
+        names = sequence.block_names((sequence.num_tokens - 1) // self.block_size)
         device_blocks = []
         for name in names:
             if (block_id := self.cache.find(name)) is None:
@@ -107,7 +104,7 @@ class BlockManager:
         What lies on the host is loaded by step `step_id`. Returns the last step whose transfers the sequence must wait
         for; 0: none.
         """
-        self.pool.retain(hit.device_blocks)
+        self._retain(hit.device_blocks)
         self._forget_unsaved(hit.device_blocks)
         table = list(hit.device_blocks)
         self._tables[sequence] = table
@@ -116,11 +113,12 @@ class BlockManager:
         if hit.host_blocks:
             self._load(self.allocate(sequence, len(hit) * self.block_size), hit, step_id)
             waits_for = step_id
-        self.counters.num_looked_up_tokens += sequence.num_tokens
+        if sequence.reads_cache:
+            self.counters.num_looked_up_tokens += sequence.num_tokens
         self.counters.num_device_hit_tokens += len(hit.device_blocks) * self.block_size
         self.counters.num_host_hit_tokens += len(hit.host_blocks) * self.block_size
         if self.host:
-            for name in hit.names:
+            for name in reversed(hit.names):  # a prefix without its start is of no use: that is to go last
                 self.host.touch(name)
         sequence.num_published_blocks = len(hit)
         return waits_for
@@ -152,7 +150,9 @@ class BlockManager:
     def _take(self, num_blocks: int) -> list[int]:
         block_ids = self.pool.allocate(num_blocks)
         for block_id in block_ids:
-            self.counters.num_evicted_blocks += self.cache.forget(block_id) is not None
+            if self.cache.forget(block_id) is not None:
+                self.num_cached_blocks -= 1
+                self.counters.num_evicted_blocks += 1
         self._forget_unsaved(block_ids)
         return block_ids
 
@@ -188,7 +188,7 @@ class BlockManager:
         num_full = num_tokens // self.block_size
         if num_full <= sequence.num_published_blocks:
             return
-        names = sequence.hashes.first(num_full, sequence.token_ids)
+        names = sequence.block_names(num_full)
         table = self._tables[sequence]
         for index in range(sequence.num_published_blocks, num_full):
             self.cache.publish(names[index], table[index])
@@ -200,22 +200,41 @@ class BlockManager:
             if (name := self.cache.forget(block_id)) is not None and self.host:
                 self.host.forget(name)
 
-    def free(self, sequence: Sequence) -> None:
-        """Gives back all blocks of `sequence`, the last first: a later prefix wants the first ones longest."""
+    def free(self, sequence: Sequence, keep: bool = True) -> None:
+        """Gives back all blocks of `sequence`, the last first: a later prefix wants the first ones longest. Without
+        `keep` nobody will ask for what is in those that nobody else has."""
         table = self._tables.pop(sequence)
         self.num_table_entries -= len(table)
         sequence.num_published_blocks = 0
         for block_id in reversed(table):
+            if not keep and self.pool.ref_count(block_id) == 1:
+                self.cache.forget(block_id)
             self._release(block_id)
+
+    def _retain(self, block_ids: list[int]) -> None:
+        """Adds an owner to blocks with a name."""
+        self.num_cached_blocks -= sum(map(self.pool.is_free, block_ids))
+        self.pool.retain(block_ids)
 
     def _release(self, block_id: int) -> None:
         """A block in which nothing can be found is the next to be taken."""
         name = self.cache.name_of(block_id)
         self.pool.release(block_id, reuse_first=name is None)
-        if self.host and name and self.pool.is_free(block_id) and self.host.find(name) is None:
+        if name is None or not self.pool.is_free(block_id):
+            return
+        self.num_cached_blocks += 1
+        if self.host and self.host.find(name) is None:
             self._unsaved[block_id] = None
 
     # Transfers
+
+    def save_first(self, sequence: Sequence) -> None:
+        """What `sequence`, which will come back, just gave up goes to the host before all else."""
+        names = sequence.block_names(sequence.num_tokens // self.block_size)
+        for name in reversed(names):
+            block_id = self.cache.find(name)
+            if block_id is not None and block_id in self._unsaved:
+                self._unsaved.move_to_end(block_id, last=False)
 
     def save(self, num_blocks: int) -> None:
         """Has the host keep what free blocks hold, of at most so many: those that were not used for longest."""
@@ -227,7 +246,8 @@ class BlockManager:
                 return
             del self._unsaved[block_id]
             self.host.pin(name)
-            self.pool.retain([block_id])  # by the transfer: it is not taken while it is read
+            self._retain([block_id])  # by the transfer: it is not taken while it is read
+            self.num_saving_blocks += 1
             self._next.saves.append((name, block_id, host_id))
             self.counters.num_saved_blocks += 1
 
@@ -246,8 +266,8 @@ class BlockManager:
         for ended in self.transfers.finish(step_id):
             for name, block_id, _ in ended.saves:
                 self._unpin(name)
-                # Saves come in the order of last use, and so do blocks that are free again.
-                self.pool.release(block_id, reuse_first=False)
+                self.num_saving_blocks -= 1
+                self._release(block_id)  # saves come in the order of last use, and so do blocks that are free again
             for name, block_id, _ in ended.loads:
                 self._unpin(name)
                 del self._loading[block_id]
@@ -262,6 +282,8 @@ class BlockManager:
     def check_invariants(self) -> None:
         self.pool.check_invariants()
         self.cache.check_invariants()
+        free = self.pool.next_free(self.num_blocks)
+        assert self.num_cached_blocks == sum(self.cache.name_of(block_id) is not None for block_id in free)
         if self.host:
             self.host.check_invariants()
         owners = Counter(block_id for table in self._tables.values() for block_id in table)

@@ -10,6 +10,8 @@ from .step_time import StepCosts
 _LEAST_TOKENS = 128  # prompts always progress, and on a GPU so few plain tokens cost a step hardly more than none
 _TILE = 64  # tokens: what kernels and graphs round a step up to
 _LEAST_CHUNK = 16  # tokens: as many as attention rounds fewer up to
+# Of what a chunk's context costs by itself, what its tokens cost at least: with fewer of them, streams ran no smoother.
+_WORTH_ENTERING = 1.0
 _MAX_DELAY_MS = 50.0
 # Times its fixed cost that a step computes prompt tokens for before it is cut. Without this a target of 10 ms had
 # prompts wait long for streams that ran no smoother. A simulation like that of tests/coordinator/test_pacing.py, which
@@ -18,6 +20,9 @@ _MAX_DELAY_MS = 50.0
 _LEAST_WORK = 2
 # Tokens. A longer prompt takes its time in any case, and streams would be held up for all of it.
 _LONG_PROMPT = 8192
+_MARGIN = (
+    0.06  # of the target, beside a long prompt: without it, half of its hundreds of steps would be over the target
+)
 # Of each prompt that waits, plain tokens that count as the backlog: beyond them it delays itself, not a queue.
 _MOST_COUNTED = 2048
 
@@ -45,9 +50,11 @@ class ChunkBudget:
         be spent."""
         num_tokens = min(num_pending, self._num_tokens)
         if self._costs is not None:
-            price = self._costs.price(num_tokens, context)
+            entry = self._costs.entry(context)
+            price = entry + self._costs.price(num_tokens, context)
             if price > self._price:
-                num_tokens = min(num_tokens, self._rounded(self._costs.affordable(self._price, context)))
+                rest = max(self._price - entry, _WORTH_ENTERING * entry)
+                num_tokens = min(num_tokens, self._rounded(self._costs.affordable(rest, context)))
                 price = self._price  # all of it: what rounding left would make a tile of its own
             self._price -= price
         self._num_tokens -= num_tokens
@@ -81,7 +88,10 @@ def paced_num_tokens(
     """
     within_target = (itl_target_ms - costs.fixed_ms) / costs.token_ms
     within_delay = num_backlog_tokens * costs.fixed_ms / _MAX_DELAY_MS
-    worth_cutting = _LEAST_WORK * costs.fixed_ms / costs.token_ms if longest_prompt <= _LONG_PROMPT else 0.0
+    worth_cutting = _LEAST_WORK * costs.fixed_ms / costs.token_ms
+    if longest_prompt > _LONG_PROMPT:
+        within_target -= _MARGIN * itl_target_ms / costs.token_ms
+        worth_cutting = 0.0
     most = max(within_target, within_delay, worth_cutting, _LEAST_TOKENS)
     most_in_tiles = int(most + num_decodes) // _TILE * _TILE - num_decodes
     num_steps = math.ceil(num_backlog_tokens / most_in_tiles)

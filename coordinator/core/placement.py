@@ -1,6 +1,7 @@
 """Which group takes a waiting request: one that has room for it, where cached blocks and load together cost least."""
 
 from collections.abc import Collection
+from dataclasses import dataclass
 
 from .sequence import Sequence
 from .worker_group import WorkerGroup
@@ -10,7 +11,15 @@ from .worker_group import WorkerGroup
 _TOKENS_PER_SEQUENCE = 256
 
 
-def belongs(sequence: Sequence, group: WorkerGroup, groups: Collection[WorkerGroup], num_waiting: int) -> bool:
+@dataclass(frozen=True, slots=True)
+class Queue:
+    """What waits, and how much of it a step may take."""
+
+    num_waiting: int
+    max_num_batched_tokens: int
+
+
+def belongs(sequence: Sequence, group: WorkerGroup, groups: Collection[WorkerGroup], queue: Queue) -> bool:
     """Whether `group` is to take `sequence`: of the groups with room for it, one with less than its share of all.
 
     A share, so that a group fills itself in one step while others are busy, and leaves as much to them. What a group's
@@ -21,25 +30,24 @@ def belongs(sequence: Sequence, group: WorkerGroup, groups: Collection[WorkerGro
     candidates = [each for each in groups if each is group or has_room(each, sequence)]
     if len(candidates) == 1:
         return True
-    loads = {each.group_id: _load(each, sequence) for each in candidates}
-    return loads[group.group_id] * len(candidates) < num_waiting + sum(loads.values())
+    loads = {each.group_id: _load(each, sequence, queue.max_num_batched_tokens) for each in candidates}
+    return loads[group.group_id] * len(candidates) < queue.num_waiting + sum(loads.values())
 
 
-def _load(group: WorkerGroup, sequence: Sequence) -> float:
-    """In sequences; less by what need not be computed there."""
+def _load(group: WorkerGroup, sequence: Sequence, max_num_batched_tokens: int) -> float:
+    """In sequences; less by what need not be computed there, more by what must be before it: prompts beyond a step."""
     num_hit_tokens = len(group.find_prefix(sequence)) * group.blocks.block_size
-    return len(group.running) - num_hit_tokens / _TOKENS_PER_SEQUENCE
+    num_pending_tokens = sum(running.num_pending_tokens for running in group.running)
+    backlog = max(0, num_pending_tokens - max_num_batched_tokens)
+    return len(group.running) + (backlog - num_hit_tokens) / _TOKENS_PER_SEQUENCE
 
 
 def has_room(group: WorkerGroup, sequence: Sequence) -> bool:
-    """For all its known tokens, and for a block more if others run there; for beams, for all of them together.
-
-    Without that block the newcomer would be preempted at the next block border.
-    """
+    """For all its known tokens, beside what those that run there will need; for beams, for all of them together."""
     beams = sequence.samples.beams
     if group.num_free_slots < (1 if beams is None else beams.num_beams):
         return False
     together = [sequence] if beams is None else sequence.samples.sequences
     # Of beams each is counted as if it were alone: how much they will share hangs on what is cached when they come.
     needed = sum(group.blocks.num_needed_blocks(group.find_prefix(each), each.num_tokens) for each in together)
-    return needed + bool(group.running) <= group.blocks.num_free_blocks
+    return needed + group.num_spare_blocks <= group.blocks.num_free_blocks

@@ -3,12 +3,12 @@
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from ...errors import ResourceExhaustedError
+from ...errors import InvalidArgumentError, ResourceExhaustedError
 from .admission import check_fits
 from .batch_plan import BatchPlan, ScheduledRow
 from .chunk_budget import ChunkBudget, counted_tokens, paced_num_tokens
 from .ordered_sequences import WaitingQueue
-from .placement import belongs
+from .placement import Queue, belongs
 from .scheduler_config import SchedulerConfig
 from .sequence import FinishReason, Request, RequestKey, Sequence, SequenceStatus
 from .sequence_group import BeamOutput, SequenceGroup
@@ -17,6 +17,8 @@ from .step_time import StepCosts
 from .worker_group import GroupMemory, WorkerGroup
 
 _RETRY_AFTER_S = 1.0
+# Known tokens of the sequences that one plan has join: 4 MiB. Many samples of a long prompt come in several.
+_MAX_JOINED_TOKENS = 1 << 20
 
 
 @dataclass(slots=True)
@@ -64,9 +66,9 @@ class Scheduler:
                 f"{len(self.waiting)} requests are waiting, the most that this server queues; try again later",
                 retry_after_s=_RETRY_AFTER_S,
             )
-        for key in samples.keys:
-            assert key not in self._outputs
-            self._outputs[key] = samples
+        if taken := [key.handle for key in samples.keys if key in self._outputs]:
+            raise InvalidArgumentError(f"handles {taken} are other requests'", field="handle")
+        self._outputs |= dict.fromkeys(samples.keys, samples)
         self.waiting.add(samples.sequences[0])
         self.counters.num_requests += 1
         self.counters.num_prompt_tokens += len(request.prompt_token_ids)
@@ -114,6 +116,8 @@ class Scheduler:
         group = self.groups[group_id]
         if not group.has_room_in_flight(self.config.num_inflight_steps):
             return None
+        if group.must_preempt_early:
+            self._preempt(group.running.last(), "to be saved before blocks run out")
         plan = group.begin_step()
         preempted = self._schedule_decodes(group, plan)
         unfinished = [sequence for sequence in group.running if self._has_chunk(sequence, group)]
@@ -241,9 +245,10 @@ class Scheduler:
 
     def _admit_waiting(self, group: WorkerGroup, plan: BatchPlan, budget: ChunkBudget) -> None:
         """Slots and blocks to waiting sequences, strictly in order: one that does not fit holds the others back."""
-        while self.waiting and not budget.is_spent:
+        while self.waiting and not budget.is_spent and plan.num_joined_tokens < _MAX_JOINED_TOKENS:
             sequence = self.waiting.first()
-            if not belongs(sequence, group, self.groups.values(), len(self.waiting)):
+            queue = Queue(len(self.waiting), self.config.max_num_batched_tokens)
+            if not belongs(sequence, group, self.groups.values(), queue):
                 break
             self.waiting.remove(sequence)
             together = [sequence] if sequence.samples.beams is None else [sequence, *sequence.samples.take_held()]
@@ -258,6 +263,7 @@ class Scheduler:
         context = sequence.num_sent_tokens
         num_tokens = budget.take(sequence.num_pending_tokens, context)
         samples = num_tokens == sequence.num_pending_tokens
+        plan.num_context_tokens += context
         plan.num_attended_tokens += num_tokens * context + num_tokens * (num_tokens - 1) // 2
         plan.chunk_slots.append(sequence.slot)
         plan.chunk_num_tokens.append(num_tokens)
@@ -280,6 +286,7 @@ class Scheduler:
         for each in together:
             group.leave(each)
             each.preempt(why)
+            group.blocks.save_first(each)
         if samples.beams is not None:
             samples.beams.interrupt()
             sequence, *samples.held = samples.sequences
@@ -323,7 +330,8 @@ class Scheduler:
         samples = sequence.samples
         samples.sequences.remove(sequence)
         if sequence.is_running:
-            self.groups[sequence.group_id].leave(sequence)
+            keep = bool(samples.sequences) or not samples.request.is_private
+            self.groups[sequence.group_id].leave(sequence, keep)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
         elif sequence in samples.held:

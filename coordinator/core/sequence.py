@@ -60,6 +60,7 @@ class Request:
     beam_search: BeamSearchParams | None = None
     salt: bytes = b""  # requests share cached blocks only with those of the same
     reads_cache: bool = True  # False where every prompt token must be computed, for its logprobs
+    is_private: bool = False  # no other request has its salt: what it computed is of no use after it
 
 
 _TRANSITIONS = {
@@ -78,9 +79,9 @@ class Sequence:
     """
 
     __slots__ = (
+        "_hashes",
         "finish_reason",
         "group_id",
-        "hashes",
         "history",
         "index",
         "is_joined",
@@ -102,8 +103,11 @@ class Sequence:
         "waits_for_step",
     )
 
-    def __init__(self, samples: "SequenceGroup", index: int, token_ids: "array[int]", hashes: BlockHashes) -> None:
-        """`index` among the sequences of its request; `token_ids` and `hashes` become its own."""
+    def __init__(
+        self, samples: "SequenceGroup", index: int, token_ids: "array[int]", hashes: BlockHashes | None = None
+    ) -> None:
+        """`index` among the sequences of its request; `token_ids` may be the request's prompt, which is not copied
+        before there is more; `hashes` know names of its blocks beyond the prompt, if any are known."""
         request = samples.request
         self.samples = samples
         self.request = request
@@ -111,7 +115,7 @@ class Sequence:
         self.key = request.key.output(index)  # of beams only while they run: the best take the first keys
         self.order = (request.priority, samples.arrival, index)  # lower is served first and preempted last
         self.token_ids = token_ids
-        self.hashes = hashes
+        self._hashes = hashes
         self.num_prompt_tokens = len(request.prompt_token_ids)
         self.max_num_tokens = samples.max_num_tokens
         self.num_published_blocks = 0  # full blocks of its table that the cache was told of
@@ -136,6 +140,20 @@ class Sequence:
     def reads_cache(self) -> bool:
         """Whether cached blocks spare it anything: not the first sample if each prompt token's logprobs are due."""
         return self.request.reads_cache or self.index > 0
+
+    def block_names(self, num_blocks: int) -> list[bytes]:
+        """Of its first blocks, all full; see core/block_hashes.py. Those of the prompt are shared by all samples."""
+        block_size = self.samples.hashes.block_size
+        if num_blocks * block_size <= self.num_prompt_tokens:
+            return self.samples.hashes.first(num_blocks, self.request.prompt_token_ids)
+        if self._hashes is None:
+            self.samples.hashes.first(self.num_prompt_tokens // block_size, self.request.prompt_token_ids)
+            self._hashes = self.samples.hashes.fork()
+        return self._hashes.first(num_blocks, self.token_ids)
+
+    def fork_hashes(self) -> BlockHashes | None:
+        """For a sequence that has all tokens of this one."""
+        return self._hashes.fork() if self._hashes is not None else None
 
     @property
     def num_tokens(self) -> int:
@@ -194,6 +212,8 @@ class Sequence:
 
     def append(self, token_id: int) -> FinishReason | None:
         """Takes a token; returns why the sequence is now complete, if it is."""
+        if self.token_ids is self.request.prompt_token_ids:
+            self.token_ids = array("i", self.token_ids)
         self.token_ids.append(token_id)
         stop = self.request.stop
         if token_id in stop.stop_token_ids and self.num_output_tokens >= stop.min_tokens:

@@ -33,11 +33,9 @@ class SequenceGroup:
         self.num_cached_tokens = -1  # of the prompt, found when the first sequence took a slot; before, -1
         num_prompt_tokens = len(request.prompt_token_ids)
         self.max_num_tokens = min(num_prompt_tokens + request.stop.max_tokens, max_model_len)  # of each sequence
-        hashes = BlockHashes(request.salt, block_size)
+        self.hashes = BlockHashes(request.salt, block_size)  # of the prompt's blocks
         num_sequences = 1 if request.beam_search else request.num_samples
-        self.sequences = [
-            Sequence(self, index, array("i", request.prompt_token_ids), hashes.fork()) for index in range(num_sequences)
-        ]
+        self.sequences = [Sequence(self, index, request.prompt_token_ids) for index in range(num_sequences)]
         self.held = self.sequences[1:]
         self.beams: Beams | None = None
         if params := request.beam_search:
@@ -114,7 +112,7 @@ class Beams:
 
     def _fork(self, parent: Sequence, token_id: int) -> Sequence:
         tokens = parent.token_ids + array("i", [token_id])
-        child = Sequence(parent.samples, self._num_forked, tokens, parent.hashes.fork())
+        child = Sequence(parent.samples, self._num_forked, tokens, parent.fork_hashes())
         self._num_forked += 1
         return child
 

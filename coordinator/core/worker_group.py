@@ -14,8 +14,10 @@ from .step_time import StepTimeModel
 # From the end of a step on the workers to the start of the one that its result let go: slow, as round trips go.
 _ROUND_TRIP_MS = 3.0
 _MAX_MORE_STEPS = 2
-# Blocks on their way to the host at once: of an 8B model 128 MiB, some 3 ms. They are not free meanwhile.
-_MAX_SAVED_BLOCKS = 64
+# Tokens of the blocks on their way to the host at once: of an 8B model 128 MiB, some 3 ms. They are not free meanwhile.
+_MAX_SAVED_TOKENS = 1024
+# Steps from the moment that blocks are short to the one in which those of a preempted sequence are on the host.
+_SAVE_STEPS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +63,11 @@ class WorkerGroup:
     @property
     def num_free_slots(self) -> int:
         return len(self._free_slots) - sum(self._reserved_slots.values())
+
+    @property
+    def num_used_blocks(self) -> int:
+        """Blocks that some table has."""
+        return self.blocks.num_blocks - self.blocks.num_free_blocks - self.blocks.num_saving_blocks
 
     @property
     def num_empty_places(self) -> int:
@@ -162,10 +169,11 @@ class WorkerGroup:
         """The newest token of `sequence` is to be this one, not the one that was sampled."""
         self._amends[sequence.slot] = token_id
 
-    def leave(self, sequence: Sequence) -> None:
-        """Takes slot and blocks back, before the sequence's own transition."""
+    def leave(self, sequence: Sequence, keep: bool = True) -> None:
+        """Takes slot and blocks back, before the sequence's own transition. Without `keep` nobody will ask for what its
+        blocks hold."""
         self.running.remove(sequence)
-        self.blocks.free(sequence)
+        self.blocks.free(sequence, keep)
         self._num_held_tokens -= sequence.num_sent_tokens
         self._free_slots.append(sequence.slot)
         self._amends.pop(sequence.slot, None)
@@ -190,11 +198,31 @@ class WorkerGroup:
 
     # Steps
 
+    @property
+    def num_spare_blocks(self) -> int:
+        """Free blocks that newcomers leave to those that run: one, or the next block border would preempt the
+        newcomer; with a host tier, as many as the running ones take while a preempted one's are saved."""
+        if not len(self.running):
+            return 0
+        return self._num_blocks_of_steps(_SAVE_STEPS) if self.moves_pay else 1
+
+    @property
+    def must_preempt_early(self) -> bool:
+        """Whether the last sequence is to go now, so that its blocks are on the host when other requests take them."""
+        if not (self.running and self.moves_pay) or self.running.first().samples is self.running.last().samples:
+            return False
+        return self.blocks.num_free_blocks + self.blocks.num_saving_blocks < self._num_blocks_of_steps(_SAVE_STEPS // 2)
+
+    def _num_blocks_of_steps(self, num_steps: int) -> int:
+        """Blocks that the running sequences take in so many steps."""
+        return -(-num_steps * len(self.running) // self.blocks.block_size) + 1
+
     def save_blocks(self) -> None:
-        """Has the host keep what free blocks hold, while they are; enough stay free for the running sequences."""
-        if self.blocks.host is not None and self.moves_pay:
-            room = self.blocks.num_free_blocks - len(self.running) - 1
-            self.blocks.save(max(0, min(room, _MAX_SAVED_BLOCKS - self.blocks.transfers.num_blocks)))
+        """Has the host keep what free blocks hold, while they are; enough stay free for the next step."""
+        if self.moves_pay:
+            room = self.blocks.num_free_blocks - self._num_blocks_of_steps(1)
+            most = max(1, _MAX_SAVED_TOKENS // self.blocks.block_size) - self.blocks.transfers.num_blocks
+            self.blocks.save(max(0, min(room, most)))
 
     @property
     def must_ask(self) -> bool:
@@ -220,7 +248,7 @@ class WorkerGroup:
     def _count_step(self) -> None:
         totals = self.totals
         totals.num_steps += 1
-        totals.sum_used += self.blocks.num_blocks - self.blocks.num_free_blocks
+        totals.sum_used += self.num_used_blocks
         totals.sum_table_entries += self.blocks.num_table_entries
         totals.sum_empty_places += self.num_empty_places
 
@@ -230,8 +258,7 @@ class WorkerGroup:
         self.blocks.finish_transfers(finished_transfers)
         self._last_step_ms = model_time_us / 1e3
         if plan.chunk_slots and model_time_us:
-            num_tokens, num_attended = sum(plan.chunk_num_tokens), plan.num_attended_tokens
-            self.step_time.observe(len(plan.decode_slots), num_tokens, num_attended, model_time_us / 1e3)
+            self.step_time.observe(plan.load, model_time_us / 1e3)
         return plan
 
     def check_invariants(self) -> None:

@@ -118,6 +118,7 @@ def decode_submit(session_id: int, submit: engine_pb2.Submit, vocab_size: int, s
         beam_search=beam_search,
         salt=submit.cache_salt if share_prefixes else f"{session_id}/{submit.handle}".encode(),
         reads_cache=not sampling.HasField("num_prompt_logprobs"),
+        is_private=not share_prefixes,
     )
 
 

@@ -95,9 +95,11 @@ class Engine:
         self._fail_all(UnavailableError("the workers failed; no group is left to serve this request"))
 
     def _fail_all(self, error: OctavoError) -> None:
-        for key in self.scheduler.unfinished_requests():
+        keys = self.scheduler.unfinished_requests()
+        self._num_failed += len({self.scheduler.samples(key) for key in keys})
+        for key in keys:
             self.scheduler.drop(key)
-            self._fail_request(key, error)
+            self._sessions[key.session_id].add_failure(key.handle, error)
         self._flush()
 
     def _fail_request(self, key: RequestKey, error: OctavoError) -> None:

@@ -45,7 +45,7 @@ def group_status(runner: GroupRunner, scheduler: Scheduler, config: engine_pb2.E
 def _block_status(group: WorkerGroup) -> admin_pb2.BlockStatus:
     blocks = group.blocks
     return admin_pb2.BlockStatus(
-        num_used=blocks.num_blocks - blocks.num_free_blocks,
+        num_used=group.num_used_blocks,
         num_shared=blocks.pool.num_shared,
         num_table_entries=blocks.num_table_entries,
         num_cached=blocks.num_cached_blocks,

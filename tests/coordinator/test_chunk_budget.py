@@ -78,3 +78,15 @@ def test_a_prompt_progresses_behind_any_context():
 
 def test_of_a_long_prompt_only_so_much_counts_as_a_queue():
     assert [counted_tokens(price) for price in (0, 99.2, 2048, 100_000.0)] == [0, 100, 2048, 2048]
+
+
+def test_a_chunk_is_worth_what_its_context_costs_by_itself():
+    costs = StepCosts(fixed_ms=2.0, token_ms=0.02, entry_price=0.01)
+    assert ChunkBudget(8192, costs, 300, num_decodes=4).take(5000, 10_000) == 188  # 100 before the first token
+    assert ChunkBudget(8192, costs, 300, num_decodes=4).take(5000, 40_000) == 380  # 400, and about as many tokens
+
+
+def test_beside_a_long_prompt_the_target_has_a_margin():
+    costs = StepCosts(fixed_ms=5.0, token_ms=0.01)
+    # 500 tokens are within the target, of which 444 fill tiles with 4 decodes; within 94 % of it are 440.
+    assert paced_num_tokens(10.0, costs, 4, 380 * 2, longest_prompt=8193) == 380

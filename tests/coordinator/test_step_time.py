@@ -1,13 +1,13 @@
 """What the model of step times learns: lines are found, odd steps and sizes that never change do no harm."""
 
 import pytest
-from octavo.coordinator.core.step_time import StepTimeModel
+from octavo.coordinator.core.step_time import StepLoad, StepTimeModel
 
 
 def fitted(steps, duration):
     model = StepTimeModel()
     for num_decodes, num_chunk_tokens in steps:
-        model.observe(num_decodes, num_chunk_tokens, 0, duration(num_decodes, num_chunk_tokens))
+        model.observe(StepLoad(num_decodes, num_chunk_tokens), duration(num_decodes, num_chunk_tokens))
     return model
 
 
@@ -41,14 +41,14 @@ def test_a_line_is_found():
 
 def test_a_slow_step_is_an_exception():
     model = fitted([(4, 128), (4, 512)] * 20, line)
-    model.observe(4, 256, 0, 2_000.0)
+    model.observe(StepLoad(4, 256), 2_000.0)
     assert estimate(model, 4, 256) == pytest.approx(line(4, 256), rel=0.02)
 
 
 def test_a_slower_machine_is_noticed():
     model = fitted([(4, 128), (4, 512)] * 20, line)
     for _ in range(100):
-        model.observe(4, 256, 0, 1.5 * line(4, 256))
+        model.observe(StepLoad(4, 256), 1.5 * line(4, 256))
     assert estimate(model, 4, 256) == pytest.approx(1.5 * line(4, 256), rel=0.05)
 
 
@@ -75,7 +75,7 @@ def test_what_a_context_adds_is_found(doubling_context):
     for context in range(0, 100_000, 500):
         for num_tokens in (64, 200):
             time_ms = long_context_line(8, num_tokens, context, doubling_context)
-            model.observe(8, num_tokens, behind(num_tokens, context), time_ms)
+            model.observe(StepLoad(8, num_tokens, behind(num_tokens, context), context), time_ms)
     costs = model.costs(8)
     assert costs.doubling_context == pytest.approx(doubling_context, rel=0.3)  # it is drawn a little to the prior's
     for num_tokens, context in ((32, 120_000), (500, 60_000), (128, 0)):
@@ -86,7 +86,7 @@ def test_what_a_context_adds_is_found(doubling_context):
 def test_short_contexts_say_nothing_of_long_ones():
     model = StepTimeModel()
     for num_tokens in (64, 128, 256, 512) * 50:
-        model.observe(4, num_tokens, behind(num_tokens, 0), line(4, num_tokens))
+        model.observe(StepLoad(4, num_tokens, behind(num_tokens, 0)), line(4, num_tokens))
     assert 12_000 < model.costs(4).doubling_context < 24_000
 
 
@@ -95,3 +95,15 @@ def test_prices_and_what_they_afford_agree():
     for num_tokens, context in ((1, 0), (100, 5_000), (8192, 120_000)):
         assert costs.affordable(costs.price(num_tokens, context), context) == pytest.approx(num_tokens)
     assert costs.price(100, 0) == pytest.approx(100, rel=0.01)
+
+
+def test_what_a_context_costs_any_chunk_is_found():
+    model = StepTimeModel()
+    for context in range(0, 100_000, 500):
+        for num_tokens in (64, 200):
+            time_ms = 3.0 + 0.02 * (num_tokens + 16) + context / 8000
+            model.observe(StepLoad(8, num_tokens, behind(num_tokens, context), context), time_ms)
+    costs = model.costs(8)
+    assert costs.token_ms * costs.entry(100_000) == pytest.approx(12.5, rel=0.3)
+    price = costs.entry(100_000) + costs.price(100, 100_000)
+    assert costs.fixed_ms + costs.token_ms * price == pytest.approx(3.0 + 0.02 * 116 + 12.5, rel=0.1)

@@ -42,6 +42,8 @@ def serve(runner):
         serve_batch(runner, num_rows, 3 + num_rows % 4, fields)
     for length in (100, 2500, 4096, NUM_TOKENS):
         serve_batch(runner, 1, length, {})
+    for num_rows, num_tokens in itertools.product((1, 2, 3), (1, 2, 16, 40, 100)):
+        serve_cached(runner, num_rows, num_tokens)
 
 
 def serve_batch(runner, num_rows, length, fields):
@@ -56,14 +58,27 @@ def serve_batch(runner, num_rows, length, fields):
     run(runner, leave_slots=np.arange(num_rows + 1), decode_slots=EMPTY)
 
 
-def join(shape, slot, length, fields):
+def serve_cached(runner, num_rows, num_tokens):
+    """Prompts found in the cache but for their last tokens, alone, and then beside a decode and a new prompt."""
+    slots, length = np.arange(num_rows), 3000
+    joins = tuple(join(runner.shape, slot, length, {}, length - num_tokens) for slot in slots)
+    run(runner, joins=joins, chunk_slots=slots, chunk_num_tokens=np.full(num_rows, num_tokens))
+    others = slots + num_rows
+    joins = tuple(join(runner.shape, slot, length, {}, length - num_tokens) for slot in others)
+    new, last = join(runner.shape, 2 * num_rows, 70, {}), [2 * num_rows]
+    chunks, counts = np.array([*others, *last]), np.array([num_tokens] * num_rows + [70])
+    run(runner, joins=(*joins, new), decode_slots=slots, chunk_slots=chunks, chunk_num_tokens=counts)
+    run(runner, leave_slots=np.array([*slots, *chunks]), decode_slots=EMPTY)
+
+
+def join(shape, slot, length, fields, num_computed=0):
     defaults = {"top_p": 1.0, "repetition_penalty": 1.0, "max_tokens": 9, "seed": int(slot)}
     blocks = np.arange((length + 8) // shape.block_size + 1, dtype=np.int32)
     return Join(
         slot=int(slot),
         token_ids=np.ones(length, dtype=np.int32),
         num_prompt_tokens=length,
-        num_computed_tokens=0,
+        num_computed_tokens=num_computed,
         block_ids=blocks,
         sampling_params=sampling_pb2.SamplingParams(**(defaults | fields)),
     )

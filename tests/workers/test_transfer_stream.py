@@ -90,11 +90,26 @@ def test_asking_what_has_ended_waits_for_nothing(gpu, transfers):
 
 
 @pytest.mark.parametrize(("awaited", "finished"), [(1, 0), (2, 2), (4, 2), (5, 5), (100, 6)])
-def test_asking_waits_for_a_step_s_own_and_those_before(awaited, finished, gpu, transfers):
+def test_asking_waits_for_a_step_s_own_and_those_before(awaited, finished, gpu, transfers, monkeypatch):
+    waits = []
+
+    def sleep(duration_s):
+        """The next transfer ends meanwhile."""
+        waits.append(duration_s)
+        gpu.end(len(waits))
+
+    monkeypatch.setattr("octavo.workers.transfer_stream.time.sleep", sleep)
     assert transfers.finished(awaited) == finished
-    assert gpu.num_synchronized == (finished > 0)
+    num_waits = len(waits)
+    assert num_waits == sum(step_id <= awaited for step_id in (2, 5, 6))
     assert transfers.finished(awaited) == finished
-    assert gpu.num_synchronized == (finished > 0), "nothing is waited for twice"
+    assert len(waits) == num_waits, "nothing is waited for twice"
+
+
+def test_asking_waits_no_longer_than_until_another_step_is_queued(gpu, transfers, monkeypatch):
+    monkeypatch.setattr("octavo.workers.transfer_stream.time.sleep", lambda duration_s: transfers.note_step(7))
+    transfers.note_step(6)
+    assert transfers.finished(awaited=6) == 0
 
 
 def test_steps_wait_for_the_last_transfers_that_they_count_on(gpu, transfers):
