@@ -148,7 +148,9 @@ class Scheduler:
 
     def _take_sample(self, sequence: Sequence, report: StepReport, row: int, outcome: StepOutcome) -> None:
         sequence.sampled()
-        if sequence.samples.beams is None:
+        if row in report.failed_rows:
+            outcome.failed.append(self._fail(sequence))
+        elif sequence.samples.beams is None:
             outcome.tokens.append(self._append(sequence, report.token_ids[row], row))
         else:
             sequence.samples.beams.take(sequence, report.candidates(row), report.token_ids[row])
@@ -303,6 +305,13 @@ class Scheduler:
         elif sequence.num_tokens >= (sequence.num_published_blocks + 1) * self.config.block_size:
             self._publish(sequence)
         return SampledToken(sequence.key, token_id, reason, row, num_cached_tokens)
+
+    def _fail(self, sequence: Sequence) -> RequestKey:
+        """Nothing could be sampled for it: what its blocks hold is not to be found again. Returns what ended."""
+        self.groups[sequence.group_id].blocks.forget(sequence)
+        key = sequence.key if sequence.samples.beams is None else sequence.request.key
+        self.drop(key)
+        return key
 
     def _publish(self, sequence: Sequence) -> None:
         """Lets others find the blocks that the known tokens of a running sequence fill."""
