@@ -122,9 +122,11 @@ class Scheduler:
         preempted = self._schedule_decodes(group, plan)
         unfinished = [sequence for sequence in group.running if self._has_chunk(sequence, group)]
         budget = self._chunk_budget(group, plan, unfinished)
-        self._schedule_chunks(group, unfinished, plan, budget)
+        first, last = self._in_turn(unfinished, plan.step_id)
+        self._schedule_chunks(group, first, plan, budget)
         if not preempted:
             self._admit_waiting(group, plan, budget)
+        self._schedule_chunks(group, last, plan, budget)
         group.save_blocks()
         if not (plan.rows or group.blocks.has_unsent_transfers or group.must_ask):
             return None
@@ -233,6 +235,15 @@ class Scheduler:
         share = -(-self.waiting.num_counted_tokens // len(self.groups))
         prices = (costs.price(sequence.num_pending_tokens, sequence.num_sent_tokens) for sequence in unfinished)
         return share + sum(map(counted_tokens, prices))
+
+    def _in_turn(self, unfinished: list[Sequence], step_id: int) -> tuple[list[Sequence], list[Sequence]]:
+        """Who gets prompt tokens before newcomers, and who behind them. In every other step a prompt that has more to
+        compute than any step holds lets shorter ones pass: they would wait for all of it, and it hardly waits for them.
+        """
+        if step_id % 2:
+            return unfinished, []
+        long = [sequence for sequence in unfinished if sequence.num_pending_tokens > self.config.max_num_batched_tokens]
+        return [sequence for sequence in unfinished if sequence not in long], long
 
     def _schedule_chunks(
         self, group: WorkerGroup, unfinished: list[Sequence], plan: BatchPlan, budget: ChunkBudget
