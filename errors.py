@@ -46,9 +46,13 @@ class FailedPreconditionError(OctavoError):
 
 
 class UnavailableError(OctavoError):
-    """The service cannot answer now; the same call may succeed later."""
+    """The service cannot answer now; the same call may succeed later: after `retry_after_s`, if that is known."""
 
     grpc_code = 14  # UNAVAILABLE
+
+    def __init__(self, message: str, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class InternalError(OctavoError):

@@ -1,5 +1,6 @@
 """A gateway's settings, read from its CONFIG.json (octavo.internal.v1.GatewayConfig as protobuf JSON) and checked."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,7 @@ class GatewaySettings:
     seed: int | None
     local_address: str
     skip_tokenizer_init: bool
+    shutdown_timeout_s: float
 
 
 def load_config(path: Path) -> GatewaySettings:
@@ -60,6 +62,7 @@ def check_config(config: gateway_pb2.GatewayConfig) -> GatewaySettings:
     _require(bool(config.model_path) or config.skip_tokenizer_init, "model_path", "must be set")
     eos_in_range = all(0 <= token_id < config.vocab_size for token_id in config.eos_token_ids)
     _require(eos_in_range, "eos_token_ids", f"must be in [0, {config.vocab_size})")
+    _require(0 <= config.shutdown_timeout_s < math.inf, "shutdown_timeout_s", "must be finite, and at least 0")
     return GatewaySettings(
         engine_address=config.engine_address,
         host=config.host,
@@ -73,6 +76,7 @@ def check_config(config: gateway_pb2.GatewayConfig) -> GatewaySettings:
         seed=config.seed if config.HasField("seed") else None,
         local_address=config.local_address,
         skip_tokenizer_init=config.skip_tokenizer_init,
+        shutdown_timeout_s=config.shutdown_timeout_s,
     )
 
 

@@ -21,6 +21,7 @@ from .engine_stream import EngineRequest, EngineStream
 from .errors import from_engine_failure, raise_from_rpc
 from .logprobs import PositionLogprobs, unpack_table
 from .released_beams import ReleasedBeams
+from .slow_readers import MAX_UNREAD, SlowReaderError
 
 logger = logging.getLogger(__name__)
 
@@ -61,13 +62,16 @@ class EngineClient:
         self._released_beams = ReleasedBeams()
         self._last_handle = 0
         self._outbox = EngineOutbox()
+        self._refusal: OctavoError | None = None  # of all requests, in the end
 
     @property
     def ready(self) -> bool:
         return self._ready
 
     def submit(self, submission: Submission, only_end: bool = False) -> EngineRequest:
-        """Sends a request. Raises UnavailableError without a session."""
+        """Sends a request. Raises UnavailableError without a session, and what `give_up` said."""
+        if self._refusal is not None:
+            raise self._refusal
         if not self._ready:
             raise UnavailableError("the engine is not ready; try again")
         handle = self._next_handles(submission.num_samples)
@@ -94,6 +98,12 @@ class EngineClient:
         handles = [stream.handle for stream in request.streams if self._close(stream)]
         if handles and self._outbox.cancel(handles) and request.is_beam_search:
             self._released_beams.add(handles)
+
+    def give_up(self, error: OctavoError) -> None:
+        """Ends every request with `error`, also each that is still to be sent."""
+        self._refusal = error
+        for request in self._requests.values():
+            request.fail(error)
 
     def stop(self, stream: EngineStream) -> None:
         """Its text has reached a stop string: the engine ends the sample, unless it has already."""
@@ -217,12 +227,19 @@ class EngineClient:
         for index, (handle, count, finish_reason) in enumerate(entries):
             end = start + count
             stream = self._streams.get(handle)
-            if stream is not None:
+            if stream is not None and stream.request.num_unread > MAX_UNREAD:
+                self._let_go(stream.request)
+            elif stream is not None:
                 rows = unpack_table(logprobs[index]) if index in logprobs else no_logprobs
                 stream.deliver(token_ids[start:end], rows, finish_reason, beam_scores.get(handle))
                 if finish_reason:
                     self._close(stream)
             start = end
+
+    def _let_go(self, request: EngineRequest) -> None:
+        """Its client reads nothing. What runs of it ends now, not when a write of its reader does."""
+        self.release(request)
+        request.fail(SlowReaderError())
 
     def _beam_scores(self, response: engine_pb2.SessionResponse, handles: Sequence[int]) -> dict[int, float]:
         """By handle. Those of released beam searches, which the engine has not heard of, take theirs too."""
@@ -239,17 +256,14 @@ class EngineClient:
         return stream is not None and stream.request.is_beam_search
 
     def _fail(self, failure: engine_pb2.Failure) -> None:
-        """One of a request's first handle ends the request; one of another sample does so too, and the rest of the
-        samples are cancelled when its reader hears of it."""
-        error = _failure_error(failure)
+        """One of a sample ends the request; the other samples are cancelled when its reader hears of it. Where there
+        are none, since the request was refused, the engine takes no notice of that."""
         stream = self._streams.get(failure.handle)
-        if (request := self._requests.get(failure.handle)) is not None:
-            for sample in request.streams:
-                self._close(sample)
-            request.fail(error)
-        elif stream is not None:
-            self._close(stream)
-            stream.request.fail(error)
+        if stream is None:
+            return
+        for sample in stream.request.streams if stream.request.is_beam_search else [stream]:
+            self._close(sample)
+        stream.request.fail(_failure_error(failure))
 
 
 def _failure_error(failure: engine_pb2.Failure) -> OctavoError:

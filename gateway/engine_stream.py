@@ -1,7 +1,6 @@
 """What has arrived for one request and has not been read: the end of the engine's session that a request holds.
 
-News merges until it is read, so a slow client costs at most its own max_tokens of memory, and a request that wants only
-the end is woken once.
+News merges until it is read, up to the bound of slow_readers.py, and a request that wants only the end is woken once.
 """
 
 import asyncio
@@ -44,6 +43,7 @@ class EngineStream:
             self.request.with_news.append(self)
         news.token_ids += token_ids
         news.logprobs += logprobs
+        self.request.note_unread(token_ids, logprobs)
         if finish_reason:
             news.finish_reason = finish_reason
             news.beam_score = beam_score
@@ -54,6 +54,9 @@ class EngineStream:
         if not self.ended:
             self.ended = True
             self.request.num_open -= 1
+
+    def drop_news(self) -> None:
+        self._news = None
 
     def take(self) -> EngineDelta:
         news, self._news = self._news, None
@@ -74,13 +77,21 @@ class EngineRequest:
         self.num_cached_tokens = 0  # of the prompt, as the first sample found them
         self._only_end = only_end
         self.with_news: list[EngineStream] = []  # in the order of its coming
+        self.num_unread = 0  # tokens, and entries of logprobs, unless only the end is wanted
         self._failure: OctavoError | None = None
         self._waiter: asyncio.Future[None] | None = None
 
     def fail(self, error: OctavoError) -> None:
-        """The failure of one sample is that of the request."""
+        """The failure of one sample is that of the request, and all that its reader hears."""
         self._failure = error
+        self.with_news, self.num_unread = [], 0
+        for stream in self.streams:
+            stream.drop_news()
         self._wake()
+
+    def note_unread(self, token_ids: Sequence[int], logprobs: Sequence[PositionLogprobs]) -> None:
+        if not self._only_end:
+            self.num_unread += len(token_ids) + sum([1 + len(row.top) for row in logprobs])
 
     async def read(self) -> list[tuple[int, EngineDelta]]:
         """All news, by ascending index of the sample; waits for some. Raises the request's error if it failed."""
@@ -89,7 +100,7 @@ class EngineRequest:
             await self._waiter
         if self._failure is not None:
             raise self._failure
-        with_news, self.with_news = self.with_news, []
+        with_news, self.with_news, self.num_unread = self.with_news, [], 0
         if len(with_news) > 1:
             with_news.sort(key=_index)
         return [(stream.index, stream.take()) for stream in with_news]

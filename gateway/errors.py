@@ -37,6 +37,10 @@ class UnknownModelError(NotFoundError):
     """A request names a model that is not served."""
 
 
+class RequestFailedError(InternalError):
+    """A fault of ours that ended one request, in words of the coordinator that are meant for the client."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Kind:
     """How one class of errors looks from outside."""
@@ -56,6 +60,7 @@ _KINDS: dict[type[OctavoError], _Kind] = {
     ResourceExhaustedError: _Kind(code_pb2.RESOURCE_EXHAUSTED, 429, "rate_limit_error", "resource_exhausted"),
     FailedPreconditionError: _Kind(code_pb2.FAILED_PRECONDITION, 409, "conflict_error", "failed_precondition"),
     UnavailableError: _Kind(code_pb2.UNAVAILABLE, 503, "service_unavailable_error", "unavailable"),
+    RequestFailedError: _Kind(code_pb2.INTERNAL, 500, "server_error", "request_failed"),
 }
 
 
@@ -89,9 +94,9 @@ def to_grpc_status(error: BaseException) -> grpc.Status:
     if isinstance(error, InvalidArgumentError) and error.field is not None:
         violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=str(error))
         _attach(status, error_details_pb2.BadRequest(field_violations=[violation]))
-    if isinstance(error, ResourceExhaustedError) and error.retry_after_s is not None:
+    if (retry_after_s := _retry_after_s(error)) is not None:
         delay = duration_pb2.Duration()
-        delay.FromNanoseconds(round(error.retry_after_s * 1e9))
+        delay.FromNanoseconds(round(retry_after_s * 1e9))
         _attach(status, error_details_pb2.RetryInfo(retry_delay=delay))
     return rpc_status.to_status(status)
 
@@ -108,9 +113,13 @@ def to_http_error(error: BaseException) -> HttpError:
     body = {"message": _public_message(error), "type": kind.openai_type, "param": _param(error)}
     body["code"] = kind.openai_code
     headers = {}
-    if isinstance(error, ResourceExhaustedError) and error.retry_after_s is not None:
-        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
+    if (retry_after_s := _retry_after_s(error)) is not None:
+        headers["Retry-After"] = str(max(1, math.ceil(retry_after_s)))
     return HttpError(kind.http_status, {"error": body}, headers)
+
+
+def _retry_after_s(error: BaseException) -> float | None:
+    return error.retry_after_s if isinstance(error, ResourceExhaustedError | UnavailableError) else None
 
 
 def _param(error: BaseException) -> str | None:
@@ -131,6 +140,8 @@ def from_engine_failure(code: int, message: str, retry_after_s: float, field: st
         return FailedPreconditionError(message)
     if code == code_pb2.UNAVAILABLE:
         return UnavailableError(message)
+    if code == code_pb2.INTERNAL:
+        return RequestFailedError(message)
     return InternalError(f"the coordinator failed a request with code {code}: {message}")
 
 

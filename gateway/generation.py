@@ -16,6 +16,7 @@ from .config import GatewaySettings
 from .engine_client import EngineClient, Submission
 from .engine_stream import EngineDelta, EngineRequest
 from .errors import UnknownModelError
+from .open_calls import OpenCalls
 from .output import OutputAssembler, OutputOptions, RequestDelta, Usage, best, merge, without_logprobs
 from .samples import Samples, StreamField, check_may_stream, check_samples
 from .sampling import ModelLimits, SamplingRequest, check_prompt, check_token_ids, resolve_sampling
@@ -64,12 +65,20 @@ class CheckedRequest:
 class GenerationService:
     """What both doors share: the served names, the model's text side, the way to the engine."""
 
-    def __init__(self, settings: GatewaySettings, text: TextModel | None, engine: EngineClient) -> None:
+    def __init__(
+        self, settings: GatewaySettings, text: TextModel | None, engine: EngineClient, calls: OpenCalls
+    ) -> None:
         self.model_names = settings.served_model_names
         self.limits = ModelLimits(settings.max_model_len, settings.vocab_size, frozenset(settings.eos_token_ids), text)
         self.engine = engine
+        self.calls = calls
         self._text = text
         self._seeds = random.Random(settings.seed) if settings.seed is not None else None  # noqa: S311 - no secret
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests can be taken."""
+        return self.engine.ready and not self.calls.is_draining
 
     def check_model(self, name: str) -> str:
         """The name to show; empty means the first. Raises UnknownModelError with those served."""

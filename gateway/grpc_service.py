@@ -1,5 +1,6 @@
 """The public gRPC door: octavo.v1.Generation and octavo.v1.Admin."""
 
+import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
 from typing import NoReturn, TypeVar
@@ -14,9 +15,11 @@ from .logprobs import Logprob, PositionLogprobs
 from .output import OutputDelta, RequestDelta
 from .samples import StreamField
 from .sampling import SamplingRequest
+from .slow_readers import LINGER_S, in_time
 from .text import TextModel
 from .unknown_fields import refuse_unknown_fields
 
+Q = TypeVar("Q")
 T = TypeVar("T")
 
 _ROLES = ("system", "user", "assistant")
@@ -26,8 +29,12 @@ _STREAMS_BY = StreamField("output_mode", "set output_mode to OUTPUT_MODE_FINAL")
 
 
 async def abort(context: grpc.aio.ServicerContext, error: BaseException) -> NoReturn:
-    """Ends the call with the error's status."""
-    await context.abort_with_status(to_grpc_status(error))
+    """Ends the call with the error's status, or breaks it off if the client does not even read that."""
+    try:
+        async with asyncio.timeout(LINGER_S):
+            await context.abort_with_status(to_grpc_status(error))
+    except TimeoutError:
+        raise asyncio.CancelledError from None
     raise AssertionError("abort_with_status raises")
 
 
@@ -48,7 +55,8 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
         self, request: generation_pb2.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> None:
         try:
-            await self._answer(request, await self._check(request), context.write)
+            with self._service.calls.open():
+                await self._answer(request, await self._check(request), context.write)
         except Exception as error:
             await abort(context, error)
 
@@ -66,12 +74,16 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
     async def Tokenize(  # noqa: N802
         self, request: generation_pb2.TokenizeRequest, context: grpc.aio.ServicerContext
     ) -> generation_pb2.TokenizeResponse:
-        return await _unary(context, self._tokenize(request))
+        return await _unary(context, self._counted(self._tokenize, request))
 
     async def Detokenize(  # noqa: N802
         self, request: generation_pb2.DetokenizeRequest, context: grpc.aio.ServicerContext
     ) -> generation_pb2.DetokenizeResponse:
-        return await _unary(context, self._detokenize(request))
+        return await _unary(context, self._counted(self._detokenize, request))
+
+    async def _counted(self, answer: Callable[[Q], Awaitable[T]], request: Q) -> T:
+        with self._service.calls.open():
+            return await answer(request)
 
     async def _check(self, request: generation_pb2.GenerateRequest) -> CheckedRequest:
         refuse_unknown_fields(request)
@@ -122,7 +134,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
             return
         async with aclosing(self._service.stream(checked)) as deltas:
             async for delta in deltas:
-                await write(builder.build(delta))
+                await in_time(write(builder.build(delta)))
 
     async def _tokenize(self, request: generation_pb2.TokenizeRequest) -> generation_pb2.TokenizeResponse:
         refuse_unknown_fields(request)

@@ -15,6 +15,7 @@ from .block_report import block_report
 from .config import MAX_MESSAGE_BYTES
 from .errors import PayloadTooLargeError
 from .generation import GenerationService
+from .open_calls import CallCounter
 from .openai_chat import answer_chat
 from .openai_completions import answer_completion
 from .openai_models import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, plain_messages
@@ -59,6 +60,7 @@ def build_http_app(service: GenerationService) -> FastAPI:
     """The application; it holds no state of its own."""
     app = FastAPI(title="Octavo", version=metadata.version("octavo"))
     app.add_middleware(BodyLimit)
+    app.add_middleware(CallCounter, calls=service.calls)
     app.add_exception_handler(OctavoError, _on_error)
     app.add_exception_handler(RequestValidationError, _on_invalid_body)
     app.add_exception_handler(HTTPException, _on_http_exception)
@@ -96,7 +98,9 @@ def _add_model_routes(app: FastAPI, service: GenerationService) -> None:
     @app.get("/health", response_model=None)
     async def health() -> Response:
         """200 when requests can be taken."""
-        ready = service.engine.ready
+        if service.calls.is_draining:
+            return json_response({"status": "the server is shutting down"}, 503)
+        ready = service.ready
         return json_response({"status": "ready" if ready else "the engine is not ready"}, 200 if ready else 503)
 
     @app.get("/version", response_model=None)

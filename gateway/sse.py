@@ -11,6 +11,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from .errors import HttpError, to_http_error
+from .slow_readers import LET_GO, SlowReaderError, in_time
 
 logger = logging.getLogger(__name__)
 
@@ -92,14 +93,16 @@ class EventStream(_UntilDisconnect):
             return
         await send({"type": "http.response.start", "status": 200, "headers": self._start_headers()})
         try:
-            await send(_body(_encode(event)))
+            await in_time(send(_body(_encode(event))))
             async for event in self._events:
-                await send(_body(_encode(event)))
-            await send(_body(_DONE))
+                await in_time(send(_body(_encode(event))))
+            await in_time(send(_body(_DONE)))
         except OSError:
             logger.debug("a client went away while its events were sent")
             return
         except Exception as error:
+            if isinstance(error, SlowReaderError):
+                scope["extensions"][LET_GO]["call"]()
             await send(_body(_encode(to_http_error(error).body) + _DONE))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 

@@ -128,9 +128,11 @@ def hand_out_token(
     vocab_size: tl.tensor,
     has_table: tl.constexpr,
 ) -> None:
-    """Writes the key's token to where the row's goes."""
+    """Writes the key's token to where the row's goes: -1 instead if its score is not finite, but never to the table."""
     token_id = tl.minimum(0xFFFFFFFF - (key & 0xFFFFFFFF), vocab_size - 1)
-    tl.store(token_ids_ptr + row, token_id)
+    score = key >> 32  # as scores.ordered: between those of -inf and of the largest float, which stands for infinity
+    is_finite = (score > -0x7F800001) & (score < 0x7F7FFFFF)
+    tl.store(token_ids_ptr + row, tl.where(is_finite, token_id, -1))
     if has_table:
         tl.store(token_table_ptr + tl.load(cells_ptr + row), token_id)
 
@@ -215,7 +217,8 @@ def take_tokens(
     """Writes the token of each row's greatest key to `out`, and to `token_table` where one is given.
 
     keys: [num_rows, num_parts] int64, contiguous; out: [num_rows] int32 or int64; token_table: [num_cells] int32, of
-    which row i's token goes to cells[i], int64. Ids stay below vocab_size, whatever the logits were.
+    which row i's token goes to cells[i], int64. Ids stay below vocab_size, whatever the logits were; where the greatest
+    score is not finite, `out` gets -1, and the table a token that exists, so that the next step can be run.
     """
     num_rows, num_parts = keys.shape
     if num_rows:

@@ -57,6 +57,15 @@ class ChildProcess:
         last_words = self._lines[-1].removeprefix(f"{self.name.split()[0]}: ") if self._lines else "it said nothing"
         raise UnavailableError(f"{self.name} ended with status {status}: {last_words}")
 
+    @property
+    def has_ended(self) -> bool:
+        return self._process.poll() is not None
+
+    @property
+    def was_drained(self) -> bool:
+        """Whether it has ended in order: somebody asked it to."""
+        return self._process.poll() == 0
+
     def terminate(self) -> None:
         """Asks it to end; see `wait`."""
         if self._process.poll() is None:

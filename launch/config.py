@@ -125,6 +125,10 @@ class ServeConfig:
     ray_address: str | None = field(
         default=None, metadata=_help("Ray cluster to join: HOST:PORT, or auto.", "starts a local one")
     )
+    shutdown_timeout: float = field(
+        default=30.0,
+        metadata=_help("Seconds that running requests may go on after Ctrl-C or SIGTERM, while new ones are refused."),
+    )
     skip_tokenizer_init: bool = field(default=False, metadata=_help("Serve token ids only; load no tokenizer."))
     first_request: str | None = field(
         default=None, metadata=_help("When ready, send this text over gRPC and show the answer.", "none")
@@ -141,6 +145,8 @@ class ServeConfig:
             raise _refusal("itl_target_ms", f"must be 0 or more, got {self.itl_target_ms}")
         if not (math.isfinite(self.step_timeout_s) and self.step_timeout_s >= 0):
             raise _refusal("step_timeout_s", f"must be 0 or more, got {self.step_timeout_s}")
+        if not (math.isfinite(self.shutdown_timeout) and self.shutdown_timeout >= 0):
+            raise _refusal("shutdown_timeout", f"must be 0 or more seconds, got {self.shutdown_timeout}")
         if not 0 <= self.swap_space <= _MAX_SWAP_SPACE:
             raise _refusal("swap_space", f"must be in [0, {_MAX_SWAP_SPACE}] GiB, got {self.swap_space}")
         if self.max_num_batched_tokens is not None and self.max_num_batched_tokens < self.max_num_seqs:

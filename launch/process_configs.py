@@ -58,6 +58,7 @@ def gateway_config(
         eos_token_ids=model.config.eos_token_ids,
         local_address=local_address,
         skip_tokenizer_init=config.skip_tokenizer_init,
+        shutdown_timeout_s=config.shutdown_timeout,
     )
     if config.seed is not None:
         gateway.seed = config.seed

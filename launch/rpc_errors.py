@@ -29,10 +29,11 @@ def _own_error(code: grpc.StatusCode, status: status_pb2.Status) -> OctavoError:
         return InvalidArgumentError(message, _field(status))
     if code == grpc.StatusCode.RESOURCE_EXHAUSTED:
         return ResourceExhaustedError(message, _retry_after_s(status))
+    if code == grpc.StatusCode.UNAVAILABLE:
+        return UnavailableError(message, _retry_after_s(status))
     kinds: dict[grpc.StatusCode, type[OctavoError]] = {
         grpc.StatusCode.NOT_FOUND: NotFoundError,
         grpc.StatusCode.FAILED_PRECONDITION: FailedPreconditionError,
-        grpc.StatusCode.UNAVAILABLE: UnavailableError,
     }
     return kinds.get(code, InternalError)(message)
 

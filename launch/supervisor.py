@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from .ray_cluster import RayCluster
 
 _GATEWAY_START_TIMEOUT_S = 60.0
-_GATEWAY_STOP_TIMEOUT_S = 12.0  # a gateway's own grace for running requests is 10 s
+_GATEWAY_STOP_TIMEOUT_S = 5.0  # beyond what running requests have
+_LAST_WORDS_S = 3.0  # of a gateway that is to be quick
 _COORDINATOR_STOP_TIMEOUT_S = 5.0
 _POLL_S = 0.05
 _WATCH_S = 0.5
@@ -213,12 +214,22 @@ class Supervisor:
     def _require_children(self) -> None:
         if self._cluster is not None:
             self._cluster.require_alive()
+        self._let_drained_gateways_go()
         for child in self._children():
             try:
                 child.require_alive()
             except UnavailableError:
                 self._show_hidden_log(child)
                 raise
+
+    def _let_drained_gateways_go(self) -> None:
+        """One that was sent SIGTERM by itself is not missed while there are others."""
+        for gateway in [gateway for gateway in self._gateways if self._is_ready and gateway.was_drained]:
+            gateway.wait(0, threading.Event())
+            self._gateways.remove(gateway)
+            self._display.show(f"{gateway.name} was drained, and has ended; {len(self._gateways)} go on")
+            if not self._gateways:
+                raise UnavailableError("the last gateway was drained; start the server again")
 
     def _children(self) -> Iterable[ChildProcess]:
         return [*self._gateways, *([self._coordinator] if self._coordinator is not None else [])]
@@ -258,8 +269,14 @@ class Supervisor:
     def _stop_gateways(self, hurry: threading.Event) -> None:
         for gateway in self._gateways:
             gateway.terminate()
+        deadline = time.monotonic() + self._config.shutdown_timeout + _GATEWAY_STOP_TIMEOUT_S
+        while not all(gateway.has_ended for gateway in self._gateways):
+            if hurry.wait(_POLL_S) or time.monotonic() > deadline:
+                break
         for gateway in self._gateways:
-            gateway.wait(_GATEWAY_STOP_TIMEOUT_S, hurry)
+            gateway.terminate()  # the second time: it gives up what runs, and says so
+        for gateway in self._gateways:
+            gateway.wait(_LAST_WORDS_S, threading.Event())
         self._gateways.clear()
 
     def _stop_coordinator(self, hurry: threading.Event) -> None:

@@ -141,7 +141,7 @@ class SlotJoin(_message.Message):
     def __init__(self, slot: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., num_prompt_tokens: _Optional[int] = ..., num_computed_tokens: _Optional[int] = ..., block_ids: _Optional[bytes] = ..., sampling_params: _Optional[_Union[_sampling_pb2.SamplingParams, _Mapping]] = ...) -> None: ...
 
 class StepResult(_message.Message):
-    __slots__ = ("epoch", "step_id", "token_ids", "logprobs", "prompt_logprobs", "model_time_us", "failure", "finished_transfers")
+    __slots__ = ("epoch", "step_id", "token_ids", "logprobs", "prompt_logprobs", "model_time_us", "failure", "finished_transfers", "failed_rows")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     STEP_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -150,6 +150,7 @@ class StepResult(_message.Message):
     MODEL_TIME_US_FIELD_NUMBER: _ClassVar[int]
     FAILURE_FIELD_NUMBER: _ClassVar[int]
     FINISHED_TRANSFERS_FIELD_NUMBER: _ClassVar[int]
+    FAILED_ROWS_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     step_id: int
     token_ids: bytes
@@ -158,7 +159,8 @@ class StepResult(_message.Message):
     model_time_us: int
     failure: str
     finished_transfers: int
-    def __init__(self, epoch: _Optional[int] = ..., step_id: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., logprobs: _Optional[_Iterable[_Union[RowLogprobs, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[ChunkLogprobs, _Mapping]]] = ..., model_time_us: _Optional[int] = ..., failure: _Optional[str] = ..., finished_transfers: _Optional[int] = ...) -> None: ...
+    failed_rows: bytes
+    def __init__(self, epoch: _Optional[int] = ..., step_id: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., logprobs: _Optional[_Iterable[_Union[RowLogprobs, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[ChunkLogprobs, _Mapping]]] = ..., model_time_us: _Optional[int] = ..., failure: _Optional[str] = ..., finished_transfers: _Optional[int] = ..., failed_rows: _Optional[bytes] = ...) -> None: ...
 
 class RowLogprobs(_message.Message):
     __slots__ = ("row", "table")

@@ -118,7 +118,8 @@ class ModelRunner:
         sampling = self._sampling_batch(rows.sample_slots)
         context = Context(self._slots.token_ids, samples.positions, int(rows.sample_positions.max()))
         sampled = sample(logits, sampling, context, self._vocab, self._sampler_ops)
-        self._slots.token_ids.view(-1).index_copy_(0, samples.cells, sampled.token_ids.int())
+        # Steps are sent ahead, so a row that failed goes on for a while: with a token that exists.
+        self._slots.token_ids.view(-1).index_copy_(0, samples.cells, sampled.token_ids.int().clamp_(min=0))
         if sampling.logprobs is None or sampled.logprobs is None:
             return sampled, None
         return sampled, RowLogprobs(sampling.logprobs.host_rows, sampling.logprobs.counts, sampled.logprobs)

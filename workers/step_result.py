@@ -41,6 +41,7 @@ class PendingResult:
         rows: RowLogprobs | None,
         chunks: list[ChunkLogprobs],
     ) -> None:
+        """token_ids: [num_samples], -1 for rows that failed; None: no row samples."""
         self._token_ids = None if token_ids is None else _to_host(token_ids.int())
         self._rows = None if rows is None else (rows, _logprobs_to_host(rows.logprobs))
         self._chunks = [(chunk, _logprobs_to_host(chunk.logprobs)) for chunk in chunks]
@@ -59,7 +60,10 @@ class PendingResult:
         finished_transfers = self._finished_transfers()
         result = worker_pb2.StepResult(model_time_us=model_time_us, finished_transfers=finished_transfers)
         if self._token_ids is not None:
-            result.token_ids = self._token_ids.numpy().tobytes()
+            token_ids = self._token_ids.numpy()
+            result.token_ids = token_ids.tobytes()
+            if token_ids.min(initial=0) < 0:
+                result.failed_rows = np.flatnonzero(token_ids < 0).astype("<u4").tobytes()
         if self._rows is not None:
             rows, logprobs = self._rows
             for index, (row, count) in enumerate(zip(rows.rows, rows.counts, strict=True)):

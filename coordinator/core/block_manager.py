@@ -194,6 +194,12 @@ class BlockManager:
             self.cache.publish(names[index], table[index])
         sequence.num_published_blocks = num_full
 
+    def forget(self, sequence: Sequence) -> None:
+        """Lets nobody find the blocks of `sequence` any more, as long as it holds them."""
+        for block_id in self._tables[sequence]:
+            if (name := self.cache.forget(block_id)) is not None and self.host:
+                self.host.forget(name)
+
     def free(self, sequence: Sequence, keep: bool = True) -> None:
         """Gives back all blocks of `sequence`, the last first: a later prefix wants the first ones longest. Without
         `keep` nobody will ask for what is in those that nobody else has."""

@@ -20,9 +20,8 @@ _MAX_DELAY_MS = 50.0
 _LEAST_WORK = 2
 # Tokens. A longer prompt takes its time in any case, and streams would be held up for all of it.
 _LONG_PROMPT = 8192
-_MARGIN = (
-    0.06  # of the target, beside a long prompt: without it, half of its hundreds of steps would be over the target
-)
+# Of the target, beside a long prompt: without it, half of its hundreds of steps would be over the target.
+_MARGIN = 0.06
 # Of each prompt that waits, plain tokens that count as the backlog: beyond them it delays itself, not a queue.
 _MOST_COUNTED = 2048
 

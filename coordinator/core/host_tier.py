@@ -36,6 +36,11 @@ class HostTier:
         if name in self._hosts:
             self._hosts.move_to_end(name)
 
+    def forget(self, name: bytes) -> None:
+        """Its content is of no use; what a transfer is at stays."""
+        if name in self._hosts and name not in self._pins:
+            self._free.append(self._hosts.pop(name))
+
     def pin(self, name: bytes) -> None:
         self._pins[name] += 1
 

@@ -126,9 +126,11 @@ class Scheduler:
         preempted = self._schedule_decodes(group, plan)
         unfinished = [sequence for sequence in group.running if self._has_chunk(sequence, group)]
         budget = self._chunk_budget(group, plan, unfinished)
-        self._schedule_chunks(group, unfinished, plan, budget)
+        first, last = self._in_turn(unfinished, plan.step_id)
+        self._schedule_chunks(group, first, plan, budget)
         if not preempted:
             self._admit_waiting(group, plan, budget)
+        self._schedule_chunks(group, last, plan, budget)
         group.save_blocks()
         if not (plan.rows or group.blocks.has_unsent_transfers or group.must_ask):
             return None
@@ -152,7 +154,9 @@ class Scheduler:
 
     def _take_sample(self, sequence: Sequence, report: StepReport, row: int, outcome: StepOutcome) -> None:
         sequence.sampled()
-        if sequence.samples.beams is None:
+        if row in report.failed_rows:
+            outcome.failed.append(self._fail(sequence))
+        elif sequence.samples.beams is None:
             outcome.tokens.append(self._append(sequence, report.token_ids[row], row))
         else:
             sequence.samples.beams.take(sequence, report.candidates(row), report.token_ids[row])
@@ -236,6 +240,15 @@ class Scheduler:
         prices = (costs.price(sequence.num_pending_tokens, sequence.num_sent_tokens) for sequence in unfinished)
         return share + sum(map(counted_tokens, prices))
 
+    def _in_turn(self, unfinished: list[Sequence], step_id: int) -> tuple[list[Sequence], list[Sequence]]:
+        """Who gets prompt tokens before newcomers, and who behind them. In every other step a prompt that has more to
+        compute than any step holds lets shorter ones pass: they would wait for all of it, and it hardly waits for them.
+        """
+        if step_id % 2:
+            return unfinished, []
+        long = [sequence for sequence in unfinished if sequence.num_pending_tokens > self.config.max_num_batched_tokens]
+        return [sequence for sequence in unfinished if sequence not in long], long
+
     def _schedule_chunks(
         self, group: WorkerGroup, unfinished: list[Sequence], plan: BatchPlan, budget: ChunkBudget
     ) -> None:
@@ -307,6 +320,13 @@ class Scheduler:
         elif sequence.num_tokens >= (sequence.num_published_blocks + 1) * self.config.block_size:
             self._publish(sequence)
         return SampledToken(sequence.key, token_id, reason, row, num_cached_tokens)
+
+    def _fail(self, sequence: Sequence) -> RequestKey:
+        """Nothing could be sampled for it: what its blocks hold is not to be found again. Returns what ended."""
+        self.groups[sequence.group_id].blocks.forget(sequence)
+        key = sequence.key if sequence.samples.beams is None else sequence.request.key
+        self.drop(key)
+        return key
 
     def _publish(self, sequence: Sequence) -> None:
         """Lets others find the blocks that the known tokens of a running sequence fill."""

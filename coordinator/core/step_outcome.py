@@ -38,6 +38,7 @@ class StepReport:
     candidates: CandidatesOfRow = _no_candidates  # of rows that are beams
     model_time_us: int = 0  # how long the workers were at it; 0: not measured
     finished_transfers: int = 0  # the last step whose transfers, and all before, have ended
+    failed_rows: Collection[int] = ()  # those for which nothing could be sampled
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,3 +69,4 @@ class StepOutcome:
     tokens: list[SampledToken] = field(default_factory=list)
     beams: list[BeamOutput] = field(default_factory=list)
     scores: list[AcceptedScores] = field(default_factory=list)
+    failed: list[RequestKey] = field(default_factory=list)  # outputs, and beam searches, that ended for want of a token

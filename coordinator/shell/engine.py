@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection
 from importlib.metadata import version
 from typing import Any
 
-from ...errors import FailedPreconditionError, OctavoError, UnavailableError
+from ...errors import FailedPreconditionError, InternalError, OctavoError, UnavailableError
 from ...proto import admin_pb2, engine_pb2, worker_pb2
 from ..core.block_manager import num_blocks_for
 from ..core.membership import Membership
@@ -23,6 +23,8 @@ from .session import Session
 from .status import engine_counters, failure_of, group_status
 
 _log = logging.getLogger(__name__)
+
+_NO_SCORE = "the model's scores for the next token are not finite, so none could be sampled; other requests go on"
 
 
 class Engine:
@@ -148,10 +150,10 @@ class Engine:
     def _fail_misfits(self) -> None:
         for key, error in self.scheduler.misfits().items():
             self.scheduler.drop(key)
-            self._refuse(key, error)
+            self._fail_request(key, error)
         self._flush()
 
-    def _refuse(self, key: RequestKey, error: OctavoError) -> None:
+    def _fail_request(self, key: RequestKey, error: OctavoError) -> None:
         self._num_failed += 1
         self._sessions[key.session_id].add_failure(key.handle, error)
 
@@ -182,7 +184,7 @@ class Engine:
             try:
                 self._submit(session, submit)
             except OctavoError as error:
-                self._refuse(RequestKey(session.session_id, submit.handle), error)
+                self._fail_request(RequestKey(session.session_id, submit.handle), error)
         for handle in unpack(request.cancel_handles, "<u4", "cancel_handles"):
             self.scheduler.cancel(RequestKey(session.session_id, handle))
         for handle in unpack(request.stop_handles, "<u4", "stop_handles"):
@@ -207,6 +209,7 @@ class Engine:
             lambda row: candidates_of(logprobs[row]),
             result.model_time_us,
             result.finished_transfers,
+            unpack(result.failed_rows, "<u4", "failed_rows"),
         )
         outcome = self.scheduler.update(group_id, report)
         for accepted in outcome.scores:
@@ -218,6 +221,9 @@ class Engine:
             self._sessions[token.key.session_id].add_token(token, logprobs.get(token.row))
         for output in outcome.beams:
             self._sessions[output.key.session_id].add_beam(output)
+        for key in outcome.failed:
+            _log.error("group %d: a request ended, since no score for its next token was finite", group_id)
+            self._fail_request(key, InternalError(_NO_SCORE))
         self._flush()
         if self.scheduler.waiting:  # one that this group preempted may belong in another, which may be idle
             self._wake_groups()

@@ -39,7 +39,8 @@ class ScriptedScheduler:
     result [GROUP] [TOKEN...] [ms=N] [transfers=N]
                                the oldest step's sampled tokens, in row order, 7 where not given; its duration; the last
                                step whose transfers have ended, its own where not given. A beam's likeliest tokens are
-                               the one given, with a log probability of -1, and those after it, each 1 less likely
+                               the one given, with a log probability of -1, and those after it, each 1 less likely.
+                               `nan` for a token: the row has no score to sample from
     lose GROUP                 a group is gone
     state                      what runs and what waits
     """
@@ -93,15 +94,18 @@ class ScriptedScheduler:
 
     def do_result(self, *arguments: str, ms: str = "0", transfers: str = "") -> str:
         group = int(arguments[0]) if len(self.scheduler.groups) > 1 else 0
-        tokens = [int(token) for token in arguments[len(self.scheduler.groups) > 1 :]]
+        given = arguments[len(self.scheduler.groups) > 1 :]
+        failed = {row for row, token in enumerate(given) if token == "nan"}
+        tokens = [-1 if token == "nan" else int(token) for token in given]
         if not self.scheduler.groups[group].inflight:
             return "nothing in flight"
         plan = self.scheduler.groups[group].inflight[0]
         tokens += [7] * (sum(row.samples for row in plan.rows) - len(tokens))
         finished = int(transfers) if transfers else plan.step_id
-        report = StepReport(tokens, (), lambda row: _ladder(tokens[row]), int(ms) * 1000, finished)
+        report = StepReport(tokens, (), lambda row: _ladder(tokens[row]), int(ms) * 1000, finished, failed)
         outcome = self.scheduler.update(group, report)
         news = [*map(self._describe_token, outcome.tokens), *map(self._describe_beam, outcome.beams)]
+        news += [f"{self.name(key)} FAILED" for key in outcome.failed]
         return ", ".join(news) or "no tokens"
 
     def _describe_beam(self, output: BeamOutput) -> str:

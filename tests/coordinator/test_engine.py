@@ -5,6 +5,7 @@ import asyncio
 import grpc
 import numpy as np
 import pytest
+from octavo.proto import admin_pb2, worker_pb2
 
 
 def test_tokens_come_in_order_once_and_the_blocks_come_back(cluster, submit, run):
@@ -204,5 +205,26 @@ def test_what_a_group_preempts_goes_on_in_an_idle_one(cluster, submit, run):
             status = await it.status()
             assert status.counters.num_preemptions > 0
             assert len(it.workers[0].plans) > 2
+
+    run(scenario())
+
+
+def test_a_row_without_a_token_ends_its_request_alone(cluster, submit, run):
+    async def scenario():
+        async with cluster() as it:
+            await it.add_group()
+            it.workers[0].spoil_at_step = 3
+            it.workers[0].spoil = lambda result: result.MergeFrom(worker_pb2.StepResult(failed_rows=b"\1\0\0\0"))
+            session = await it.session()
+            await session.submit(*(submit(handle, max_tokens=20) for handle in (1, 2, 3)))
+            await session.read_until_done(3)
+            assert {handle: len(tokens) for handle, tokens in session.tokens.items()} == {1: 20, 2: 2, 3: 20}
+            [failure] = session.failures.values()
+            assert (failure.handle, failure.code) == (2, grpc.StatusCode.INTERNAL.value[0])
+            assert "not finite" in failure.message
+            status = await it.status()
+            assert status.groups[0].state == admin_pb2.GROUP_STATE_READY
+            assert status.groups[0].num_free_blocks == it.num_blocks
+            assert (status.counters.num_failed, status.counters.num_finished) == (1, 2)
 
     run(scenario())

@@ -6,7 +6,7 @@ Workers are shadows that know only what plans told them, and a group is schedule
 import random
 from array import array
 from collections import defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from itertools import cycle, repeat
 
@@ -81,7 +81,7 @@ class Trace:
 
     def replay(self, events: list[tuple]) -> None:
         for name, *arguments in events:
-            if name in ("schedule", "result"):
+            if name in ("schedule", "result", "fail"):
                 getattr(self, name)(arguments[0] % len(self.scheduler.groups))
             else:
                 getattr(self, name)(*arguments)
@@ -144,15 +144,17 @@ class Trace:
         assert len(result.token_ids) == plan.num_samples
         self.results[group_id].append(result)
 
-    def result(self, group_id: int) -> None:
+    def fail(self, group_id: int) -> None:
+        """A result whose first sampling row has nothing to sample from."""
+        self.result(group_id, failed_rows={0})
+
+    def result(self, group_id: int, failed_rows: Collection[int] = ()) -> None:
         if not self.scheduler.groups[group_id].inflight:
             return
         result, duration_us = self.results[group_id].popleft(), next(self.durations_us)
         lag = next(self.lags) if result.has_rows else 0
         finished = self.workers[group_id].finish_transfers(max(0, result.step_id - lag))
-        report = StepReport(
-            result.token_ids, (), result.candidates.__getitem__, duration_us, finished_transfers=finished
-        )
+        report = StepReport(result.token_ids, (), result.candidates.__getitem__, duration_us, finished, failed_rows)
         outcome = self.scheduler.update(group_id, report)
         for token in outcome.tokens:
             self.take(token.key, [token.token_id], token.finish_reason)
@@ -160,6 +162,8 @@ class Trace:
                 self.num_cached_tokens[token.key] = token.num_cached_tokens
         for output in outcome.beams:
             self.take(output.key, output.token_ids, output.finish_reason)
+        for key in outcome.failed:
+            self.note_cancelled(key)
         self.woken.add(group_id)
         if self.scheduler.waiting:
             self.wake_all()
@@ -175,10 +179,14 @@ class Trace:
         if open_keys:
             key = open_keys[index % len(open_keys)]
             self.scheduler.cancel(key)
-            request = self.accepted[key]
-            ended = [request.key.output(i) for i in range(request.num_samples)] if request.beam_search else [key]
-            self.ended |= dict.fromkeys(ended, FinishReason.CANCELLED)
+            self.note_cancelled(key)
             self.wake_all()
+
+    def note_cancelled(self, key: RequestKey) -> None:
+        request = self.accepted[key]
+        ended = [request.key.output(i) for i in range(request.num_samples)] if request.beam_search else [key]
+        assert not self.ended.keys() & set(ended)
+        self.ended |= dict.fromkeys(ended, FinishReason.CANCELLED)
 
     def drain(self) -> None:
         """Runs until nothing is woken or in flight; a fixed bound turns starvation into a failure."""
@@ -248,6 +256,7 @@ shaped_events = st.lists(
         ),
         st.tuples(st.just("schedule"), st.integers(0, 1)),
         st.tuples(st.just("result"), st.integers(0, 1)),
+        st.tuples(st.just("fail"), st.integers(0, 1)),
         st.tuples(st.just("cancel"), st.integers(0, 50)),
     ),
     max_size=60,
@@ -286,7 +295,7 @@ def test_long_traces_under_pressure(seed):
     trace = Trace(config, draw.randint(1, 2), num_blocks, num_host_blocks=draw.choice([0, 10, 40]))
     trace.lags = cycle([draw.randint(0, 3) for _ in range(5)])
     for _ in range(250):
-        kind = draw.choices(["add", "schedule", "result", "cancel"], [3, 5, 5, 0.3])[0]
+        kind = draw.choices(["add", "schedule", "result", "fail", "cancel"], [3, 5, 5, 0.2, 0.3])[0]
         if kind == "add":
             num_beams = draw.choice([0, 0, 2, 3, 4])
             shape = Shape(draw.choice([0, 12, 30]), draw.randint(1, min(3, num_beams or 3)), num_beams)

@@ -237,8 +237,16 @@ def test_the_engines_refusal_reaches_the_client_with_its_retry_info(gateway):
     assert retry.retry_delay.ToMilliseconds() == 1500
 
 
+def test_a_request_that_failed_by_itself_says_why(gateway):
+    gateway.engine.fail(grpc.StatusCode.INTERNAL.value[0], "its scores are not finite")
+    with pytest.raises(grpc.RpcError) as caught:
+        list(gateway.generation.Generate(GenerateRequest(text="a")))
+    assert caught.value.code() == grpc.StatusCode.INTERNAL
+    assert caught.value.details() == "its scores are not finite"
+
+
 def test_a_fault_of_ours_is_not_shown(gateway):
-    gateway.engine.fail(grpc.StatusCode.INTERNAL.value[0], "secret state at 0x1234")
+    gateway.engine.fail(grpc.StatusCode.DATA_LOSS.value[0], "secret state at 0x1234")
     with pytest.raises(grpc.RpcError) as caught:
         list(gateway.generation.Generate(GenerateRequest(text="a")))
     assert caught.value.code() == grpc.StatusCode.INTERNAL

@@ -24,7 +24,7 @@ def test_the_engines_refusal_names_the_field(gateway):
 
 @pytest.mark.parametrize("prompt", ["a", ["a", "b"]])
 def test_a_fault_of_ours_is_500_and_not_shown(gateway, prompt):
-    gateway.engine.fail(13, "secret state at 0x1234")
+    gateway.engine.fail(15, "secret state at 0x1234")
     with pytest.raises(openai.InternalServerError) as caught:
         gateway.openai.completions.create(model="tiny", prompt=prompt)
     assert "secret" not in caught.value.response.text

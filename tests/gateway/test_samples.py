@@ -5,7 +5,7 @@ import httpx
 import numpy as np
 import openai
 import pytest
-from octavo.proto import generation_pb2
+from octavo.proto import engine_pb2, generation_pb2
 from octavo.proto.generation_pb2 import GenerateRequest, SamplingParams, TokenIds
 
 STOP, FINAL = generation_pb2.FINISH_REASON_STOP, generation_pb2.OUTPUT_MODE_FINAL
@@ -130,7 +130,8 @@ def test_a_refusal_is_one_of_all_samples(gateway):
     assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
     gateway.engine.say("fox")
     generate(gateway)
-    assert not gateway.engine.cancels
+    first = gateway.engine.submits[0].handle
+    assert set(gateway.engine.cancels) <= {first + 1, first + 2}  # of which the engine knows nothing
 
 
 def test_the_loss_of_the_engine_ends_all_samples(gateway, loop):
@@ -326,3 +327,17 @@ def test_a_packed_cancel_of_an_unsent_request(gateway, loop):
     assert outbox.cancel([9])
     message = loop.run(anext(outbox.messages()))
     assert np.frombuffer(message.cancel_handles, "<u4").tolist() == [9]
+
+
+@pytest.mark.parametrize("failed", [0, 1])
+def test_a_sample_that_fails_ends_the_request_and_cancels_the_others(gateway, loop, eventually, failed):
+    gateway.engine.say_samples(*TEXTS, hold_after=1)
+    call = gateway.generation.Generate(GenerateRequest(text="a", sampling_params=SamplingParams(n=3)))
+    next(call)
+    first = gateway.engine.submits[0].handle
+    failure = engine_pb2.Failure(handle=first + failed, code=grpc.StatusCode.INTERNAL.value[0], message="no score")
+    loop.call(gateway.engine.send, engine_pb2.SessionResponse(failures=[failure]))
+    with pytest.raises(grpc.RpcError) as caught:
+        list(call)
+    assert (caught.value.code(), caught.value.details()) == (grpc.StatusCode.INTERNAL, "no score")
+    eventually(lambda: gateway.engine.cancels == [first + index for index in range(3) if index != failed])

@@ -136,7 +136,7 @@ def test_token_ids_only(start_gateway):
 
 
 def test_running_requests_may_end_when_the_gateway_stops(start_gateway, loop):
-    with start_gateway() as own:
+    with start_gateway(shutdown_timeout_s=20) as own:
         own.engine.say(LONG_TEXT, hold_after=2)
         call = own.generation.Generate(GenerateRequest(text="a"))
         text = next(call).outputs[0].text

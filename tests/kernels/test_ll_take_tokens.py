@@ -57,7 +57,7 @@ def _keys(device, world_size, num_rows, num_parts, seed=0):
     """Keys whose tokens mostly exist; scores of both signs and, in the first row, equal ones."""
     generator = torch.Generator().manual_seed(seed)
     shape = world_size, num_rows, num_parts
-    scores = torch.randint(-(2**31), 2**31, shape, generator=generator)
+    scores = torch.randint(-0x7F800000, 0x7F7FFFFF, shape, generator=generator)  # of finite floats, as integers
     scores[:, 0] = -7
     tokens = torch.randint(0, _VOCAB + 3, shape, generator=generator)
     return (scores << 32 | (0xFFFFFFFF - tokens)).to(device)

@@ -170,7 +170,8 @@ def test_only_scores_from_the_threshold_on_are_drawn(start):
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_the_greatest_key_gives_the_token(num_parts, dtype):
     generator = torch.Generator().manual_seed(num_parts)
-    keys = torch.randint(-(2**63), 2**63 - 1, (4, num_parts), generator=generator).to(DEVICE)
+    scores = torch.randint(-0x7F800000, 0x7F7FFFFF, (4, num_parts), generator=generator)  # finite ones, as integers
+    keys = (scores << 32 | torch.randint(2**32, (4, num_parts), generator=generator)).to(DEVICE)
     keys[:, -1] |= 0xFFFFFFF0  # else ids are far beyond any vocabulary
     keys[0] = (1 << 62) | (0xFFFFFFFF - 77)  # behind the vocabulary's end
     keys[1] = -1 - (5 << 33)  # as a key of a negative score
@@ -183,6 +184,23 @@ def test_the_greatest_key_gives_the_token(num_parts, dtype):
     take_tokens(keys, 77, out.fill_(-1), table, cells)
     assert out.tolist() == expected.tolist() == table[cells].tolist()
     assert table[[1, 3, 5, 6, 7]].tolist() == [-1] * 5
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_a_row_without_a_finite_score_gives_no_token_but_the_table_one_that_exists(dtype):
+    logits = normal(5, 1500)
+    logits[1] = torch.nan
+    logits[2] = -torch.inf
+    logits[3, 4] = torch.inf
+    logits[4, :-1] = torch.nan
+    for temperature in (0.0, 0.7):
+        heat = torch.full((5,), temperature, device=DEVICE)
+        keys = candidate_keys(logits, heat, seeds_of(SEEDS), torch.tensor(POSITIONS, device=DEVICE), 0)
+        out = torch.zeros(5, dtype=dtype, device=DEVICE)
+        table = torch.full((6,), -7, dtype=torch.int32, device=DEVICE)
+        take_tokens(keys, 1500, out, table, torch.arange(5, device=DEVICE))
+        assert out.tolist() == [int(table[0]), -1, -1, -1, 1499]
+        assert table.tolist()[1:] == [0, 0, 4, 1499, -7]
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,8 @@ from octavo.launch.serve_command import merge_options
         ("swap_space", -0.5),
         ("swap_space", math.nan),
         ("swap_space", math.inf),
+        ("shutdown_timeout", -1.0),
+        ("shutdown_timeout", math.nan),
         ("seed", -1),
         ("model", ""),
         ("served_model_name", ("a", "")),

@@ -57,14 +57,16 @@ def test_whether_prefixes_are_cached_is_the_coordinators_to_know(resolved, enabl
 
 def test_the_gateways(resolved):
     config, model, _ = resolved(
-        host="0.0.0.0", port=81, grpc_port=82, seed=4, served_model_name=("a", "b"), skip_tokenizer_init=True
-    )
+        host="0.0.0.0", port=81, grpc_port=82, seed=4, served_model_name=("a", "b"), skip_tokenizer_init=True,
+        shutdown_timeout=7.5,
+    )  # fmt: skip
     settings = check_config(gateway_config(config, model, "unix:/e", "unix:/g"))
     assert (settings.engine_address, settings.local_address) == ("unix:/e", "unix:/g")
     assert (settings.host, settings.http_port, settings.grpc_port, settings.seed) == ("0.0.0.0", 81, 82, 4)
     assert (settings.served_model_names, settings.skip_tokenizer_init) == (("a", "b"), True)
     assert (settings.max_model_len, settings.vocab_size, settings.eos_token_ids) == (1024, 128, (5, 6))
     assert settings.model_path == Path(config.model).resolve()
+    assert settings.shutdown_timeout_s == 7.5
 
 
 def test_no_seed_is_drawn_by_the_gateway(resolved):

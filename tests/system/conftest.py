@@ -92,6 +92,7 @@ class RunResult:
     logprobs: list[list[float]]
     beam_scores: list[list[float]]
     num_cached_tokens: list[int]
+    failures: list[dict[int, engine_pb2.Failure]]  # of each request, by output
     num_preemptions: int = 0
     num_steps: int = 0
     blocks: admin_pb2.BlockCounters = field(default_factory=admin_pb2.BlockCounters)
@@ -174,6 +175,7 @@ async def _generate(address, model_path, options, workers, requests, beside) -> 
             [[] for _ in requests],
             [[] for _ in requests],
             [0] * len(requests),
+            [{} for _ in requests],
         )
         num_unfinished = sum(map(len, result.outputs))
         goes_on = asyncio.create_task(beside(engine, add_group))
@@ -192,7 +194,9 @@ async def _generate(address, model_path, options, workers, requests, beside) -> 
 
 def _take(response: engine_pb2.SessionResponse, result: RunResult) -> int:
     """Notes what a message brings; returns how many outputs it ends."""
-    assert not response.failures, response.failures
+    for failure in response.failures:
+        request, output = divmod(failure.handle, _MAX_OUTPUTS)
+        result.failures[request][output] = failure
     handles = np.frombuffer(response.handles, "<u4").tolist()
     for entry in response.logprobs:
         if handles[entry.entry] % _MAX_OUTPUTS == 0:
@@ -215,7 +219,7 @@ def _take(response: engine_pb2.SessionResponse, result: RunResult) -> int:
     for handle, num_tokens in cached:
         if handle % _MAX_OUTPUTS == 0:
             result.num_cached_tokens[handle // _MAX_OUTPUTS] = num_tokens
-    return len(scored)
+    return len(scored) + len(response.failures)
 
 
 async def _leave_alone(engine, add_group) -> None:
@@ -224,15 +228,18 @@ async def _leave_alone(engine, add_group) -> None:
 
 @pytest.fixture
 def run_requests(tmp_path):
-    """run_requests(model_path, options, requests) -> RunResult; of Submits, whose handles it chooses. Beside them runs
-    beside(the engine, what adds its group again)."""
+    """run_requests(model_path, options, requests) -> RunResult; of Submits, whose handles it chooses. None of them may
+    fail unless `may_fail`; a beam search that may has one output. Beside them runs beside(the engine, what adds its
+    group again)."""
 
-    def run(model_path, options, requests, beside=_leave_alone) -> RunResult:
+    def run(model_path, options, requests, beside=_leave_alone, may_fail=False) -> RunResult:
         workers = WorkerProcesses(options.tensor_parallel_size, options.device, options.prepare)
         try:
             address = f"unix:{tmp_path}/engine.sock"
             scenario = _generate(address, model_path, options, workers, requests, beside)
-            return asyncio.run(asyncio.wait_for(scenario, 240))
+            result = asyncio.run(asyncio.wait_for(scenario, 240))
+            assert may_fail or not any(result.failures), result.failures
+            return result
         finally:
             workers.close()
 

@@ -1,6 +1,7 @@
 """One process of a running server that is not replaced is killed: the server says so in one line and ends, and leaves
 nothing behind. Ranks that are replaced: test_rank_deaths.py."""
 
+import contextlib
 import os
 import re
 import signal
@@ -26,13 +27,22 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def shared_memory_of(process: psutil.Process) -> set[str]:
+    """Files in /dev/shm that it maps; those that are unlinked already go with it."""
+    with contextlib.suppress(OSError):
+        lines = Path(f"/proc/{process.pid}/maps").read_text().splitlines()
+        return {line.split(maxsplit=5)[5] for line in lines if "/dev/shm/" in line and not line.endswith("(deleted)")}
+    return set()
+
+
 class Server:
     """`octavo serve` with two ranks, in a process group of its own, its run directory under `parent`."""
 
-    def __init__(self, parent) -> None:
+    def __init__(self, parent, *more_options: str) -> None:
         self.parent = parent
-        options = ["--tensor-parallel-size", "2", "--device", "cpu", "--port", "0", "--grpc-port", str(free_port())]
-        options += ["--max-group-restarts", "0"]
+        self.grpc_port = free_port()
+        options = ["--tensor-parallel-size", "2", "--device", "cpu", "--port", "0", "--grpc-port", str(self.grpc_port)]
+        options += ["--max-group-restarts", "0", *more_options]
         self.process = subprocess.Popen(
             [sys.executable, "-m", "octavo", "serve", *options],
             stdout=subprocess.PIPE,
@@ -47,6 +57,7 @@ class Server:
         self._wait_until_ready()
         assert list(parent.glob("octavo-*"))
         self.family = psutil.Process(self.process.pid).children(recursive=True)
+        self.shared_memory = {path for process in self.family for path in shared_memory_of(process)}
 
     def _read(self) -> None:
         with self.process.stdout as lines:
@@ -67,13 +78,20 @@ class Server:
         victims[0].kill()
 
     def wait(self) -> int:
-        """Until it has ended with all its processes; its exit status."""
+        """Until it has ended with all its processes, and left nothing; its exit status."""
         status = self.process.wait(END_TIMEOUT_S)
-        _, alive = psutil.wait_procs(self.family, timeout=3)
-        assert not alive, alive
-        self._reader.join(5)
+        self.check_that_all_ended(3)
         assert list(self.parent.glob("octavo-*")) == []
         return status
+
+    def check_that_all_ended(self, timeout_s: float) -> None:
+        """Processes, the port, shared memory."""
+        _, alive = psutil.wait_procs(self.family, timeout=timeout_s)
+        assert not alive, alive
+        self._reader.join(5)
+        with socket.socket() as probe:
+            assert probe.connect_ex(("127.0.0.1", self.grpc_port)) != 0
+        assert not [path for path in self.shared_memory if Path(path).exists()]
 
     def close(self) -> None:
         for process in [self.process, *self.family]:

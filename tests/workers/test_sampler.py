@@ -180,14 +180,23 @@ def test_greedy_takes_the_lowest_of_equals_on_any_rank(run_ranks):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("size", [1, 4])
-def test_broken_logits_spoil_no_other_row_and_give_a_token_that_exists(run_ranks, value, size):
+def test_broken_logits_spoil_no_other_row_and_give_no_token(run_ranks, value, size):
     whole = make_params(temperature=1.0, top_k=5, top_p=0.9, min_p=0.01, num_logprobs=3)
     fine = [Row(random_logits(1), whole), Row(random_logits(2))]
     broken = np.full(VOCAB_SIZE, value, dtype=np.float32)
-    rows = [fine[0], Row(broken, whole), Row(broken), fine[1]]
+    rows = [fine[0], Row(broken, whole), Row(broken), Row(broken, make_params(temperature=0.7)), fine[1]]
     tokens = sampled_tokens(run_ranks, rows, size)
-    assert [tokens[0], tokens[3]] == sampled_tokens(run_ranks, fine)
-    assert all(0 <= token < VOCAB_SIZE for token in tokens)
+    assert [tokens[0], tokens[-1]] == sampled_tokens(run_ranks, fine)
+    assert tokens[1:-1] == [-1] * 3
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_a_row_that_is_broken_in_part_gives_one_of_its_other_tokens(run_ranks, size):
+    logits = random_logits(5)
+    logits[12:] = np.nan
+    logits[7] = 50.0
+    hot = make_params(temperature=0.7, top_k=2)
+    assert sampled_tokens(run_ranks, [Row(logits), Row(logits, hot)], size) == [7, 7]
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])

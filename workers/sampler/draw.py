@@ -11,7 +11,7 @@ _LARGEST = torch.finfo(torch.float32).max
 
 
 def draw(logits: torch.Tensor, random: RandomRows | None, positions: torch.Tensor, vocab: VocabSlice) -> torch.Tensor:
-    """Tokens [n] int64 of logits [n, size] of any dtype, which may be overwritten.
+    """Tokens [n] int64 of logits [n, size] of any dtype, which may be overwritten; -1 where no score is finite.
 
     positions: [n] int64, of the tokens to be sampled.
     """

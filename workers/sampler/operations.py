@@ -28,7 +28,10 @@ class SamplerOperations:
     def draw(
         self, logits: torch.Tensor, batch: SamplingBatch, positions: torch.Tensor, vocab: VocabSlice
     ) -> torch.Tensor:
-        """As draw.draw: the sampled tokens, [n] int64, the same on all ranks. Logits of any dtype are used up."""
+        """As draw.draw: the sampled tokens, [n] int64, the same on all ranks, -1 where no score is finite.
+
+        Logits of any dtype are used up.
+        """
         return draw(logits, batch.random, positions, vocab)
 
 

@@ -29,7 +29,7 @@ class Context:
 class Sampled:
     """Tokens of one step, on the device."""
 
-    token_ids: torch.Tensor  # [n] int64
+    token_ids: torch.Tensor  # [n] int64; -1 where no score was finite
     logprobs: Logprobs | None  # of the batch's logprob rows
 
 

@@ -7,6 +7,7 @@ import torch
 from ..parallel import TensorParallel
 
 _LOW_BITS = 0xFFFFFFFF
+_LARGEST = torch.finfo(torch.float32).max  # of a score; the draw takes infinity for this
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,16 +31,20 @@ class VocabSlice:
     def argmax(self, scores: torch.Tensor) -> torch.Tensor:
         """[n, size] float32 to [n] int64 token ids: each row's greatest score over all ranks, the lowest id of equals.
 
-        Always a valid token id, also for rows of NaN or -inf.
+        NaN counts as -inf. -1 where the greatest score is infinite: no token can be told from the others.
         """
-        return self.take_best(*scores.max(dim=-1))
+        best, columns = scores.max(dim=-1)
+        if best.isnan().any():  # which torch takes for the greatest
+            best, columns = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).max(dim=-1)
+        return self.take_best(best, columns)
 
     def take_best(self, best: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-        """As argmax, of each row's greatest score here, [n] float32, and its column, [n] int64."""
+        """As argmax, of each row's greatest score here, [n] float32 without NaN, and its column, [n] int64."""
         token_ids = columns + self.start
         if self.tp.size > 1:
-            token_ids = _token_ids(self.tp.all_reduce_max(_keys(best, token_ids)))
-        return token_ids.clamp_(max=self.vocab_size - 1)
+            keys = self.tp.all_reduce_max(_keys(best, token_ids))
+            best, token_ids = _scores(keys), _LOW_BITS - (keys & _LOW_BITS)
+        return torch.where(best.abs() < _LARGEST, token_ids.clamp_(max=self.vocab_size - 1), -1)
 
     def merge(self, keys: torch.Tensor) -> torch.Tensor:
         """Candidates of this rank, [n, m] int64 keys as kernels/sampling.py makes them, to those that may yet win.
@@ -55,5 +60,6 @@ def _keys(scores: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
     return ((bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32) | (_LOW_BITS - token_ids)
 
 
-def _token_ids(keys: torch.Tensor) -> torch.Tensor:
-    return _LOW_BITS - (keys & _LOW_BITS)
+def _scores(keys: torch.Tensor) -> torch.Tensor:
+    bits = (keys >> 32).int()
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).view(torch.float32)
