@@ -227,7 +227,7 @@ class EngineClient:
         for index, (handle, count, finish_reason) in enumerate(entries):
             end = start + count
             stream = self._streams.get(handle)
-            if stream is not None and stream.request.num_unread > MAX_UNREAD:
+            if stream is not None and stream.request.num_unread > MAX_UNREAD * len(stream.request.streams):
                 self._let_go(stream.request)
             elif stream is not None:
                 rows = unpack_table(logprobs[index]) if index in logprobs else no_logprobs

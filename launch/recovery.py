@@ -156,6 +156,8 @@ class _GroupRecovery:
     def _replace_lost(self) -> Sequence[int]:
         """Only what is lost, so that the others keep their weights; all, where nothing is and that did not help."""
         lost = self._ranks.find_lost(self._group_id)
+        if self._stopping.is_set():
+            raise UnavailableError("the server is ending")
         if not lost and self._has_failed_to_rebuild:
             lost = self._ranks.all_of(self._group_id)
         self._ranks.replace(self._group_id, lost)

@@ -38,6 +38,7 @@ _LAST_WORDS_S = 3.0  # of a gateway that is to be quick
 _COORDINATOR_STOP_TIMEOUT_S = 5.0
 _POLL_S = 0.05
 _WATCH_S = 0.5
+_HEARD_S = 5.0
 
 
 class Supervisor:
@@ -55,6 +56,7 @@ class Supervisor:
         self._control: EngineControl | None = None
         self._recovery: Recovery | None = None
         self._is_ready = False
+        self._heard_at = 0.0  # of the coordinator
 
     @property
     def local_addresses(self) -> list[str]:
@@ -197,6 +199,9 @@ class Supervisor:
         self._require_children()
         try:
             recovery.take(self._control.await_failures(recovery.known_epochs, _WATCH_S))
+            if time.monotonic() - self._heard_at > _HEARD_S:  # no failure is no answer: one that hangs says none either
+                self._control.status()
+                self._heard_at = time.monotonic()
         except UnavailableError:
             time.sleep(_POLL_S)  # a coordinator that has just died can be waited for in a moment
             self._require_children()

@@ -24,8 +24,9 @@ _log = logging.getLogger(__name__)
 
 _MAX_PROFILED_STEPS = 1000  # a trace of more is larger than its viewers read
 # How long the device may take to let go of an epoch. On a CPU a rank that waits for another is free as soon as that one
-# has left, or is gone; on a GPU kernels wait for each other for about half a minute (kernels/peer_wait.py).
-_LEAVE_TIMEOUT_S = {"cpu": 5.0, "cuda": 45.0}
+# has left, or is gone; on a GPU kernels wait for each other for half a minute to a minute (kernels/peer_wait.py).
+_LEAVE_TIMEOUT_S = {"cpu": 5.0, "cuda": 90.0}
+_START_TIMEOUT_S = 600.0  # the same, of a start that another one takes the place of
 
 
 class WorkerService(worker_pb2_grpc.WorkerServicer):
@@ -101,8 +102,10 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             self._stream.end(next_epoch)
             self._stream = None
         self._pipeline.end_steps()
+        # A stage of a start may take long and be well: weights, kernels. A step is not.
+        is_starting = self._runner is None
         try:
-            async with asyncio.timeout(_LEAVE_TIMEOUT_S[self._device.type]):
+            async with asyncio.timeout(_START_TIMEOUT_S if is_starting else _LEAVE_TIMEOUT_S[self._device.type]):
                 # On the device thread, behind what runs there: this one answers pings.
                 await asyncio.wrap_future(self._pipeline.call(self._leave_group))
         except TimeoutError:
@@ -112,9 +115,9 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
 
     def _leave_group(self) -> None:
         self.release()
+        leave_group()  # first: what is dropped next may wait for the device, and that for a peer that is gone
         if self._loaded is not None:
             self._loaded.tp.leave()
-        leave_group()
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
             torch.cuda.empty_cache()

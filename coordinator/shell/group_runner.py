@@ -104,6 +104,9 @@ class GroupRunner:
             await self._watchdog.run()
         except OctavoError as error:
             self._fail(error)
+        except Exception as error:  # nobody awaits this task: unheard, no hang would be found any more
+            _log.exception("group %d: it can no longer be watched", self.group_id)
+            self._fail(InternalError(f"it can no longer be watched: {error}"))
 
     async def _run(self) -> None:
         try:

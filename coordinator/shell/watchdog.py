@@ -13,6 +13,7 @@ from .worker_error import WorkerError
 
 _PING_S = 1.0
 _TICK_S = 0.25
+_PROFILING_FACTOR = 12  # while a rank writes a profile down, it may hardly get to answer
 
 Ping = Callable[[int], Awaitable[worker_pb2.PingResponse]]  # of a rank; raises WorkerError if it is gone
 
@@ -70,7 +71,8 @@ class Watchdog:
 
     def _check_ranks(self) -> None:
         for rank in range(len(self._asked_at)):
-            if 0 < self._timeout_s < (owed_s := self._owed_s(rank)):
+            timeout_s = self._timeout_s * (_PROFILING_FACTOR if self._is_profiling[rank] else 1)
+            if 0 < timeout_s < (owed_s := self._owed_s(rank)):
                 raise WorkerError(rank, f"it has not answered for {owed_s:.1f} s")
 
     def _owed_s(self, rank: int) -> float:
