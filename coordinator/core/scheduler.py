@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from ...errors import InvalidArgumentError, OctavoError, ResourceExhaustedError
 from .admission import check_fits, find_misfits
 from .batch_plan import BatchPlan, ScheduledRow
-from .chunk_budget import ChunkBudget, counted_tokens, paced_num_tokens
+from .chunk_budget import ChunkBudget, counted_tokens
 from .ordered_sequences import WaitingQueue
 from .placement import Queue, belongs
+from .prompt_turns import PromptTurns
 from .scheduler_config import SchedulerConfig
 from .sequence import FinishReason, Request, RequestKey, Sequence, SequenceStatus
 from .sequence_group import BeamOutput, SequenceGroup
 from .step_outcome import AcceptedScores, PromptScores, SampledToken, StepOutcome, StepReport
-from .step_time import StepCosts
 from .worker_group import GroupMemory, WorkerGroup
 
 _RETRY_AFTER_S = 1.0
@@ -124,9 +124,8 @@ class Scheduler:
             self._preempt(group.running.last(), "to be saved before blocks run out")
         plan = group.begin_step()
         preempted = self._schedule_decodes(group, plan)
-        unfinished = [sequence for sequence in group.running if self._has_chunk(sequence, group)]
-        budget = self._chunk_budget(group, plan, unfinished)
-        first, last = self._in_turn(unfinished, plan.step_id)
+        turns = PromptTurns(group, self.waiting, len(self.groups), self.config)
+        budget, (first, last) = turns.budget(plan), turns.order(plan.step_id)
         self._schedule_chunks(group, first, plan, budget)
         if not preempted:
             self._admit_waiting(group, plan, budget)
@@ -215,45 +214,11 @@ class Scheduler:
         missing = sum(group.blocks.num_missing_blocks(each, each.num_sent_tokens + 1) for each in together)
         return missing + (len(beams.forks) if beams is not None else 0)  # each fork begins a block of its own
 
-    @staticmethod
-    def _has_chunk(sequence: Sequence, group: WorkerGroup) -> bool:
-        return sequence.num_pending_tokens > 1 and group.is_ready(sequence)
-
-    def _chunk_budget(self, group: WorkerGroup, plan: BatchPlan, unfinished: list[Sequence]) -> ChunkBudget:
-        """For the step's prompt tokens: what it has room for; beside decodes, what leaves them their pace."""
-        num_tokens = self.config.max_num_batched_tokens - plan.num_tokens
-        if not (self.config.itl_target_ms and plan.decode_slots and group.step_time.is_fitted):
-            return ChunkBudget(num_tokens)
-        if not (unfinished or self.waiting):
-            return ChunkBudget(0)
-        num_decodes = len(plan.decode_slots)
-        costs = group.step_time.costs(num_decodes)
-        num_backlog_tokens = self._num_backlog_tokens(unfinished, costs)
-        next_ones = [*unfinished, self.waiting.first()] if self.waiting else unfinished
-        longest = max(sequence.num_tokens for sequence in next_ones)
-        price = paced_num_tokens(self.config.itl_target_ms, costs, num_decodes, num_backlog_tokens, longest)
-        return ChunkBudget(num_tokens, costs, price, num_decodes)
-
-    def _num_backlog_tokens(self, unfinished: list[Sequence], costs: StepCosts) -> int:
-        """What a group has to compute before nothing waits for it: of its own, and its share of the queue's."""
-        share = -(-self.waiting.num_counted_tokens // len(self.groups))
-        prices = (costs.price(sequence.num_pending_tokens, sequence.num_sent_tokens) for sequence in unfinished)
-        return share + sum(map(counted_tokens, prices))
-
-    def _in_turn(self, unfinished: list[Sequence], step_id: int) -> tuple[list[Sequence], list[Sequence]]:
-        """Who gets prompt tokens before newcomers, and who behind them. In every other step a prompt that has more to
-        compute than any step holds lets shorter ones pass: they would wait for all of it, and it hardly waits for them.
-        """
-        if step_id % 2:
-            return unfinished, []
-        long = [sequence for sequence in unfinished if sequence.num_pending_tokens > self.config.max_num_batched_tokens]
-        return [sequence for sequence in unfinished if sequence not in long], long
-
     def _schedule_chunks(
-        self, group: WorkerGroup, unfinished: list[Sequence], plan: BatchPlan, budget: ChunkBudget
+        self, group: WorkerGroup, sequences: Collection[Sequence], plan: BatchPlan, budget: ChunkBudget
     ) -> None:
         """To the sequences that have several tokens to compute, the first in order first."""
-        for sequence in unfinished:
+        for sequence in sequences:
             if budget.is_spent:
                 break
             self._add_chunk(sequence, group, budget, plan)
