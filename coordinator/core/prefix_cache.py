@@ -11,9 +11,6 @@ class PrefixCache:
         self._blocks: dict[bytes, int] = {}
         self._names: dict[int, bytes] = {}
 
-    def __len__(self) -> int:
-        return len(self._blocks)
-
     def find(self, name: bytes) -> int | None:
         """The block of that name."""
         return self._blocks.get(name)

@@ -206,7 +206,7 @@ def test_a_rank_of_the_only_group_is_killed(one_group, expected, rank, record_pr
     before = one_group.groups()[0]
     with streams_beside(one_group, expected):
         one_group.process_of(0, rank).kill()
-        detection_s = one_group.wait_until_noticed(0, before.epoch, timeout_s=15)
+        detection_s = one_group.wait_until_noticed(0, before.epoch, timeout_s=2)
         rebuild_s = one_group.wait_until_whole(before.num_restarts + 1)
         record_property("detection_s", detection_s)
         record_property("rebuild_s", rebuild_s)
@@ -231,7 +231,9 @@ def test_a_stopped_rank_is_replaced(one_group, expected):
         rebuild_s = one_group.wait_until_whole(before.num_restarts + 1)
         print(f"rank stopped: noticed after {detection_s:.1f} s, whole {rebuild_s:.1f} s later")
     assert not victim.is_running()
-    one_group.wait_until_said("rank 1: it ")  # does not answer a ping, or that and a step is late
+    said = one_group.wait_until_said("rank 1: it ")
+    # Whichever deadline passes first.
+    assert re.search(r"it has not answered for|it does not answer, and a step has not ended", said)
 
 
 def test_a_rank_that_was_stopped_and_wakes_joins_again_with_its_weights(one_group, expected):
@@ -250,7 +252,7 @@ def test_a_rank_that_was_stopped_and_wakes_joins_again_with_its_weights(one_grou
 def test_a_server_that_is_stopped_while_it_rebuilds_leaves_nothing_behind():
     with running("--max-group-restarts", "1") as server:
         server.process_of(0, 0).kill()
-        server.wait_until_noticed(0, epoch=1, timeout_s=15)
+        server.wait_until_noticed(0, epoch=1, timeout_s=2)
         time.sleep(0.5)
 
 
@@ -276,7 +278,7 @@ def test_another_group_goes_on_at_once(expected):
             epoch = server.groups()[num_kills - 1].epoch
             with streams_beside(server, expected):
                 server.process_of(num_kills - 1, rank).kill()
-                detection_s = server.wait_until_noticed(num_kills - 1, epoch, timeout_s=15)
+                detection_s = server.wait_until_noticed(num_kills - 1, epoch, timeout_s=2)
                 print(f"rank {rank} killed: noticed after {detection_s:.3f} s")
             server.wait_until_whole(num_kills)
 
