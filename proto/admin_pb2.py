@@ -24,31 +24,35 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18octavo/proto/admin.proto\x12\toctavo.v1\"\x12\n\x10GetStatusRequest\"\xc5\x01\n\x11GetStatusResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x10\n\x08uptime_s\x18\x03 \x01(\x01\x12\x13\n\x0bnum_waiting\x18\x04 \x01(\x05\x12&\n\x06groups\x18\x05 \x03(\x0b\x32\x16.octavo.v1.GroupStatus\x12\x14\n\x0cnum_gateways\x18\x06 \x01(\x05\x12+\n\x08\x63ounters\x18\x07 \x01(\x0b\x32\x19.octavo.v1.EngineCounters\"\x95\x03\n\x0bGroupStatus\x12\x10\n\x08group_id\x18\x01 \x01(\x05\x12$\n\x05state\x18\x02 \x01(\x0e\x32\x15.octavo.v1.GroupState\x12\r\n\x05\x65poch\x18\x03 \x01(\x03\x12$\n\x05ranks\x18\x04 \x03(\x0b\x32\x15.octavo.v1.RankStatus\x12\x12\n\nblock_size\x18\x05 \x01(\x05\x12\x12\n\nnum_blocks\x18\x06 \x01(\x05\x12\x17\n\x0fnum_free_blocks\x18\x07 \x01(\x05\x12\x13\n\x0bnum_running\x18\x08 \x01(\x05\x12\x1a\n\x12num_inflight_steps\x18\t \x01(\x05\x12&\n\x05steps\x18\n \x01(\x0b\x32\x17.octavo.v1.StepCounters\x12\x0f\n\x07\x66\x61ilure\x18\x0b \x01(\t\x12&\n\x06\x62locks\x18\x0c \x01(\x0b\x32\x16.octavo.v1.BlockStatus\x12\x30\n\x0e\x62lock_counters\x18\r \x01(\x0b\x32\x18.octavo.v1.BlockCounters\x12\x14\n\x0cnum_restarts\x18\x0e \x01(\x05\"\xbe\x01\n\x0b\x42lockStatus\x12\x10\n\x08num_used\x18\x01 \x01(\x05\x12\x12\n\nnum_shared\x18\x02 \x01(\x05\x12\x19\n\x11num_table_entries\x18\x03 \x01(\x05\x12\x12\n\nnum_cached\x18\x04 \x01(\x05\x12\x18\n\x10num_empty_places\x18\x05 \x01(\x05\x12\x10\n\x08num_host\x18\x06 \x01(\x05\x12\x15\n\rnum_host_used\x18\x07 \x01(\x05\x12\x17\n\x0fnum_in_transfer\x18\x08 \x01(\x05\"\xaf\x02\n\rBlockCounters\x12\x1c\n\x14num_looked_up_tokens\x18\x01 \x01(\x03\x12\x1d\n\x15num_device_hit_tokens\x18\x02 \x01(\x03\x12\x1b\n\x13num_host_hit_tokens\x18\x03 \x01(\x03\x12\x19\n\x11num_copied_blocks\x18\x04 \x01(\x03\x12\x18\n\x10num_saved_blocks\x18\x05 \x01(\x03\x12\x19\n\x11num_loaded_blocks\x18\x06 \x01(\x03\x12\x1a\n\x12num_evicted_blocks\x18\x07 \x01(\x03\x12\x11\n\tnum_steps\x18\x08 \x01(\x03\x12\x10\n\x08sum_used\x18\t \x01(\x03\x12\x19\n\x11sum_table_entries\x18\n \x01(\x03\x12\x18\n\x10sum_empty_places\x18\x0b \x01(\x03\";\n\nRankStatus\x12\x0c\n\x04rank\x18\x01 \x01(\x05\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\"t\n\x0cStepCounters\x12\x11\n\tnum_steps\x18\x01 \x01(\x03\x12\x12\n\nnum_tokens\x18\x02 \x01(\x03\x12\x13\n\x0bstep_time_s\x18\x03 \x01(\x01\x12\x14\n\x0cmodel_time_s\x18\x04 \x01(\x01\x12\x12\n\nplan_bytes\x18\x05 \x01(\x03\"\xb6\x01\n\x0e\x45ngineCounters\x12\x14\n\x0cnum_requests\x18\x01 \x01(\x03\x12\x14\n\x0cnum_finished\x18\x02 \x01(\x03\x12\x15\n\rnum_cancelled\x18\x03 \x01(\x03\x12\x12\n\nnum_failed\x18\x04 \x01(\x03\x12\x17\n\x0fnum_preemptions\x18\x05 \x01(\x03\x12\x19\n\x11num_prompt_tokens\x18\x06 \x01(\x03\x12\x19\n\x11num_output_tokens\x18\x07 \x01(\x03*\x8e\x01\n\nGroupState\x12\x1b\n\x17GROUP_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14GROUP_STATE_STARTING\x10\x01\x12\x15\n\x11GROUP_STATE_READY\x10\x02\x12\x16\n\x12GROUP_STATE_FAILED\x10\x03\x12\x1a\n\x16GROUP_STATE_REBUILDING\x10\x04\x32O\n\x05\x41\x64min\x12\x46\n\tGetStatus\x12\x1b.octavo.v1.GetStatusRequest\x1a\x1c.octavo.v1.GetStatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18octavo/proto/admin.proto\x12\toctavo.v1\"@\n\x0cScaleRequest\x12\x12\n\nnum_groups\x18\x01 \x01(\r\x12\x1c\n\x14tensor_parallel_size\x18\x02 \x01(\r\"N\n\rScaleProgress\x12\x0f\n\x07message\x18\x01 \x01(\t\x12\x18\n\x10num_ready_groups\x18\x02 \x01(\r\x12\x12\n\nnum_groups\x18\x03 \x01(\r\"\x12\n\x10GetStatusRequest\"\xc5\x01\n\x11GetStatusResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x10\n\x08uptime_s\x18\x03 \x01(\x01\x12\x13\n\x0bnum_waiting\x18\x04 \x01(\x05\x12&\n\x06groups\x18\x05 \x03(\x0b\x32\x16.octavo.v1.GroupStatus\x12\x14\n\x0cnum_gateways\x18\x06 \x01(\x05\x12+\n\x08\x63ounters\x18\x07 \x01(\x0b\x32\x19.octavo.v1.EngineCounters\"\x95\x03\n\x0bGroupStatus\x12\x10\n\x08group_id\x18\x01 \x01(\x05\x12$\n\x05state\x18\x02 \x01(\x0e\x32\x15.octavo.v1.GroupState\x12\r\n\x05\x65poch\x18\x03 \x01(\x03\x12$\n\x05ranks\x18\x04 \x03(\x0b\x32\x15.octavo.v1.RankStatus\x12\x12\n\nblock_size\x18\x05 \x01(\x05\x12\x12\n\nnum_blocks\x18\x06 \x01(\x05\x12\x17\n\x0fnum_free_blocks\x18\x07 \x01(\x05\x12\x13\n\x0bnum_running\x18\x08 \x01(\x05\x12\x1a\n\x12num_inflight_steps\x18\t \x01(\x05\x12&\n\x05steps\x18\n \x01(\x0b\x32\x17.octavo.v1.StepCounters\x12\x0f\n\x07\x66\x61ilure\x18\x0b \x01(\t\x12&\n\x06\x62locks\x18\x0c \x01(\x0b\x32\x16.octavo.v1.BlockStatus\x12\x30\n\x0e\x62lock_counters\x18\r \x01(\x0b\x32\x18.octavo.v1.BlockCounters\x12\x14\n\x0cnum_restarts\x18\x0e \x01(\x05\"\xbe\x01\n\x0b\x42lockStatus\x12\x10\n\x08num_used\x18\x01 \x01(\x05\x12\x12\n\nnum_shared\x18\x02 \x01(\x05\x12\x19\n\x11num_table_entries\x18\x03 \x01(\x05\x12\x12\n\nnum_cached\x18\x04 \x01(\x05\x12\x18\n\x10num_empty_places\x18\x05 \x01(\x05\x12\x10\n\x08num_host\x18\x06 \x01(\x05\x12\x15\n\rnum_host_used\x18\x07 \x01(\x05\x12\x17\n\x0fnum_in_transfer\x18\x08 \x01(\x05\"\xaf\x02\n\rBlockCounters\x12\x1c\n\x14num_looked_up_tokens\x18\x01 \x01(\x03\x12\x1d\n\x15num_device_hit_tokens\x18\x02 \x01(\x03\x12\x1b\n\x13num_host_hit_tokens\x18\x03 \x01(\x03\x12\x19\n\x11num_copied_blocks\x18\x04 \x01(\x03\x12\x18\n\x10num_saved_blocks\x18\x05 \x01(\x03\x12\x19\n\x11num_loaded_blocks\x18\x06 \x01(\x03\x12\x1a\n\x12num_evicted_blocks\x18\x07 \x01(\x03\x12\x11\n\tnum_steps\x18\x08 \x01(\x03\x12\x10\n\x08sum_used\x18\t \x01(\x03\x12\x19\n\x11sum_table_entries\x18\n \x01(\x03\x12\x18\n\x10sum_empty_places\x18\x0b \x01(\x03\";\n\nRankStatus\x12\x0c\n\x04rank\x18\x01 \x01(\x05\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\"t\n\x0cStepCounters\x12\x11\n\tnum_steps\x18\x01 \x01(\x03\x12\x12\n\nnum_tokens\x18\x02 \x01(\x03\x12\x13\n\x0bstep_time_s\x18\x03 \x01(\x01\x12\x14\n\x0cmodel_time_s\x18\x04 \x01(\x01\x12\x12\n\nplan_bytes\x18\x05 \x01(\x03\"\xb6\x01\n\x0e\x45ngineCounters\x12\x14\n\x0cnum_requests\x18\x01 \x01(\x03\x12\x14\n\x0cnum_finished\x18\x02 \x01(\x03\x12\x15\n\rnum_cancelled\x18\x03 \x01(\x03\x12\x12\n\nnum_failed\x18\x04 \x01(\x03\x12\x17\n\x0fnum_preemptions\x18\x05 \x01(\x03\x12\x19\n\x11num_prompt_tokens\x18\x06 \x01(\x03\x12\x19\n\x11num_output_tokens\x18\x07 \x01(\x03*\xa8\x01\n\nGroupState\x12\x1b\n\x17GROUP_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14GROUP_STATE_STARTING\x10\x01\x12\x15\n\x11GROUP_STATE_READY\x10\x02\x12\x16\n\x12GROUP_STATE_FAILED\x10\x03\x12\x1a\n\x16GROUP_STATE_REBUILDING\x10\x04\x12\x18\n\x14GROUP_STATE_DRAINING\x10\x05\x32\x8d\x01\n\x05\x41\x64min\x12\x46\n\tGetStatus\x12\x1b.octavo.v1.GetStatusRequest\x1a\x1c.octavo.v1.GetStatusResponse\x12<\n\x05Scale\x12\x17.octavo.v1.ScaleRequest\x1a\x18.octavo.v1.ScaleProgress0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'octavo.proto.admin_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_GROUPSTATE']._serialized_start=1531
-  _globals['_GROUPSTATE']._serialized_end=1673
-  _globals['_GETSTATUSREQUEST']._serialized_start=39
-  _globals['_GETSTATUSREQUEST']._serialized_end=57
-  _globals['_GETSTATUSRESPONSE']._serialized_start=60
-  _globals['_GETSTATUSRESPONSE']._serialized_end=257
-  _globals['_GROUPSTATUS']._serialized_start=260
-  _globals['_GROUPSTATUS']._serialized_end=665
-  _globals['_BLOCKSTATUS']._serialized_start=668
-  _globals['_BLOCKSTATUS']._serialized_end=858
-  _globals['_BLOCKCOUNTERS']._serialized_start=861
-  _globals['_BLOCKCOUNTERS']._serialized_end=1164
-  _globals['_RANKSTATUS']._serialized_start=1166
-  _globals['_RANKSTATUS']._serialized_end=1225
-  _globals['_STEPCOUNTERS']._serialized_start=1227
-  _globals['_STEPCOUNTERS']._serialized_end=1343
-  _globals['_ENGINECOUNTERS']._serialized_start=1346
-  _globals['_ENGINECOUNTERS']._serialized_end=1528
-  _globals['_ADMIN']._serialized_start=1675
-  _globals['_ADMIN']._serialized_end=1754
+  _globals['_GROUPSTATE']._serialized_start=1677
+  _globals['_GROUPSTATE']._serialized_end=1845
+  _globals['_SCALEREQUEST']._serialized_start=39
+  _globals['_SCALEREQUEST']._serialized_end=103
+  _globals['_SCALEPROGRESS']._serialized_start=105
+  _globals['_SCALEPROGRESS']._serialized_end=183
+  _globals['_GETSTATUSREQUEST']._serialized_start=185
+  _globals['_GETSTATUSREQUEST']._serialized_end=203
+  _globals['_GETSTATUSRESPONSE']._serialized_start=206
+  _globals['_GETSTATUSRESPONSE']._serialized_end=403
+  _globals['_GROUPSTATUS']._serialized_start=406
+  _globals['_GROUPSTATUS']._serialized_end=811
+  _globals['_BLOCKSTATUS']._serialized_start=814
+  _globals['_BLOCKSTATUS']._serialized_end=1004
+  _globals['_BLOCKCOUNTERS']._serialized_start=1007
+  _globals['_BLOCKCOUNTERS']._serialized_end=1310
+  _globals['_RANKSTATUS']._serialized_start=1312
+  _globals['_RANKSTATUS']._serialized_end=1371
+  _globals['_STEPCOUNTERS']._serialized_start=1373
+  _globals['_STEPCOUNTERS']._serialized_end=1489
+  _globals['_ENGINECOUNTERS']._serialized_start=1492
+  _globals['_ENGINECOUNTERS']._serialized_end=1674
+  _globals['_ADMIN']._serialized_start=1848
+  _globals['_ADMIN']._serialized_end=1989
 # @@protoc_insertion_point(module_scope)

@@ -14,11 +14,31 @@ class GroupState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     GROUP_STATE_READY: _ClassVar[GroupState]
     GROUP_STATE_FAILED: _ClassVar[GroupState]
     GROUP_STATE_REBUILDING: _ClassVar[GroupState]
+    GROUP_STATE_DRAINING: _ClassVar[GroupState]
 GROUP_STATE_UNSPECIFIED: GroupState
 GROUP_STATE_STARTING: GroupState
 GROUP_STATE_READY: GroupState
 GROUP_STATE_FAILED: GroupState
 GROUP_STATE_REBUILDING: GroupState
+GROUP_STATE_DRAINING: GroupState
+
+class ScaleRequest(_message.Message):
+    __slots__ = ("num_groups", "tensor_parallel_size")
+    NUM_GROUPS_FIELD_NUMBER: _ClassVar[int]
+    TENSOR_PARALLEL_SIZE_FIELD_NUMBER: _ClassVar[int]
+    num_groups: int
+    tensor_parallel_size: int
+    def __init__(self, num_groups: _Optional[int] = ..., tensor_parallel_size: _Optional[int] = ...) -> None: ...
+
+class ScaleProgress(_message.Message):
+    __slots__ = ("message", "num_ready_groups", "num_groups")
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    NUM_READY_GROUPS_FIELD_NUMBER: _ClassVar[int]
+    NUM_GROUPS_FIELD_NUMBER: _ClassVar[int]
+    message: str
+    num_ready_groups: int
+    num_groups: int
+    def __init__(self, message: _Optional[str] = ..., num_ready_groups: _Optional[int] = ..., num_groups: _Optional[int] = ...) -> None: ...
 
 class GetStatusRequest(_message.Message):
     __slots__ = ()

@@ -39,6 +39,11 @@ class AdminStub:
                 request_serializer=octavo_dot_proto_dot_admin__pb2.GetStatusRequest.SerializeToString,
                 response_deserializer=octavo_dot_proto_dot_admin__pb2.GetStatusResponse.FromString,
                 _registered_method=True)
+        self.Scale = channel.unary_stream(
+                '/octavo.v1.Admin/Scale',
+                request_serializer=octavo_dot_proto_dot_admin__pb2.ScaleRequest.SerializeToString,
+                response_deserializer=octavo_dot_proto_dot_admin__pb2.ScaleProgress.FromString,
+                _registered_method=True)
 
 
 class AdminServicer:
@@ -51,6 +56,15 @@ class AdminServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Scale(self, request, context):
+        """Changes, while requests run, how many worker groups there are, or how many ranks each has. Progress until all of it is done;
+        it goes on without its caller. INVALID_ARGUMENT for a size that cannot be, FAILED_PRECONDITION for more than the cluster
+        has room for and while another change is under way. A group that does not start changes nothing: UNAVAILABLE says why.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -58,6 +72,11 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.GetStatus,
                     request_deserializer=octavo_dot_proto_dot_admin__pb2.GetStatusRequest.FromString,
                     response_serializer=octavo_dot_proto_dot_admin__pb2.GetStatusResponse.SerializeToString,
+            ),
+            'Scale': grpc.unary_stream_rpc_method_handler(
+                    servicer.Scale,
+                    request_deserializer=octavo_dot_proto_dot_admin__pb2.ScaleRequest.FromString,
+                    response_serializer=octavo_dot_proto_dot_admin__pb2.ScaleProgress.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -87,6 +106,33 @@ class Admin:
             '/octavo.v1.Admin/GetStatus',
             octavo_dot_proto_dot_admin__pb2.GetStatusRequest.SerializeToString,
             octavo_dot_proto_dot_admin__pb2.GetStatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Scale(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/octavo.v1.Admin/Scale',
+            octavo_dot_proto_dot_admin__pb2.ScaleRequest.SerializeToString,
+            octavo_dot_proto_dot_admin__pb2.ScaleProgress.FromString,
             options,
             channel_credentials,
             insecure,

@@ -26,49 +26,55 @@ from octavo.proto import admin_pb2 as octavo_dot_proto_dot_admin__pb2
 from octavo.proto import sampling_pb2 as octavo_dot_proto_dot_sampling__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19octavo/proto/engine.proto\x12\x12octavo.internal.v1\x1a\x18octavo/proto/admin.proto\x1a\x1boctavo/proto/sampling.proto\"k\n\x0eSessionRequest\x12+\n\x07submits\x18\x01 \x03(\x0b\x32\x1a.octavo.internal.v1.Submit\x12\x16\n\x0e\x63\x61ncel_handles\x18\x02 \x01(\x0c\x12\x14\n\x0cstop_handles\x18\x03 \x01(\x0c\"\xdf\x01\n\x06Submit\x12\x0e\n\x06handle\x18\x01 \x01(\r\x12\x18\n\x10prompt_token_ids\x18\x02 \x01(\x0c\x12;\n\x0fsampling_params\x18\x03 \x01(\x0b\x32\".octavo.internal.v1.SamplingParams\x12\x10\n\x08priority\x18\x04 \x01(\x05\x12\x13\n\x0bnum_samples\x18\x05 \x01(\r\x12\x12\n\ncache_salt\x18\x06 \x01(\x0c\x12\x33\n\x0b\x62\x65\x61m_search\x18\x07 \x01(\x0b\x32\x1e.octavo.internal.v1.BeamSearch\"r\n\nBeamSearch\x12\x11\n\tnum_beams\x18\x01 \x01(\r\x12\x16\n\x0elength_penalty\x18\x02 \x01(\x02\x12\x39\n\x0e\x65\x61rly_stopping\x18\x03 \x01(\x0e\x32!.octavo.internal.v1.EarlyStopping\"\xca\x02\n\x0fSessionResponse\x12\x0f\n\x07handles\x18\x01 \x01(\x0c\x12\x12\n\nnum_tokens\x18\x02 \x01(\x0c\x12\x16\n\x0e\x66inish_reasons\x18\x03 \x01(\x0c\x12\x11\n\ttoken_ids\x18\x04 \x01(\x0c\x12\x33\n\x08logprobs\x18\x05 \x03(\x0b\x32!.octavo.internal.v1.EntryLogprobs\x12;\n\x0fprompt_logprobs\x18\x06 \x03(\x0b\x32\".octavo.internal.v1.PromptLogprobs\x12-\n\x08\x66\x61ilures\x18\x07 \x03(\x0b\x32\x1b.octavo.internal.v1.Failure\x12\x16\n\x0e\x63\x61\x63hed_handles\x18\x08 \x01(\x0c\x12\x19\n\x11num_cached_tokens\x18\t \x01(\x0c\x12\x13\n\x0b\x62\x65\x61m_scores\x18\n \x01(\x0c\"O\n\rEntryLogprobs\x12\r\n\x05\x65ntry\x18\x01 \x01(\r\x12/\n\x05table\x18\x02 \x01(\x0b\x32 .octavo.internal.v1.LogprobTable\"`\n\x0ePromptLogprobs\x12\x0e\n\x06handle\x18\x01 \x01(\r\x12\r\n\x05start\x18\x02 \x01(\r\x12/\n\x05table\x18\x03 \x01(\x0b\x32 .octavo.internal.v1.LogprobTable\"^\n\x07\x46\x61ilure\x12\x0e\n\x06handle\x18\x01 \x01(\r\x12\x0c\n\x04\x63ode\x18\x02 \x01(\x05\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x15\n\rretry_after_s\x18\x04 \x01(\x01\x12\r\n\x05\x66ield\x18\x05 \x01(\t\"\xbf\x02\n\x0c\x45ngineConfig\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x15\n\rmax_model_len\x18\x04 \x01(\r\x12\x12\n\nblock_size\x18\x05 \x01(\r\x12\x14\n\x0cmax_num_seqs\x18\x06 \x01(\r\x12\x1e\n\x16max_num_batched_tokens\x18\x07 \x01(\r\x12\x17\n\x0fmax_num_waiting\x18\x08 \x01(\r\x12\x1a\n\x12num_inflight_steps\x18\t \x01(\r\x12\x15\n\ritl_target_ms\x18\n \x01(\x01\x12\x1d\n\x15\x65nable_prefix_caching\x18\x0b \x01(\x08\x12\x16\n\x0estep_timeout_s\x18\x0c \x01(\x01\x12\x17\n\x0frebuilds_groups\x18\r \x01(\x08\"+\n\x13\x41waitFailureRequest\x12\x14\n\x0cknown_epochs\x18\x01 \x03(\x04\"J\n\x14\x41waitFailureResponse\x12\x32\n\x08\x66\x61ilures\x18\x01 \x03(\x0b\x32 .octavo.internal.v1.GroupFailure\"`\n\x0cGroupFailure\x12\x10\n\x08group_id\x18\x01 \x01(\r\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\r\n\x05\x61ge_s\x18\x04 \x01(\x01\x12\x10\n\x08silent_s\x18\x05 \x01(\x01\"\'\n\x13\x41\x62\x61ndonGroupRequest\x12\x10\n\x08group_id\x18\x01 \x01(\r\"\x16\n\x14\x41\x62\x61ndonGroupResponse\"\x8a\x01\n\x0f\x41\x64\x64GroupRequest\x12\x10\n\x08group_id\x18\x01 \x01(\r\x12\x33\n\x07workers\x18\x02 \x03(\x0b\x32\".octavo.internal.v1.WorkerEndpoint\x12\x30\n\x06\x63onfig\x18\x03 \x01(\x0b\x32 .octavo.internal.v1.WorkerConfig\"1\n\x0eWorkerEndpoint\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\"\xd2\x02\n\x0cWorkerConfig\x12\x12\n\nmodel_path\x18\x01 \x01(\t\x12\x13\n\x0bload_format\x18\x02 \x01(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x12\n\nblock_size\x18\x04 \x01(\r\x12\x15\n\rmax_model_len\x18\x05 \x01(\r\x12\x14\n\x0cmax_num_seqs\x18\x06 \x01(\r\x12\x1e\n\x16max_num_batched_tokens\x18\x07 \x01(\r\x12\x1e\n\x16gpu_memory_utilization\x18\x08 \x01(\x01\x12\x1b\n\x13num_blocks_override\x18\t \x01(\r\x12\x15\n\rstore_address\x18\n \x01(\t\x12\x0c\n\x04seed\x18\x0b \x01(\x04\x12\x15\n\renforce_eager\x18\x0c \x01(\x08\x12\x18\n\x10swap_space_bytes\x18\r \x01(\x04\x12\x16\n\x0ekv_cache_dtype\x18\x0e \x01(\t\"b\n\x10\x41\x64\x64GroupProgress\x12\r\n\x05stage\x18\x01 \x01(\t\x12\x12\n\nduration_s\x18\x02 \x01(\x01\x12\x12\n\nnum_blocks\x18\x03 \x01(\r\x12\x17\n\x0fnum_host_blocks\x18\x04 \x01(\r*\x81\x01\n\rEarlyStopping\x12\x1e\n\x1a\x45\x41RLY_STOPPING_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x45\x41RLY_STOPPING_HEURISTIC\x10\x01\x12\x18\n\x14\x45\x41RLY_STOPPING_FIRST\x10\x02\x12\x18\n\x14\x45\x41RLY_STOPPING_NEVER\x10\x03\x32\xc7\x03\n\x06\x45ngine\x12V\n\x07Session\x12\".octavo.internal.v1.SessionRequest\x1a#.octavo.internal.v1.SessionResponse(\x01\x30\x01\x12W\n\x08\x41\x64\x64Group\x12#.octavo.internal.v1.AddGroupRequest\x1a$.octavo.internal.v1.AddGroupProgress0\x01\x12\x61\n\x0c\x41waitFailure\x12\'.octavo.internal.v1.AwaitFailureRequest\x1a(.octavo.internal.v1.AwaitFailureResponse\x12\x61\n\x0c\x41\x62\x61ndonGroup\x12\'.octavo.internal.v1.AbandonGroupRequest\x1a(.octavo.internal.v1.AbandonGroupResponse\x12\x46\n\tGetStatus\x12\x1b.octavo.v1.GetStatusRequest\x1a\x1c.octavo.v1.GetStatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19octavo/proto/engine.proto\x12\x12octavo.internal.v1\x1a\x18octavo/proto/admin.proto\x1a\x1boctavo/proto/sampling.proto\"k\n\x0eSessionRequest\x12+\n\x07submits\x18\x01 \x03(\x0b\x32\x1a.octavo.internal.v1.Submit\x12\x16\n\x0e\x63\x61ncel_handles\x18\x02 \x01(\x0c\x12\x14\n\x0cstop_handles\x18\x03 \x01(\x0c\"\x93\x02\n\x06Submit\x12\x0e\n\x06handle\x18\x01 \x01(\r\x12\x18\n\x10prompt_token_ids\x18\x02 \x01(\x0c\x12;\n\x0fsampling_params\x18\x03 \x01(\x0b\x32\".octavo.internal.v1.SamplingParams\x12\x10\n\x08priority\x18\x04 \x01(\x05\x12\x13\n\x0bnum_samples\x18\x05 \x01(\r\x12\x12\n\ncache_salt\x18\x06 \x01(\x0c\x12\x33\n\x0b\x62\x65\x61m_search\x18\x07 \x01(\x0b\x32\x1e.octavo.internal.v1.BeamSearch\x12\x32\n\x07resumed\x18\x08 \x03(\x0b\x32!.octavo.internal.v1.ResumedOutput\"N\n\rResumedOutput\x12\r\n\x05index\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x01(\x0c\x12\x1b\n\x13num_prompt_logprobs\x18\x03 \x01(\r\"r\n\nBeamSearch\x12\x11\n\tnum_beams\x18\x01 \x01(\r\x12\x16\n\x0elength_penalty\x18\x02 \x01(\x02\x12\x39\n\x0e\x65\x61rly_stopping\x18\x03 \x01(\x0e\x32!.octavo.internal.v1.EarlyStopping\"\xca\x02\n\x0fSessionResponse\x12\x0f\n\x07handles\x18\x01 \x01(\x0c\x12\x12\n\nnum_tokens\x18\x02 \x01(\x0c\x12\x16\n\x0e\x66inish_reasons\x18\x03 \x01(\x0c\x12\x11\n\ttoken_ids\x18\x04 \x01(\x0c\x12\x33\n\x08logprobs\x18\x05 \x03(\x0b\x32!.octavo.internal.v1.EntryLogprobs\x12;\n\x0fprompt_logprobs\x18\x06 \x03(\x0b\x32\".octavo.internal.v1.PromptLogprobs\x12-\n\x08\x66\x61ilures\x18\x07 \x03(\x0b\x32\x1b.octavo.internal.v1.Failure\x12\x16\n\x0e\x63\x61\x63hed_handles\x18\x08 \x01(\x0c\x12\x19\n\x11num_cached_tokens\x18\t \x01(\x0c\x12\x13\n\x0b\x62\x65\x61m_scores\x18\n \x01(\x0c\"O\n\rEntryLogprobs\x12\r\n\x05\x65ntry\x18\x01 \x01(\r\x12/\n\x05table\x18\x02 \x01(\x0b\x32 .octavo.internal.v1.LogprobTable\"`\n\x0ePromptLogprobs\x12\x0e\n\x06handle\x18\x01 \x01(\r\x12\r\n\x05start\x18\x02 \x01(\r\x12/\n\x05table\x18\x03 \x01(\x0b\x32 .octavo.internal.v1.LogprobTable\"^\n\x07\x46\x61ilure\x12\x0e\n\x06handle\x18\x01 \x01(\r\x12\x0c\n\x04\x63ode\x18\x02 \x01(\x05\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x15\n\rretry_after_s\x18\x04 \x01(\x01\x12\r\n\x05\x66ield\x18\x05 \x01(\t\"\xd4\x02\n\x0c\x45ngineConfig\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x15\n\rmax_model_len\x18\x04 \x01(\r\x12\x12\n\nblock_size\x18\x05 \x01(\r\x12\x14\n\x0cmax_num_seqs\x18\x06 \x01(\r\x12\x1e\n\x16max_num_batched_tokens\x18\x07 \x01(\r\x12\x17\n\x0fmax_num_waiting\x18\x08 \x01(\r\x12\x1a\n\x12num_inflight_steps\x18\t \x01(\r\x12\x15\n\ritl_target_ms\x18\n \x01(\x01\x12\x1d\n\x15\x65nable_prefix_caching\x18\x0b \x01(\x08\x12\x16\n\x0estep_timeout_s\x18\x0c \x01(\x01\x12\x17\n\x0frebuilds_groups\x18\r \x01(\x08\x12\x13\n\x0bincarnation\x18\x0e \x01(\r\"+\n\x13\x41waitFailureRequest\x12\x14\n\x0cknown_epochs\x18\x01 \x03(\x04\"J\n\x14\x41waitFailureResponse\x12\x32\n\x08\x66\x61ilures\x18\x01 \x03(\x0b\x32 .octavo.internal.v1.GroupFailure\"`\n\x0cGroupFailure\x12\x10\n\x08group_id\x18\x01 \x01(\r\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\r\n\x05\x61ge_s\x18\x04 \x01(\x01\x12\x10\n\x08silent_s\x18\x05 \x01(\x01\"\'\n\x13\x41\x62\x61ndonGroupRequest\x12\x10\n\x08group_id\x18\x01 \x01(\r\"\x16\n\x14\x41\x62\x61ndonGroupResponse\"&\n\x12RemoveGroupRequest\x12\x10\n\x08group_id\x18\x01 \x01(\r\"*\n\x13RemoveGroupProgress\x12\x13\n\x0bnum_running\x18\x01 \x01(\r\"\x9e\x01\n\x0f\x41\x64\x64GroupRequest\x12\x10\n\x08group_id\x18\x01 \x01(\r\x12\x33\n\x07workers\x18\x02 \x03(\x0b\x32\".octavo.internal.v1.WorkerEndpoint\x12\x30\n\x06\x63onfig\x18\x03 \x01(\x0b\x32 .octavo.internal.v1.WorkerConfig\x12\x12\n\nhas_served\x18\x04 \x01(\x08\"H\n\x0eWorkerEndpoint\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\x15\n\rweight_source\x18\x03 \x01(\t\"\xd2\x02\n\x0cWorkerConfig\x12\x12\n\nmodel_path\x18\x01 \x01(\t\x12\x13\n\x0bload_format\x18\x02 \x01(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x12\n\nblock_size\x18\x04 \x01(\r\x12\x15\n\rmax_model_len\x18\x05 \x01(\r\x12\x14\n\x0cmax_num_seqs\x18\x06 \x01(\r\x12\x1e\n\x16max_num_batched_tokens\x18\x07 \x01(\r\x12\x1e\n\x16gpu_memory_utilization\x18\x08 \x01(\x01\x12\x1b\n\x13num_blocks_override\x18\t \x01(\r\x12\x15\n\rstore_address\x18\n \x01(\t\x12\x0c\n\x04seed\x18\x0b \x01(\x04\x12\x15\n\renforce_eager\x18\x0c \x01(\x08\x12\x18\n\x10swap_space_bytes\x18\r \x01(\x04\x12\x16\n\x0ekv_cache_dtype\x18\x0e \x01(\t\"b\n\x10\x41\x64\x64GroupProgress\x12\r\n\x05stage\x18\x01 \x01(\t\x12\x12\n\nduration_s\x18\x02 \x01(\x01\x12\x12\n\nnum_blocks\x18\x03 \x01(\r\x12\x17\n\x0fnum_host_blocks\x18\x04 \x01(\r*\x81\x01\n\rEarlyStopping\x12\x1e\n\x1a\x45\x41RLY_STOPPING_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x45\x41RLY_STOPPING_HEURISTIC\x10\x01\x12\x18\n\x14\x45\x41RLY_STOPPING_FIRST\x10\x02\x12\x18\n\x14\x45\x41RLY_STOPPING_NEVER\x10\x03\x32\xa9\x04\n\x06\x45ngine\x12V\n\x07Session\x12\".octavo.internal.v1.SessionRequest\x1a#.octavo.internal.v1.SessionResponse(\x01\x30\x01\x12W\n\x08\x41\x64\x64Group\x12#.octavo.internal.v1.AddGroupRequest\x1a$.octavo.internal.v1.AddGroupProgress0\x01\x12\x61\n\x0c\x41waitFailure\x12\'.octavo.internal.v1.AwaitFailureRequest\x1a(.octavo.internal.v1.AwaitFailureResponse\x12\x61\n\x0c\x41\x62\x61ndonGroup\x12\'.octavo.internal.v1.AbandonGroupRequest\x1a(.octavo.internal.v1.AbandonGroupResponse\x12`\n\x0bRemoveGroup\x12&.octavo.internal.v1.RemoveGroupRequest\x1a\'.octavo.internal.v1.RemoveGroupProgress0\x01\x12\x46\n\tGetStatus\x12\x1b.octavo.v1.GetStatusRequest\x1a\x1c.octavo.v1.GetStatusResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'octavo.proto.engine_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_EARLYSTOPPING']._serialized_start=2403
-  _globals['_EARLYSTOPPING']._serialized_end=2532
+  _globals['_EARLYSTOPPING']._serialized_start=2683
+  _globals['_EARLYSTOPPING']._serialized_end=2812
   _globals['_SESSIONREQUEST']._serialized_start=104
   _globals['_SESSIONREQUEST']._serialized_end=211
   _globals['_SUBMIT']._serialized_start=214
-  _globals['_SUBMIT']._serialized_end=437
-  _globals['_BEAMSEARCH']._serialized_start=439
-  _globals['_BEAMSEARCH']._serialized_end=553
-  _globals['_SESSIONRESPONSE']._serialized_start=556
-  _globals['_SESSIONRESPONSE']._serialized_end=886
-  _globals['_ENTRYLOGPROBS']._serialized_start=888
-  _globals['_ENTRYLOGPROBS']._serialized_end=967
-  _globals['_PROMPTLOGPROBS']._serialized_start=969
-  _globals['_PROMPTLOGPROBS']._serialized_end=1065
-  _globals['_FAILURE']._serialized_start=1067
-  _globals['_FAILURE']._serialized_end=1161
-  _globals['_ENGINECONFIG']._serialized_start=1164
-  _globals['_ENGINECONFIG']._serialized_end=1483
-  _globals['_AWAITFAILUREREQUEST']._serialized_start=1485
-  _globals['_AWAITFAILUREREQUEST']._serialized_end=1528
-  _globals['_AWAITFAILURERESPONSE']._serialized_start=1530
-  _globals['_AWAITFAILURERESPONSE']._serialized_end=1604
-  _globals['_GROUPFAILURE']._serialized_start=1606
-  _globals['_GROUPFAILURE']._serialized_end=1702
-  _globals['_ABANDONGROUPREQUEST']._serialized_start=1704
-  _globals['_ABANDONGROUPREQUEST']._serialized_end=1743
-  _globals['_ABANDONGROUPRESPONSE']._serialized_start=1745
-  _globals['_ABANDONGROUPRESPONSE']._serialized_end=1767
-  _globals['_ADDGROUPREQUEST']._serialized_start=1770
-  _globals['_ADDGROUPREQUEST']._serialized_end=1908
-  _globals['_WORKERENDPOINT']._serialized_start=1910
-  _globals['_WORKERENDPOINT']._serialized_end=1959
-  _globals['_WORKERCONFIG']._serialized_start=1962
-  _globals['_WORKERCONFIG']._serialized_end=2300
-  _globals['_ADDGROUPPROGRESS']._serialized_start=2302
-  _globals['_ADDGROUPPROGRESS']._serialized_end=2400
-  _globals['_ENGINE']._serialized_start=2535
-  _globals['_ENGINE']._serialized_end=2990
+  _globals['_SUBMIT']._serialized_end=489
+  _globals['_RESUMEDOUTPUT']._serialized_start=491
+  _globals['_RESUMEDOUTPUT']._serialized_end=569
+  _globals['_BEAMSEARCH']._serialized_start=571
+  _globals['_BEAMSEARCH']._serialized_end=685
+  _globals['_SESSIONRESPONSE']._serialized_start=688
+  _globals['_SESSIONRESPONSE']._serialized_end=1018
+  _globals['_ENTRYLOGPROBS']._serialized_start=1020
+  _globals['_ENTRYLOGPROBS']._serialized_end=1099
+  _globals['_PROMPTLOGPROBS']._serialized_start=1101
+  _globals['_PROMPTLOGPROBS']._serialized_end=1197
+  _globals['_FAILURE']._serialized_start=1199
+  _globals['_FAILURE']._serialized_end=1293
+  _globals['_ENGINECONFIG']._serialized_start=1296
+  _globals['_ENGINECONFIG']._serialized_end=1636
+  _globals['_AWAITFAILUREREQUEST']._serialized_start=1638
+  _globals['_AWAITFAILUREREQUEST']._serialized_end=1681
+  _globals['_AWAITFAILURERESPONSE']._serialized_start=1683
+  _globals['_AWAITFAILURERESPONSE']._serialized_end=1757
+  _globals['_GROUPFAILURE']._serialized_start=1759
+  _globals['_GROUPFAILURE']._serialized_end=1855
+  _globals['_ABANDONGROUPREQUEST']._serialized_start=1857
+  _globals['_ABANDONGROUPREQUEST']._serialized_end=1896
+  _globals['_ABANDONGROUPRESPONSE']._serialized_start=1898
+  _globals['_ABANDONGROUPRESPONSE']._serialized_end=1920
+  _globals['_REMOVEGROUPREQUEST']._serialized_start=1922
+  _globals['_REMOVEGROUPREQUEST']._serialized_end=1960
+  _globals['_REMOVEGROUPPROGRESS']._serialized_start=1962
+  _globals['_REMOVEGROUPPROGRESS']._serialized_end=2004
+  _globals['_ADDGROUPREQUEST']._serialized_start=2007
+  _globals['_ADDGROUPREQUEST']._serialized_end=2165
+  _globals['_WORKERENDPOINT']._serialized_start=2167
+  _globals['_WORKERENDPOINT']._serialized_end=2239
+  _globals['_WORKERCONFIG']._serialized_start=2242
+  _globals['_WORKERCONFIG']._serialized_end=2580
+  _globals['_ADDGROUPPROGRESS']._serialized_start=2582
+  _globals['_ADDGROUPPROGRESS']._serialized_end=2680
+  _globals['_ENGINE']._serialized_start=2815
+  _globals['_ENGINE']._serialized_end=3368
 # @@protoc_insertion_point(module_scope)

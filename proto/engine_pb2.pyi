@@ -31,7 +31,7 @@ class SessionRequest(_message.Message):
     def __init__(self, submits: _Optional[_Iterable[_Union[Submit, _Mapping]]] = ..., cancel_handles: _Optional[bytes] = ..., stop_handles: _Optional[bytes] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("handle", "prompt_token_ids", "sampling_params", "priority", "num_samples", "cache_salt", "beam_search")
+    __slots__ = ("handle", "prompt_token_ids", "sampling_params", "priority", "num_samples", "cache_salt", "beam_search", "resumed")
     HANDLE_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_PARAMS_FIELD_NUMBER: _ClassVar[int]
@@ -39,6 +39,7 @@ class Submit(_message.Message):
     NUM_SAMPLES_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     BEAM_SEARCH_FIELD_NUMBER: _ClassVar[int]
+    RESUMED_FIELD_NUMBER: _ClassVar[int]
     handle: int
     prompt_token_ids: bytes
     sampling_params: _sampling_pb2.SamplingParams
@@ -46,7 +47,18 @@ class Submit(_message.Message):
     num_samples: int
     cache_salt: bytes
     beam_search: BeamSearch
-    def __init__(self, handle: _Optional[int] = ..., prompt_token_ids: _Optional[bytes] = ..., sampling_params: _Optional[_Union[_sampling_pb2.SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., num_samples: _Optional[int] = ..., cache_salt: _Optional[bytes] = ..., beam_search: _Optional[_Union[BeamSearch, _Mapping]] = ...) -> None: ...
+    resumed: _containers.RepeatedCompositeFieldContainer[ResumedOutput]
+    def __init__(self, handle: _Optional[int] = ..., prompt_token_ids: _Optional[bytes] = ..., sampling_params: _Optional[_Union[_sampling_pb2.SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., num_samples: _Optional[int] = ..., cache_salt: _Optional[bytes] = ..., beam_search: _Optional[_Union[BeamSearch, _Mapping]] = ..., resumed: _Optional[_Iterable[_Union[ResumedOutput, _Mapping]]] = ...) -> None: ...
+
+class ResumedOutput(_message.Message):
+    __slots__ = ("index", "token_ids", "num_prompt_logprobs")
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    NUM_PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    index: int
+    token_ids: bytes
+    num_prompt_logprobs: int
+    def __init__(self, index: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., num_prompt_logprobs: _Optional[int] = ...) -> None: ...
 
 class BeamSearch(_message.Message):
     __slots__ = ("num_beams", "length_penalty", "early_stopping")
@@ -115,7 +127,7 @@ class Failure(_message.Message):
     def __init__(self, handle: _Optional[int] = ..., code: _Optional[int] = ..., message: _Optional[str] = ..., retry_after_s: _Optional[float] = ..., field: _Optional[str] = ...) -> None: ...
 
 class EngineConfig(_message.Message):
-    __slots__ = ("address", "model", "vocab_size", "max_model_len", "block_size", "max_num_seqs", "max_num_batched_tokens", "max_num_waiting", "num_inflight_steps", "itl_target_ms", "enable_prefix_caching", "step_timeout_s", "rebuilds_groups")
+    __slots__ = ("address", "model", "vocab_size", "max_model_len", "block_size", "max_num_seqs", "max_num_batched_tokens", "max_num_waiting", "num_inflight_steps", "itl_target_ms", "enable_prefix_caching", "step_timeout_s", "rebuilds_groups", "incarnation")
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -129,6 +141,7 @@ class EngineConfig(_message.Message):
     ENABLE_PREFIX_CACHING_FIELD_NUMBER: _ClassVar[int]
     STEP_TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
     REBUILDS_GROUPS_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
     address: str
     model: str
     vocab_size: int
@@ -142,7 +155,8 @@ class EngineConfig(_message.Message):
     enable_prefix_caching: bool
     step_timeout_s: float
     rebuilds_groups: bool
-    def __init__(self, address: _Optional[str] = ..., model: _Optional[str] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., block_size: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., max_num_batched_tokens: _Optional[int] = ..., max_num_waiting: _Optional[int] = ..., num_inflight_steps: _Optional[int] = ..., itl_target_ms: _Optional[float] = ..., enable_prefix_caching: _Optional[bool] = ..., step_timeout_s: _Optional[float] = ..., rebuilds_groups: _Optional[bool] = ...) -> None: ...
+    incarnation: int
+    def __init__(self, address: _Optional[str] = ..., model: _Optional[str] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., block_size: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., max_num_batched_tokens: _Optional[int] = ..., max_num_waiting: _Optional[int] = ..., num_inflight_steps: _Optional[int] = ..., itl_target_ms: _Optional[float] = ..., enable_prefix_caching: _Optional[bool] = ..., step_timeout_s: _Optional[float] = ..., rebuilds_groups: _Optional[bool] = ..., incarnation: _Optional[int] = ...) -> None: ...
 
 class AwaitFailureRequest(_message.Message):
     __slots__ = ("known_epochs",)
@@ -180,23 +194,39 @@ class AbandonGroupResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class RemoveGroupRequest(_message.Message):
+    __slots__ = ("group_id",)
+    GROUP_ID_FIELD_NUMBER: _ClassVar[int]
+    group_id: int
+    def __init__(self, group_id: _Optional[int] = ...) -> None: ...
+
+class RemoveGroupProgress(_message.Message):
+    __slots__ = ("num_running",)
+    NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
+    num_running: int
+    def __init__(self, num_running: _Optional[int] = ...) -> None: ...
+
 class AddGroupRequest(_message.Message):
-    __slots__ = ("group_id", "workers", "config")
+    __slots__ = ("group_id", "workers", "config", "has_served")
     GROUP_ID_FIELD_NUMBER: _ClassVar[int]
     WORKERS_FIELD_NUMBER: _ClassVar[int]
     CONFIG_FIELD_NUMBER: _ClassVar[int]
+    HAS_SERVED_FIELD_NUMBER: _ClassVar[int]
     group_id: int
     workers: _containers.RepeatedCompositeFieldContainer[WorkerEndpoint]
     config: WorkerConfig
-    def __init__(self, group_id: _Optional[int] = ..., workers: _Optional[_Iterable[_Union[WorkerEndpoint, _Mapping]]] = ..., config: _Optional[_Union[WorkerConfig, _Mapping]] = ...) -> None: ...
+    has_served: bool
+    def __init__(self, group_id: _Optional[int] = ..., workers: _Optional[_Iterable[_Union[WorkerEndpoint, _Mapping]]] = ..., config: _Optional[_Union[WorkerConfig, _Mapping]] = ..., has_served: _Optional[bool] = ...) -> None: ...
 
 class WorkerEndpoint(_message.Message):
-    __slots__ = ("address", "device")
+    __slots__ = ("address", "device", "weight_source")
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_SOURCE_FIELD_NUMBER: _ClassVar[int]
     address: str
     device: str
-    def __init__(self, address: _Optional[str] = ..., device: _Optional[str] = ...) -> None: ...
+    weight_source: str
+    def __init__(self, address: _Optional[str] = ..., device: _Optional[str] = ..., weight_source: _Optional[str] = ...) -> None: ...
 
 class WorkerConfig(_message.Message):
     __slots__ = ("model_path", "load_format", "dtype", "block_size", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "gpu_memory_utilization", "num_blocks_override", "store_address", "seed", "enforce_eager", "swap_space_bytes", "kv_cache_dtype")

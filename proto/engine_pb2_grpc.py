@@ -55,6 +55,11 @@ class EngineStub:
                 request_serializer=octavo_dot_proto_dot_engine__pb2.AbandonGroupRequest.SerializeToString,
                 response_deserializer=octavo_dot_proto_dot_engine__pb2.AbandonGroupResponse.FromString,
                 _registered_method=True)
+        self.RemoveGroup = channel.unary_stream(
+                '/octavo.internal.v1.Engine/RemoveGroup',
+                request_serializer=octavo_dot_proto_dot_engine__pb2.RemoveGroupRequest.SerializeToString,
+                response_deserializer=octavo_dot_proto_dot_engine__pb2.RemoveGroupProgress.FromString,
+                _registered_method=True)
         self.GetStatus = channel.unary_unary(
                 '/octavo.internal.v1.Engine/GetStatus',
                 request_serializer=octavo_dot_proto_dot_admin__pb2.GetStatusRequest.SerializeToString,
@@ -94,6 +99,14 @@ class EngineServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RemoveGroup(self, request, context):
+        """A group that serves is to leave: it takes no more work, what it runs moves to other groups where they have room, or ends.
+        Progress until nothing of it is left. FAILED_PRECONDITION for a group that does not serve, and for the last one that does.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetStatus(self, request, context):
         """What octavo.v1.Admin.GetStatus hands on.
         """
@@ -123,6 +136,11 @@ def add_EngineServicer_to_server(servicer, server):
                     servicer.AbandonGroup,
                     request_deserializer=octavo_dot_proto_dot_engine__pb2.AbandonGroupRequest.FromString,
                     response_serializer=octavo_dot_proto_dot_engine__pb2.AbandonGroupResponse.SerializeToString,
+            ),
+            'RemoveGroup': grpc.unary_stream_rpc_method_handler(
+                    servicer.RemoveGroup,
+                    request_deserializer=octavo_dot_proto_dot_engine__pb2.RemoveGroupRequest.FromString,
+                    response_serializer=octavo_dot_proto_dot_engine__pb2.RemoveGroupProgress.SerializeToString,
             ),
             'GetStatus': grpc.unary_unary_rpc_method_handler(
                     servicer.GetStatus,
@@ -238,6 +256,33 @@ class Engine:
             '/octavo.internal.v1.Engine/AbandonGroup',
             octavo_dot_proto_dot_engine__pb2.AbandonGroupRequest.SerializeToString,
             octavo_dot_proto_dot_engine__pb2.AbandonGroupResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RemoveGroup(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/octavo.internal.v1.Engine/RemoveGroup',
+            octavo_dot_proto_dot_engine__pb2.RemoveGroupRequest.SerializeToString,
+            octavo_dot_proto_dot_engine__pb2.RemoveGroupProgress.FromString,
             options,
             channel_credentials,
             insecure,
