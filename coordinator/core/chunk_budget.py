@@ -9,9 +9,7 @@ from .step_time import StepCosts
 
 _LEAST_TOKENS = 128  # prompts always progress, and on a GPU so few plain tokens cost a step hardly more than none
 _TILE = 64  # tokens: what kernels and graphs round a step up to
-_LEAST_CHUNK = 16  # tokens: as many as attention rounds fewer up to
-# Of what a chunk's context costs by itself, what its tokens cost at least: with fewer of them, streams ran no smoother.
-_WORTH_ENTERING = 1.0
+_LEAST_CHUNK = 16  # tokens that read a long context once for all of them: what attention rounds a chunk up to
 _MAX_DELAY_MS = 50.0
 # Times its fixed cost that a step computes prompt tokens for before it is cut. Without this a target of 10 ms had
 # prompts wait long for streams that ran no smoother. A simulation like that of tests/coordinator/test_pacing.py, which
@@ -52,7 +50,8 @@ class ChunkBudget:
             entry = self._costs.entry(context)
             price = entry + self._costs.price(num_tokens, context)
             if price > self._price:
-                rest = max(self._price - entry, _WORTH_ENTERING * entry)
+                # Where the context alone is over the price, streams are late whatever the chunk: it may cost as much.
+                rest = abs(self._price - entry)
                 num_tokens = min(num_tokens, self._rounded(self._costs.affordable(rest, context)))
                 price = self._price  # all of it: what rounding left would make a tile of its own
             self._price -= price
@@ -65,7 +64,7 @@ class ChunkBudget:
         in_tiles = round((self._num_rows + num_tokens) / _TILE) * _TILE - self._num_rows
         if abs(in_tiles - num_tokens) <= num_tokens / 8:
             return in_tiles
-        return max(_LEAST_CHUNK, int(num_tokens))
+        return max(_LEAST_CHUNK, int(num_tokens) // _LEAST_CHUNK * _LEAST_CHUNK)
 
 
 def counted_tokens(price: float) -> int:
