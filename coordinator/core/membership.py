@@ -15,8 +15,8 @@ from enum import Enum
 
 from ...errors import FailedPreconditionError
 
-# More than one coordinator gives out, so that all of the next one's are higher, as ranks demand. The millions of an epoch
-# thus tell the incarnation.
+# More than one coordinator gives out, so that all of the next one's are higher, as ranks demand. The millions of an
+# epoch thus tell the incarnation.
 _EPOCHS_OF_A_COORDINATOR = 1_000_000
 
 

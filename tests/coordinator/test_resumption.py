@@ -219,7 +219,8 @@ def test_sessions_stand_while_groups_that_served_are_rebuilt(cluster, submit, ru
             session = await it.session()
             await session.submit(submit(0, max_tokens=20, resumed=resumed((0, [4, 5]))))
             [failure] = await it.await_failures()
-            assert (failure.epoch, failure.reason) == (1_000_001, "rank 0: tensor w is missing")
+            assert failure.epoch == 1_000_001
+            assert failure.reason.endswith("tensor w is missing")
             await it.add_group(has_served=True)
             await session.read_until_done(1)
             assert session.tokens[0] == list(range(6, 24))

@@ -42,7 +42,7 @@ class Server:
         self.parent = parent
         self.grpc_port = free_port()
         options = ["--tensor-parallel-size", "2", "--device", "cpu", "--port", "0", "--grpc-port", str(self.grpc_port)]
-        options += ["--max-group-restarts", "0", *more_options]
+        options += ["--max-restarts", "0", *more_options]
         self.process = subprocess.Popen(
             [sys.executable, "-m", "octavo", "serve", *options],
             stdout=subprocess.PIPE,
