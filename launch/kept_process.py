@@ -10,7 +10,7 @@ from .child_process import ChildProcess
 from .restart_policy import WINDOW_S, RestartPolicy
 
 # A coordinator answers between two steps, so two answers in a row that take so long are no load: it hangs. If it does
-# not, its end will cost the streams some seconds and no token. Two, for one may be late because this process stood still.
+# not, its end costs the streams some seconds and no token. Two, since one may be late because this process stood still.
 _ANSWER_S = 4.0
 _NUM_MISSED = 2
 _ASK_S = 1.0
