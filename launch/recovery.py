@@ -222,8 +222,8 @@ class _GroupRecovery:
     def _note_service(self, cause: _Cause, replaced: Sequence[int], coordinator: int) -> None:
         self._has_failed_to_rebuild = False
         self._serves_under = coordinator
-        self._policy.serves(time.monotonic())
-        if cause.is_failure or replaced:  # of the rest the line about the coordinator speaks
+        if cause.is_failure or replaced:  # otherwise it lives on, and the line about the coordinator says so
+            self._policy.serves(time.monotonic())
             self._say(self._describe(cause, replaced, time.monotonic() - cause.at))
 
     def _replace_lost(self) -> Sequence[int]:

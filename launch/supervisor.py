@@ -13,16 +13,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import grpc
 from google.protobuf import json_format
 from google.protobuf.message import Message
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from ..errors import UnavailableError
 from ..proto import admin_pb2, engine_pb2
 from .child_process import ChildProcess
 from .config import ServeConfig
 from .engine_control import EngineControl, GroupBlocks
+from .gateway_health import gateway_serves
 from .keeper import Keeper
 from .kept_process import KeptProcess
 from .process_configs import add_group_request, engine_config, gateway_config
@@ -40,7 +39,6 @@ _GATEWAY_START_TIMEOUT_S = 60.0
 _GATEWAY_STOP_TIMEOUT_S = 5.0  # beyond what running requests have
 _LAST_WORDS_S = 3.0  # of a gateway that is to be quick
 _COORDINATOR_STOP_TIMEOUT_S = 5.0
-_HEALTH_TIMEOUT_S = 1.0
 _POLL_S = 0.05
 _WATCH_S = 0.5
 
@@ -177,13 +175,11 @@ class Supervisor:
     def _await_gateways(self) -> None:
         deadline = time.monotonic() + _GATEWAY_START_TIMEOUT_S
         for address in self.local_addresses:
-            with grpc.insecure_channel(address) as channel:
-                health = health_pb2_grpc.HealthStub(channel)
-                while not _is_serving(health, wait_for_ready=True):
-                    self._require_children()
-                    if time.monotonic() > deadline:
-                        raise UnavailableError(f"the gateways were not ready within {_GATEWAY_START_TIMEOUT_S:.0f} s")
-                    time.sleep(_POLL_S)
+            while not gateway_serves(address, wait_for_ready=True):
+                self._require_children()
+                if time.monotonic() > deadline:
+                    raise UnavailableError(f"the gateways were not ready within {_GATEWAY_START_TIMEOUT_S:.0f} s")
+                time.sleep(_POLL_S)
 
     # Run
 
@@ -215,7 +211,7 @@ class Supervisor:
 
     def _keep_gateway(self, model: ServedModel, index: int) -> KeptProcess:
         start = partial(self._start_gateway, model, index)
-        serves = partial(_serves, self.local_addresses[index])
+        serves = partial(gateway_serves, self.local_addresses[index])
         return KeptProcess(self._gateways[index], start, serves, self._new_policy(), self._display.show)
 
     def _new_policy(self) -> RestartPolicy:
@@ -343,20 +339,6 @@ class Supervisor:
         if not self._is_ready and len(child.log) > 1:
             for line in child.log:
                 self._display.log(child.name, line)
-
-
-def _serves(address: str) -> bool:
-    with grpc.insecure_channel(address) as channel:
-        return _is_serving(health_pb2_grpc.HealthStub(channel), wait_for_ready=False)
-
-
-def _is_serving(health: health_pb2_grpc.HealthStub, wait_for_ready: bool) -> bool:
-    request = health_pb2.HealthCheckRequest()
-    try:
-        answer = health.Check(request, timeout=_HEALTH_TIMEOUT_S, wait_for_ready=wait_for_ready)
-    except grpc.RpcError:  # not up yet; the caller watches the process and the clock
-        return False
-    return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
 
 def _describe(model: ServedModel) -> str:
