@@ -29,6 +29,7 @@ class GatewaySettings:
     local_address: str
     skip_tokenizer_init: bool
     shutdown_timeout_s: float
+    max_outage_s: float
 
 
 def load_config(path: Path) -> GatewaySettings:
@@ -63,6 +64,7 @@ def check_config(config: gateway_pb2.GatewayConfig) -> GatewaySettings:
     eos_in_range = all(0 <= token_id < config.vocab_size for token_id in config.eos_token_ids)
     _require(eos_in_range, "eos_token_ids", f"must be in [0, {config.vocab_size})")
     _require(0 <= config.shutdown_timeout_s < math.inf, "shutdown_timeout_s", "must be finite, and at least 0")
+    _require(0 <= config.max_outage_s < math.inf, "max_outage_s", "must be finite, and at least 0")
     return GatewaySettings(
         engine_address=config.engine_address,
         host=config.host,
@@ -77,6 +79,7 @@ def check_config(config: gateway_pb2.GatewayConfig) -> GatewaySettings:
         local_address=config.local_address,
         skip_tokenizer_init=config.skip_tokenizer_init,
         shutdown_timeout_s=config.shutdown_timeout_s,
+        max_outage_s=config.max_outage_s,
     )
 
 

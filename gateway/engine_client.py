@@ -1,13 +1,13 @@
 """The gateway's one connection to the coordinator: a multiplexed Engine.Session, with reconnection.
 
-Submits, cancels and stops that come up in one turn of the event loop leave in one message. A session that breaks ends
-every open request with UNAVAILABLE: the coordinator cancels what a session leaves behind, so none could go on.
+Submits, cancels and stops that come up in one turn of the event loop leave in one message. When a session breaks, its
+open requests are kept: the next session is sent each again, with the tokens that came, and goes on behind them. So the
+journal of what was accepted is here, where its readers are; a coordinator that dies takes nothing with it.
 """
 
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -15,48 +15,44 @@ import numpy as np
 
 from ..errors import OctavoError, UnavailableError
 from ..internal_channel import CHANNEL_OPTIONS
-from ..proto import admin_pb2, engine_pb2, engine_pb2_grpc, sampling_pb2
+from ..proto import admin_pb2, engine_pb2, engine_pb2_grpc
 from .engine_outbox import EngineOutbox
 from .engine_stream import EngineRequest, EngineStream
 from .errors import from_engine_failure, raise_from_rpc
 from .logprobs import PositionLogprobs, unpack_table
 from .released_beams import ReleasedBeams
 from .slow_readers import MAX_UNREAD, SlowReaderError
+from .submission import Submission
 
 logger = logging.getLogger(__name__)
 
-_MIN_BACKOFF_S = 0.1
-_MAX_BACKOFF_S = 2.0
+_RETRY_S = 0.1  # always: streams stand still meanwhile, and an attempt on a Unix socket costs next to nothing
+# Sessions, one after another, that break before they bring anything: then it may be the requests that break them.
+_MAX_NUM_FRUITLESS = 10
 _STATUS_TIMEOUT_S = 5.0
 _MAX_HANDLE = 2**32 - 1
 _CHANNEL_OPTIONS = [
     *CHANNEL_OPTIONS,
-    ("grpc.initial_reconnect_backoff_ms", round(_MIN_BACKOFF_S * 1000)),
-    ("grpc.max_reconnect_backoff_ms", round(_MAX_BACKOFF_S * 1000)),
+    ("grpc.initial_reconnect_backoff_ms", round(_RETRY_S * 1000)),
+    ("grpc.max_reconnect_backoff_ms", round(_RETRY_S * 1000)),
 ]
-
-
-@dataclass(frozen=True, slots=True)
-class Submission:
-    """A request as the engine takes it; fields as those of engine_pb2.Submit."""
-
-    prompt_token_ids: bytes  # packed int32
-    sampling_params: sampling_pb2.SamplingParams
-    priority: int = 0
-    num_samples: int = 1
-    cache_salt: bytes = b""
-    beam_search: engine_pb2.BeamSearch | None = None
 
 
 class EngineClient:
     """Owner of the session and of the handles of its requests. Belongs to one event loop."""
 
-    def __init__(self, address: str, on_ready: Callable[[bool], None] = lambda ready: None) -> None:
-        """`on_ready` is called when the session stands and when it breaks."""
+    def __init__(
+        self, address: str, on_ready: Callable[[bool], None] = lambda ready: None, max_outage_s: float = 0.0
+    ) -> None:
+        """`on_ready` is called when the session stands and when it breaks. `max_outage_s`: how long requests wait for
+        the next one before they end with UNAVAILABLE."""
         self._channel = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
         self._stub = engine_pb2_grpc.EngineStub(self._channel)
         self._on_ready = on_ready
         self._ready = False
+        self._max_outage_s = max_outage_s
+        self._outage: asyncio.TimerHandle | None = None  # while a session is awaited that goes on with what there is
+        self._num_fruitless = 0
         self._streams: dict[int, EngineStream] = {}  # open samples, by handle
         self._requests: dict[int, EngineRequest] = {}  # those with an open sample, by the handle of the first
         self._released_beams = ReleasedBeams()
@@ -69,26 +65,17 @@ class EngineClient:
         return self._ready
 
     def submit(self, submission: Submission, only_end: bool = False) -> EngineRequest:
-        """Sends a request. Raises UnavailableError without a session, and what `give_up` said."""
+        """Sends a request, in an outage when it is over. Raises UnavailableError where none is to follow or none has
+        stood yet, and what `give_up` said."""
         if self._refusal is not None:
             raise self._refusal
-        if not self._ready:
+        if not self._ready and self._outage is None:
             raise UnavailableError("the engine is not ready; try again")
-        handle = self._next_handles(submission.num_samples)
-        request = EngineRequest(handle, submission.num_samples, only_end, submission.beam_search is not None)
-        self._requests[handle] = request
+        request = EngineRequest(self._next_handles(submission.num_samples), submission, only_end)
+        self._requests[request.handle] = request
         self._streams.update((stream.handle, stream) for stream in request.streams)
-        self._outbox.submit(
-            engine_pb2.Submit(
-                handle=handle,
-                prompt_token_ids=submission.prompt_token_ids,
-                sampling_params=submission.sampling_params,
-                priority=submission.priority,
-                num_samples=submission.num_samples,
-                cache_salt=submission.cache_salt,
-                beam_search=submission.beam_search,
-            )
-        )
+        if self._ready:
+            self._outbox.submit(request.submit())
         return request
 
     def release(self, request: EngineRequest) -> None:
@@ -96,7 +83,7 @@ class EngineClient:
         if request.num_open == 0:
             return
         handles = [stream.handle for stream in request.streams if self._close(stream)]
-        if handles and self._outbox.cancel(handles) and request.is_beam_search:
+        if handles and self._ready and self._outbox.cancel(request.handle, handles) and request.is_beam_search:
             self._released_beams.add(handles)
 
     def give_up(self, error: OctavoError) -> None:
@@ -107,7 +94,7 @@ class EngineClient:
 
     def stop(self, stream: EngineStream) -> None:
         """Its text has reached a stop string: the engine ends the sample, unless it has already."""
-        if self._close(stream):
+        if self._close(stream) and self._ready:
             self._outbox.stop(stream.handle)
 
     def _close(self, stream: EngineStream) -> bool:
@@ -132,26 +119,26 @@ class EngineClient:
 
     async def run(self) -> None:
         """Holds a session, again and again, until cancelled."""
-        backoff_s = _MIN_BACKOFF_S
         try:
             while True:
-                stood = await self._hold_session()
-                backoff_s = _MIN_BACKOFF_S if stood else min(2 * backoff_s, _MAX_BACKOFF_S)
-                await asyncio.sleep(backoff_s)
+                await self._hold_session()
+                await asyncio.sleep(_RETRY_S)
         finally:
+            self._end_requests()
             await self._channel.close()
 
-    async def _hold_session(self) -> bool:
-        """One session to its end; whether it ever stood."""
-        stood = False
+    async def _hold_session(self) -> None:
+        """One session to its end."""
+        stood = is_fruitful = False
         self._outbox = EngineOutbox()
         session = self._stub.Session(self._outbox.messages())
         try:
             async for response in session:
                 if not stood:
                     stood = True
-                    self._set_ready(True)
+                    self._begin()
                 self._dispatch(response)
+                is_fruitful = is_fruitful or bool(response.handles)
             reason = "the coordinator closed it"
         except grpc.aio.AioRpcError as error:
             reason = f"{error.code().name}: {error.details()}"
@@ -160,22 +147,44 @@ class EngineClient:
             reason = "a message could not be read"
         finally:
             session.cancel()
-            self._break()
+            self._set_ready(False)
+            self._outbox.close()
+            self._released_beams = ReleasedBeams()
         if stood:
             logger.warning("the session to the coordinator broke: %s", reason)
+            self._num_fruitless = 0 if is_fruitful else self._num_fruitless + 1
+            self._await_next()
         else:
             logger.debug("no session to the coordinator yet: %s", reason)
-        return stood
 
-    def _break(self) -> None:
-        """Ends what the session carried."""
-        self._set_ready(False)
-        self._outbox.close()
+    def _begin(self) -> None:
+        """The session stands: it is sent what is open, in the order of arrival."""
+        self._set_ready(True)
+        self._end_outage()
+        for request in self._requests.values():
+            if not request.has_failed:
+                self._outbox.submit(request.submit())
+
+    def _await_next(self) -> None:
+        """What is open waits for another session, for a while."""
+        if self._num_fruitless < _MAX_NUM_FRUITLESS and self._max_outage_s:
+            self._outage = asyncio.get_running_loop().call_later(self._max_outage_s, self._end_requests)
+        else:
+            self._end_requests()
+
+    def _end_requests(self) -> None:
+        """No session will go on with them."""
+        self._end_outage()
         requests, self._requests = self._requests, {}
         self._streams = {}
-        self._released_beams = ReleasedBeams()
         for request in requests.values():
-            request.fail(UnavailableError("the connection to the engine broke; try again"))
+            if not request.has_failed:
+                request.fail(UnavailableError("the connection to the engine broke; try again"))
+
+    def _end_outage(self) -> None:
+        if self._outage is not None:
+            self._outage.cancel()
+            self._outage = None
 
     def _set_ready(self, ready: bool) -> None:
         if ready != self._ready:
@@ -256,14 +265,17 @@ class EngineClient:
         return stream is not None and stream.request.is_beam_search
 
     def _fail(self, failure: engine_pb2.Failure) -> None:
-        """One of a sample ends the request; the other samples are cancelled when its reader hears of it. Where there
-        are none, since the request was refused, the engine takes no notice of that."""
+        """One of a sample, or by the handle of a first one that has ended, ends the request; the other samples are
+        cancelled when its reader hears of it. Where there are none, since the request was refused, the engine takes no
+        notice of that."""
         stream = self._streams.get(failure.handle)
-        if stream is None:
+        request = stream.request if stream is not None else self._requests.get(failure.handle)
+        if request is None:
             return
-        for sample in stream.request.streams if stream.request.is_beam_search else [stream]:
-            self._close(sample)
-        stream.request.fail(_failure_error(failure))
+        if stream is not None:
+            for sample in request.streams if request.is_beam_search else [stream]:
+                self._close(sample)
+        request.fail(_failure_error(failure))
 
 
 def _failure_error(failure: engine_pb2.Failure) -> OctavoError:

@@ -1,14 +1,19 @@
-"""What has arrived for one request and has not been read: the end of the engine's session that a request holds.
+"""What has arrived for one request: what has not been read, and what it would go on from if the session broke.
 
 News merges until it is read, up to the bound of slow_readers.py, and a request that wants only the end is woken once.
 """
 
 import asyncio
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from ..errors import OctavoError
+from ..proto import engine_pb2
 from .logprobs import PositionLogprobs
+from .submission import Submission
 
 
 @dataclass(slots=True)
@@ -29,6 +34,7 @@ class EngineStream:
         self.index = index
         self.handle = request.handle + index
         self.ended = False  # no more will be delivered
+        self._received = array("i")  # all its tokens, read or not
         self._news: EngineDelta | None = None
 
     def deliver(
@@ -42,6 +48,7 @@ class EngineStream:
             news = self._news = EngineDelta()
             self.request.with_news.append(self)
         news.token_ids += token_ids
+        self._received.extend(token_ids)
         news.logprobs += logprobs
         self.request.note_unread(token_ids, logprobs)
         if finish_reason:
@@ -55,6 +62,13 @@ class EngineStream:
             self.ended = True
             self.request.num_open -= 1
 
+    def resumed(self) -> engine_pb2.ResumedOutput:
+        """What another session would have it go on from."""
+        output = engine_pb2.ResumedOutput(index=self.index, token_ids=_packed(self._received))
+        if self.index == 0:
+            output.num_prompt_logprobs = len(self.request.prompt_logprobs)
+        return output
+
     def drop_news(self) -> None:
         self._news = None
 
@@ -67,19 +81,31 @@ class EngineStream:
 class EngineRequest:
     """One accepted or waiting request and its samples, whose handles follow one another. One reader reads them all."""
 
-    def __init__(self, handle: int, num_samples: int = 1, only_end: bool = False, is_beam_search: bool = False) -> None:
+    def __init__(self, handle: int, submission: Submission, only_end: bool = False) -> None:
         self.handle = handle
-        self.is_beam_search = is_beam_search
-        self.num_open = num_samples  # samples that have not ended
-        self.streams = [EngineStream(self, index) for index in range(num_samples)]
+        self.is_beam_search = submission.beam_search is not None
+        self.num_open = submission.num_samples  # samples that have not ended
+        self.streams = [EngineStream(self, index) for index in range(submission.num_samples)]
         # From position 1 on, when asked for; whole before the first token of any sample.
         self.prompt_logprobs: list[PositionLogprobs] = []
         self.num_cached_tokens = 0  # of the prompt, as the first sample found them
+        self._submission = submission
+        self._was_sent = False  # on this session or on one before
         self._only_end = only_end
         self.with_news: list[EngineStream] = []  # in the order of its coming
         self.num_unread = 0  # tokens, and entries of logprobs, unless only the end is wanted
         self._failure: OctavoError | None = None
         self._waiter: asyncio.Future[None] | None = None
+
+    def submit(self) -> engine_pb2.Submit:
+        """What a session is to hear of it first: a new request, or one that goes on from what it has."""
+        resumed = [stream.resumed() for stream in self.streams if not stream.ended] if self._was_sent else []
+        self._was_sent = True
+        return self._submission.message(self.handle, resumed)
+
+    @property
+    def has_failed(self) -> bool:
+        return self._failure is not None
 
     def fail(self, error: OctavoError) -> None:
         """The failure of one sample is that of the request, and all that its reader hears."""
@@ -115,6 +141,10 @@ class EngineRequest:
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
+
+
+def _packed(token_ids: "array[int]") -> bytes:
+    return np.asarray(token_ids, "<i4").tobytes()
 
 
 def _index(stream: EngineStream) -> int:

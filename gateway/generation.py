@@ -13,13 +13,14 @@ from ..errors import InvalidArgumentError
 from ..proto import sampling_pb2
 from .chat_template import Message
 from .config import GatewaySettings
-from .engine_client import EngineClient, Submission
+from .engine_client import EngineClient
 from .engine_stream import EngineDelta, EngineRequest
 from .errors import UnknownModelError
 from .open_calls import OpenCalls
 from .output import OutputAssembler, OutputOptions, RequestDelta, Usage, best, merge, without_logprobs
 from .samples import Samples, StreamField, check_may_stream, check_samples
 from .sampling import ModelLimits, SamplingRequest, check_prompt, check_token_ids, resolve_sampling
+from .submission import Submission
 from .text import TextModel
 
 MAX_REQUEST_ID_BYTES = 256

@@ -65,7 +65,7 @@ class Gateway:
         readiness = Readiness()
         await readiness.set(False)
         changes: asyncio.Queue[bool] = asyncio.Queue()
-        engine = EngineClient(self._settings.engine_address, changes.put_nowait)
+        engine = EngineClient(self._settings.engine_address, changes.put_nowait, self._settings.max_outage_s)
         service = GenerationService(self._settings, self._text, engine, self._calls)
         grpc_server = build_grpc_server(self._settings, service, readiness)
         http_server, http_sockets = self._build_http(service)

@@ -49,13 +49,18 @@ class ChildProcess:
 
     def require_alive(self) -> None:
         """Raises UnavailableError with the process's last words if it has ended."""
-        if (status := self._process.poll()) is None:
-            return
+        if self.has_ended:
+            remedy = "; start the server again" if self._process.returncode < 0 else ""
+            raise UnavailableError(f"{self.describe_end()}{remedy}")
+
+    def describe_end(self) -> str:
+        """How it ended, with its last words. It must have."""
+        status = self._process.returncode
         self._reader.join(timeout=1)
         if status < 0:
-            raise UnavailableError(f"{self.name} was killed by signal {-status}; start the server again")
+            return f"{self.name} was killed by signal {-status}"
         last_words = self._lines[-1].removeprefix(f"{self.name.split()[0]}: ") if self._lines else "it said nothing"
-        raise UnavailableError(f"{self.name} ended with status {status}: {last_words}")
+        return f"{self.name} ended with status {status}: {last_words}"
 
     @property
     def has_ended(self) -> bool:
@@ -65,6 +70,11 @@ class ChildProcess:
     def was_drained(self) -> bool:
         """Whether it has ended in order: somebody asked it to."""
         return self._process.poll() == 0
+
+    def kill(self) -> None:
+        """Ends it where it is, whatever it does; returns when it has ended."""
+        self._process.kill()
+        self._process.wait()
 
     def terminate(self) -> None:
         """Asks it to end; see `wait`."""
@@ -78,6 +88,10 @@ class ChildProcess:
             time.sleep(_POLL_S)
         if self._process.poll() is None:
             self._process.kill()
+        self.reap()
+
+    def reap(self) -> None:
+        """Takes leave of it once it has ended."""
         self._process.wait()
         self._reader.join(timeout=1)
         for pipe in (self._process.stdin, self._process.stdout):

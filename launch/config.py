@@ -104,11 +104,11 @@ class ServeConfig:
             "times what steps like it took. 0: never."
         ),
     )
-    max_group_restarts: int = field(
+    max_restarts: int = field(
         default=5,
         metadata=_help(
-            "Failures of a group within 10 minutes that it is rebuilt after; one more, and it is given up. 0: a rank "
-            "that dies ends the server."
+            "Failures of a group, the coordinator or a gateway within 10 minutes after which it comes back; one more, "
+            "and it is given up. 0: any death ends the server."
         ),
     )
     enforce_eager: bool = field(default=False, metadata=_help("Run without CUDA graphs, as a CPU does anyway."))
@@ -178,7 +178,7 @@ _RANGES: dict[str, tuple[int, int]] = {
     "num_gpu_blocks_override": (1, _MAX_INT32),
     "max_num_waiting": (1, _MAX_INT32),
     "num_inflight_steps": (2, 1024),
-    "max_group_restarts": (0, _MAX_INT32),
+    "max_restarts": (0, _MAX_INT32),
 }
 
 

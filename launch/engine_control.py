@@ -24,11 +24,21 @@ class GroupBlocks:
 
 
 class EngineControl:
-    """A channel to the coordinator at `address`."""
+    """A channel to the coordinator at `address`. Any thread calls it."""
 
     def __init__(self, address: str) -> None:
-        options = [("grpc.initial_reconnect_backoff_ms", 50), ("grpc.max_reconnect_backoff_ms", 100)]
-        self._channel = grpc.insecure_channel(address, options=options)
+        self._address = address
+        self.renew()
+
+    def renew(self) -> None:
+        """Another coordinator will be at the address. Calls to the one before end by themselves, as it did; on its
+        channel the next ones could still find it."""
+        options = [
+            ("grpc.initial_reconnect_backoff_ms", 50),
+            ("grpc.max_reconnect_backoff_ms", 100),
+            ("grpc.use_local_subchannel_pool", 1),
+        ]
+        self._channel = grpc.insecure_channel(self._address, options=options)
         self._stub = engine_pb2_grpc.EngineStub(self._channel)
 
     def wait_until_up(self, require_alive: Callable[[], None]) -> None:
@@ -89,6 +99,10 @@ class EngineControl:
             return status
         except grpc.RpcError as error:
             raise _to_error(error, "the coordinator does not answer") from error
+
+    def begin_status(self, timeout_s: float) -> "grpc.Future":
+        """Asks for the status, and waits for no answer; without one the call ends with DEADLINE_EXCEEDED."""
+        return self._stub.GetStatus.future(admin_pb2.GetStatusRequest(), timeout=timeout_s)
 
     def close(self) -> None:
         """Ends calls that still run."""

@@ -8,6 +8,8 @@ from .config import ServeConfig
 from .resolve import Placement, ServedModel
 
 _GIB = 1024**3
+# A coordinator is back within seconds. Where it is not, nobody is left waiting for much longer than a client would.
+_MAX_OUTAGE_S = 60.0
 
 
 class Endpoint(Protocol):
@@ -44,8 +46,9 @@ def engine_config(
 
 
 def gateway_config(
-    config: ServeConfig, model: ServedModel, engine_address: str, local_address: str
+    config: ServeConfig, model: ServedModel, engine_address: str, local_address: str, keeps_coordinator: bool = False
 ) -> gateway_pb2.GatewayConfig:
+    """`keeps_coordinator`: whether another follows one that dies."""
     gateway = gateway_pb2.GatewayConfig(
         engine_address=engine_address,
         host=config.host,
@@ -59,6 +62,7 @@ def gateway_config(
         local_address=local_address,
         skip_tokenizer_init=config.skip_tokenizer_init,
         shutdown_timeout_s=config.shutdown_timeout,
+        max_outage_s=_MAX_OUTAGE_S if keeps_coordinator else 0.0,
     )
     if config.seed is not None:
         gateway.seed = config.seed

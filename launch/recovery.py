@@ -1,13 +1,16 @@
 """Rebuilds worker groups that fail: replaces the ranks that are lost, and has all join under a new epoch.
 
 The coordinator notices a failure, ends the group's epoch and keeps its requests; see docs/architecture.md. Here each
-group is rebuilt on a thread of its own, so that one that does not come back holds up nothing else.
+group is rebuilt on a thread of its own, so that one that does not come back holds up nothing else. A coordinator that
+follows one that died is told of all groups in the same way.
 """
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from ..errors import OctavoError, UnavailableError
@@ -41,8 +44,19 @@ class Control(Protocol):
     def abandon_group(self, group_id: int) -> None: ...
 
 
+@dataclass(frozen=True, slots=True)
+class _Cause:
+    """Why a group is built again."""
+
+    what: str  # in words, for the line that says that it serves
+    reason: str
+    at: float
+    is_failure: bool  # of the group itself: not if only its coordinator is another
+
+
 class Recovery:
-    """Owner of the attempts to rebuild groups. One thread at a time calls `take` and `check`; nothing blocks it."""
+    """Owner of the attempts to rebuild groups. One thread at a time calls `take`, `restore` and `check`; nothing blocks
+    it."""
 
     def __init__(
         self,
@@ -56,6 +70,7 @@ class Recovery:
         """`make_request(group_id)` is for the ranks as they are now. `say` shows a line; any thread calls it."""
         self._say = say
         self._num_given_up = 0
+        self._restores: list[Future[None]] = []
         self._groups = {
             group_id: _GroupRecovery(group_id, ranks, control, make_request, say, RestartPolicy(max_restarts))
             for group_id in group_ids
@@ -70,6 +85,19 @@ class Recovery:
         """Has each group rebuilt."""
         for failure in failures:
             self._groups[failure.group_id].take(failure)
+
+    def restore(self, wait_until_up: Callable[[], None]) -> None:
+        """Has another coordinator take over every group that is not given up, with the ranks that it has; attempts that
+        were for the one before end.
+
+        `wait_until_up` returns when the coordinator answers, and raises UnavailableError if it never will.
+        """
+        self._restores = [group.restore(wait_until_up) for group in self._groups.values()]
+
+    @property
+    def is_restored(self) -> bool:
+        """Whether the coordinator has heard of every group, and one of them serves under it."""
+        return all(restore.done() for restore in self._restores) and any(g.serves for g in self._groups.values())
 
     def check(self) -> None:
         """Raises UnavailableError when every group is given up, or if an attempt failed by a fault of ours."""
@@ -106,13 +134,22 @@ class _GroupRecovery:
         self._ranks, self._control, self._make_request, self._say = ranks, control, make_request, say
         self._policy = policy
         self._has_failed_to_rebuild = False  # since it last served
+        self._num_coordinators = 1  # what was begun for an earlier one ends
+        self._serves_under = 1  # which of them
         self._stopping = threading.Event()
         self._fault: Exception | None = None
         self._thread = ThreadPoolExecutor(1, f"recovery of group {group_id}")
 
     def take(self, failure: engine_pb2.GroupFailure) -> None:
         self.epoch = failure.epoch
-        self._thread.submit(self._recover, failure, time.monotonic() - failure.age_s)
+        what = f"failed: {failure.reason} (last heard of {failure.silent_s:.2f} s before)"
+        cause = _Cause(what, failure.reason, time.monotonic() - failure.age_s, is_failure=True)
+        self._thread.submit(self._recover, cause, self._num_coordinators)
+
+    def restore(self, wait_until_up: Callable[[], None]) -> "Future[None]":
+        self._num_coordinators += 1
+        cause = _Cause("was taken over by another coordinator", "", time.monotonic(), is_failure=False)
+        return self._thread.submit(self._restore, cause, self._num_coordinators, wait_until_up)
 
     def check(self) -> None:
         if self._fault is not None:
@@ -121,37 +158,73 @@ class _GroupRecovery:
     def stop(self) -> None:
         self._stopping.set()
 
-    def _recover(self, failure: engine_pb2.GroupFailure, failed_at: float) -> None:
+    def _is_over(self, coordinator: int) -> bool:
+        """Whether nobody waits any more for what was begun for that coordinator, the first or another of the server."""
+        return self._stopping.is_set() or coordinator != self._num_coordinators
+
+    def _recover(self, cause: _Cause, coordinator: int) -> None:
         try:
-            reason = failure.reason
-            while (why := self._attempt(failure, failed_at, reason)) and not self._stopping.is_set():
-                reason = why
+            reason = cause.reason
+            while reason and not self._is_over(coordinator):
+                delay_s = self._policy.delay_s(time.monotonic())
+                if delay_s is None:
+                    self._give_up(reason)
+                    return
+                if not self._stopping.wait(delay_s):
+                    reason = self._attempt(cause, coordinator)
         except Exception as error:
             self._fault = error
 
-    def _attempt(self, failure: engine_pb2.GroupFailure, failed_at: float, reason: str) -> str:
+    @property
+    def serves(self) -> bool:
+        """Whether it did at last, under the present coordinator."""
+        return self._serves_under == self._num_coordinators
+
+    def _restore(self, cause: _Cause, coordinator: int, wait_until_up: Callable[[], None]) -> None:
+        """A group has not failed with its coordinator: the first attempt is for none of its own failures."""
+        if self.given_up or self._is_over(coordinator):
+            return
+        self._has_failed_to_rebuild = False  # if it did, it may have been for want of the coordinator
+        try:
+            reason = self._attempt(cause, coordinator, wait_until_up)
+        except Exception as error:
+            self._fault = error
+            return
+        if reason:
+            self._recover(replace(cause, reason=reason), coordinator)
+
+    def _attempt(self, cause: _Cause, coordinator: int, wait_until_up: Callable[[], None] = lambda: None) -> str:
         """One attempt; why it must be made again, or nothing. One that the coordinator saw fail is a failure of the
         group, and comes back by `take`."""
-        delay_s = self._policy.delay_s(time.monotonic())
-        if delay_s is None:
-            self._give_up(reason)
-            return ""
-        if self._stopping.wait(delay_s):
+        if self._is_over(coordinator):
             return ""
         try:
             replaced = self._replace_lost()
         except OctavoError as error:
-            self._note_failed_attempt(str(error))
+            self._note_failed_attempt(str(error), coordinator)
             return str(error)
-        try:
-            self._control.add_group(self._make_request(self._group_id), lambda stage, duration_s: None)
-        except OctavoError as error:
-            self._note_failed_attempt(str(error))
+        if self._is_over(coordinator):
             return ""
-        self._has_failed_to_rebuild = False
-        self._policy.serves(time.monotonic())
-        self._say(self._describe(failure, replaced, time.monotonic() - failed_at))
+        request = self._make_request(self._group_id)
+        request.has_served = True
+        try:
+            wait_until_up()
+        except UnavailableError:
+            return ""  # that coordinator has died too
+        try:
+            self._control.add_group(request, lambda stage, duration_s: None)
+        except OctavoError as error:
+            self._note_failed_attempt(str(error), coordinator)
+            return ""
+        self._note_service(cause, replaced, coordinator)
         return ""
+
+    def _note_service(self, cause: _Cause, replaced: Sequence[int], coordinator: int) -> None:
+        self._has_failed_to_rebuild = False
+        self._serves_under = coordinator
+        if cause.is_failure or replaced:  # otherwise it lives on, and the line about the coordinator says so
+            self._policy.serves(time.monotonic())
+            self._say(self._describe(cause, replaced, time.monotonic() - cause.at))
 
     def _replace_lost(self) -> Sequence[int]:
         """Only what is lost, so that the others keep their weights; all, where nothing is and that did not help."""
@@ -163,8 +236,8 @@ class _GroupRecovery:
         self._ranks.replace(self._group_id, lost)
         return list(lost)
 
-    def _note_failed_attempt(self, why: str) -> None:
-        if self._stopping.is_set():
+    def _note_failed_attempt(self, why: str, coordinator: int) -> None:
+        if self._is_over(coordinator):
             return
         self._has_failed_to_rebuild = True
         self._say(f"group {self._group_id}: rebuilding it failed: {why}")
@@ -172,10 +245,12 @@ class _GroupRecovery:
     def _give_up(self, reason: str) -> None:
         within = f"{self._policy.num_failures} time(s) within {WINDOW_S / 60:.0f} minutes"
         why = f"worker group {self._group_id} failed {within} and is given up; the last time: {reason}"
-        self._control.abandon_group(self._group_id)
+        with contextlib.suppress(
+            UnavailableError
+        ):  # a coordinator that has died needs no word of it; the next gets none
+            self._control.abandon_group(self._group_id)
         self.given_up = why
 
-    def _describe(self, failure: engine_pb2.GroupFailure, replaced: Sequence[int], duration_s: float) -> str:
+    def _describe(self, cause: _Cause, replaced: Sequence[int], duration_s: float) -> str:
         ranks = f"started rank {', '.join(map(str, replaced))} anew" if replaced else "kept all ranks"
-        found = f"{failure.reason} (last heard of {failure.silent_s:.2f} s before)"
-        return f"group {self._group_id} failed: {found}; {ranks}, serves again after {duration_s:.1f} s"
+        return f"group {self._group_id} {cause.what}; {ranks}, serves again after {duration_s:.1f} s"

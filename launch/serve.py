@@ -1,6 +1,7 @@
 """`octavo serve`: one server in the foreground, from its start to Ctrl-C."""
 
 import json
+import os
 import shlex
 import shutil
 import sys
@@ -25,6 +26,8 @@ _FIRST_REQUEST_TOKENS = 64
 
 def run_server(config: ServeConfig) -> None:
     """Serves until SIGINT or SIGTERM. Raises OctavoError, in one line, if it cannot start or a process of it fails."""
+    # A thread that still rebuilds a group when the server has ended is not to start another Ray by its next call.
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     display = StartDisplay(Console(stderr=True))
     supervisor = Supervisor(config, display, rebuilds_groups=True)
     with StopSignals() as signals:

@@ -1,30 +1,33 @@
 """Starts the processes of one server in order, watches them, and ends them: gateways, coordinator, Ray's actors.
 
-A rank that dies is replaced (launch/recovery.py); any other process that dies ends the server with one clear line.
-Nothing is left behind: processes, sockets, files.
+Once the server is ready, what dies comes back (launch/keeper.py) where that is wanted; otherwise any process that dies
+ends the server with one clear line. Nothing is left behind: processes, sockets, files.
 """
 
 import concurrent.futures
 import contextlib
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import grpc
 from google.protobuf import json_format
 from google.protobuf.message import Message
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from ..errors import UnavailableError
 from ..proto import admin_pb2, engine_pb2
 from .child_process import ChildProcess
 from .config import ServeConfig
 from .engine_control import EngineControl, GroupBlocks
+from .gateway_health import gateway_serves
+from .keeper import Keeper
+from .kept_process import KeptProcess
 from .process_configs import add_group_request, engine_config, gateway_config
 from .recovery import Recovery
 from .resolve import Placement, ServedModel, check_ports, check_ray_address, resolve_model, resolve_placement
+from .restart_policy import RestartPolicy
 from .run_dir import RunDir
 from .start_display import StartDisplay
 
@@ -38,25 +41,24 @@ _LAST_WORDS_S = 3.0  # of a gateway that is to be quick
 _COORDINATOR_STOP_TIMEOUT_S = 5.0
 _POLL_S = 0.05
 _WATCH_S = 0.5
-_HEARD_S = 5.0
 
 
 class Supervisor:
     """Owner of a server's processes. `start`, then `watch` or nothing, then `stop`, which is safe at any point."""
 
     def __init__(self, config: ServeConfig, display: StartDisplay, rebuilds_groups: bool = False) -> None:
-        """`rebuilds_groups`: whether `watch` will run, and groups that fail be rebuilt, so far as the options allow."""
+        """`rebuilds_groups`: whether `watch` will run, and what dies come back, so far as the options allow."""
         self._config = config
-        self._rebuilds_groups = rebuilds_groups and config.max_group_restarts > 0
+        self._rebuilds_groups = rebuilds_groups and config.max_restarts > 0
         self._display = display
         self._run_dir: RunDir | None = None
         self._gateways: list[ChildProcess] = []
         self._coordinator: ChildProcess | None = None
         self._cluster: RayCluster | None = None
         self._control: EngineControl | None = None
-        self._recovery: Recovery | None = None
+        self._keeper: Keeper | None = None
+        self._num_coordinators = 0
         self._is_ready = False
-        self._heard_at = 0.0  # of the coordinator
 
     @property
     def local_addresses(self) -> list[str]:
@@ -75,21 +77,26 @@ class Supervisor:
         self._run_dir = RunDir()
         self._start_gateways(model)  # they load the tokenizer while Ray starts
         placement = self._start_ray(model)
-        self._start_coordinator(model, placement)
+        self._coordinator = self._start_coordinator(model, placement)
         groups = self._start_ranks(placement)
         self._load_model(model, placement, groups)
         with self._display.step("gateways", "Waiting for the gateways") as step:
             self._await_gateways()
             step.detail = f"{len(self._gateways)} ready"
-        if self._rebuilds_groups:
-            self._recovery = self._make_recovery(model, placement)
         self._is_ready = True
+        if self._rebuilds_groups:
+            self._keeper = self._make_keeper(model, placement)
+            self._keeper.start()
         return model
 
     def _start_gateways(self, model: ServedModel) -> None:
-        for index, local_address in enumerate(self.local_addresses):
-            config = gateway_config(self._config, model, self._socket("engine"), local_address)
-            self._gateways.append(self._spawn(f"gateway {index}", "octavo.gateway", config))
+        for index in range(self._config.num_gateways):
+            self._gateways.append(self._start_gateway(model, index))
+
+    def _start_gateway(self, model: ServedModel, index: int) -> ChildProcess:
+        addresses = self._socket("engine"), self.local_addresses[index]
+        config = gateway_config(self._config, model, *addresses, self._rebuilds_groups)
+        return self._spawn(f"gateway {index}", "octavo.gateway", config)
 
     def _start_ray(self, model: ServedModel) -> Placement:
         where = f"joining {self._config.ray_address}" if self._config.ray_address else "starting a local one"
@@ -105,9 +112,14 @@ class Supervisor:
             )
         return placement
 
-    def _start_coordinator(self, model: ServedModel, placement: Placement) -> None:
+    def _start_coordinator(self, model: ServedModel, placement: Placement) -> ChildProcess:
+        """The first, or one that follows another: then nothing of that one lives."""
         config = engine_config(self._config, model, placement, self._socket("engine"), self._rebuilds_groups)
-        self._coordinator = self._spawn("coordinator", "octavo.coordinator", config)
+        config.incarnation = self._num_coordinators
+        self._num_coordinators += 1
+        if self._control is not None:
+            self._control.renew()
+        return self._spawn("coordinator", "octavo.coordinator", config)
 
     def _start_ranks(self, placement: Placement) -> "list[list[RankEndpoint]]":
         assert self._cluster is not None
@@ -163,13 +175,11 @@ class Supervisor:
     def _await_gateways(self) -> None:
         deadline = time.monotonic() + _GATEWAY_START_TIMEOUT_S
         for address in self.local_addresses:
-            with grpc.insecure_channel(address) as channel:
-                health = health_pb2_grpc.HealthStub(channel)
-                while not _is_serving(health):
-                    self._require_children()
-                    if time.monotonic() > deadline:
-                        raise UnavailableError(f"the gateways were not ready within {_GATEWAY_START_TIMEOUT_S:.0f} s")
-                    time.sleep(_POLL_S)
+            while not gateway_serves(address, wait_for_ready=True):
+                self._require_children()
+                if time.monotonic() > deadline:
+                    raise UnavailableError(f"the gateways were not ready within {_GATEWAY_START_TIMEOUT_S:.0f} s")
+                time.sleep(_POLL_S)
 
     # Run
 
@@ -182,31 +192,37 @@ class Supervisor:
             return add_group_request(group_id, config, model, placement, cluster.endpoints(group_id))
 
         group_ids = range(config.num_groups)
-        return Recovery(cluster, control, make_request, self._display.show, group_ids, config.max_group_restarts)
+        return Recovery(cluster, control, make_request, self._display.show, group_ids, config.max_restarts)
+
+    def _make_keeper(self, model: ServedModel, placement: Placement) -> Keeper:
+        assert self._cluster is not None
+        assert self._control is not None
+        assert self._coordinator is not None
+        recovery, say = self._make_recovery(model, placement), self._display.show
+        coordinator = KeptProcess(
+            self._coordinator,
+            partial(self._start_coordinator, model, placement),
+            lambda: recovery.is_restored,
+            self._new_policy(),
+            say,
+        )
+        gateways = [self._keep_gateway(model, index) for index in range(self._config.num_gateways)]
+        return Keeper(coordinator, gateways, recovery, self._control, self._cluster.require_alive, say)
+
+    def _keep_gateway(self, model: ServedModel, index: int) -> KeptProcess:
+        start = partial(self._start_gateway, model, index)
+        serves = partial(gateway_serves, self.local_addresses[index])
+        return KeptProcess(self._gateways[index], start, serves, self._new_policy(), self._display.show)
+
+    def _new_policy(self) -> RestartPolicy:
+        return RestartPolicy(self._config.max_restarts)
 
     def watch(self) -> None:
-        """Returns never: raises UnavailableError when a process of the server fails that is not replaced."""
-        while True:
-            if self._recovery is None:
-                time.sleep(_WATCH_S)
-                self.check()
-            else:
-                self._watch_groups(self._recovery)
-
-    def _watch_groups(self, recovery: Recovery) -> None:
-        """Has groups rebuilt that fail within a moment."""
-        assert self._control is not None
-        self._require_children()
-        try:
-            recovery.take(self._control.await_failures(recovery.known_epochs, _WATCH_S))
-            if time.monotonic() - self._heard_at > _HEARD_S:  # no failure is no answer: one that hangs says none either
-                self._control.status()
-                self._heard_at = time.monotonic()
-        except UnavailableError:
-            time.sleep(_POLL_S)  # a coordinator that has just died can be waited for in a moment
-            self._require_children()
-            raise
-        recovery.check()
+        """Returns never: raises UnavailableError when a process of the server fails that does not come back."""
+        while self._keeper is None:
+            time.sleep(_WATCH_S)
+            self.check()
+        self._keeper.watch()
 
     def check(self) -> None:
         """Raises UnavailableError, naming the cause, if a process or a rank has failed."""
@@ -237,6 +253,9 @@ class Supervisor:
                 raise UnavailableError("the last gateway was drained; start the server again")
 
     def _children(self) -> Iterable[ChildProcess]:
+        """Those that are missed when they end: none, while somebody has them come back."""
+        if self._keeper is not None:
+            return []
         return [*self._gateways, *([self._coordinator] if self._coordinator is not None else [])]
 
     # Stop
@@ -248,41 +267,33 @@ class Supervisor:
             last_to_first.callback(self._remove_run_dir)
             last_to_first.callback(self._stop_cluster, hurry)
             last_to_first.callback(self._stop_coordinator, hurry)
-            with self._groups_kept():
-                self._stop_gateways(hurry)
+            last_to_first.callback(self._stop_keeper)
+            self._stop_gateways(hurry)
 
-    @contextlib.contextmanager
-    def _groups_kept(self) -> Iterator[None]:
-        """What still runs needs the groups: inside, one that fails is rebuilt all the same."""
-        recovery, control, is_over = self._recovery, self._control, threading.Event()
-        if recovery is None or control is None:
-            yield
-            return
-
-        def keep() -> None:
-            with contextlib.suppress(UnavailableError):  # nothing runs any more
-                while not is_over.is_set():
-                    recovery.take(control.await_failures(recovery.known_epochs, _WATCH_S))
-
-        threading.Thread(target=keep, name="groups", daemon=True).start()
-        try:
-            yield
-        finally:
-            is_over.set()
-            recovery.stop()
+    def _stop_keeper(self) -> None:
+        """Only now: what still ran needed coordinator and groups."""
+        keeper, self._keeper = self._keeper, None
+        if keeper is not None:
+            self._coordinator = keeper.stop()
 
     def _stop_gateways(self, hurry: threading.Event) -> None:
+        if self._keeper is not None:
+            self._gateways = self._keeper.drain()
         for gateway in self._gateways:
             gateway.terminate()
         deadline = time.monotonic() + self._config.shutdown_timeout + _GATEWAY_STOP_TIMEOUT_S
         while not all(gateway.has_ended for gateway in self._gateways):
-            if hurry.wait(_POLL_S) or time.monotonic() > deadline:
+            if hurry.wait(_POLL_S) or time.monotonic() > deadline or self._has_lost_engine():
                 break
         for gateway in self._gateways:
             gateway.terminate()  # the second time: it gives up what runs, and says so
         for gateway in self._gateways:
             gateway.wait(_LAST_WORDS_S, threading.Event())
         self._gateways.clear()
+
+    def _has_lost_engine(self) -> bool:
+        """Whether no request could go on."""
+        return self._keeper is not None and self._keeper.has_lost_engine
 
     def _stop_coordinator(self, hurry: threading.Event) -> None:
         if self._control is not None:
@@ -328,14 +339,6 @@ class Supervisor:
         if not self._is_ready and len(child.log) > 1:
             for line in child.log:
                 self._display.log(child.name, line)
-
-
-def _is_serving(health: health_pb2_grpc.HealthStub) -> bool:
-    try:
-        answer = health.Check(health_pb2.HealthCheckRequest(), timeout=1, wait_for_ready=True)
-    except grpc.RpcError:  # not up yet; the caller watches the process and the clock
-        return False
-    return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
 
 def _describe(model: ServedModel) -> str:

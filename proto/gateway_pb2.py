@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aoctavo/proto/gateway.proto\x12\x12octavo.internal.v1\"\xd3\x02\n\rGatewayConfig\x12\x16\n\x0e\x65ngine_address\x18\x01 \x01(\t\x12\x0c\n\x04host\x18\x02 \x01(\t\x12\x11\n\thttp_port\x18\x03 \x01(\r\x12\x11\n\tgrpc_port\x18\x04 \x01(\r\x12\x12\n\nmodel_path\x18\x05 \x01(\t\x12\x1a\n\x12served_model_names\x18\x06 \x03(\t\x12\x15\n\rmax_model_len\x18\x07 \x01(\r\x12\x12\n\nvocab_size\x18\x08 \x01(\r\x12\x15\n\reos_token_ids\x18\t \x03(\x05\x12\x11\n\x04seed\x18\n \x01(\x04H\x00\x88\x01\x01\x12\x15\n\rlocal_address\x18\x0b \x01(\t\x12\x1b\n\x13skip_tokenizer_init\x18\x0c \x01(\x08\x12\x1a\n\x12shutdown_timeout_s\x18\r \x01(\x01\x12\x18\n\x10launcher_address\x18\x0e \x01(\tB\x07\n\x05_seedb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aoctavo/proto/gateway.proto\x12\x12octavo.internal.v1\"\xe9\x02\n\rGatewayConfig\x12\x16\n\x0e\x65ngine_address\x18\x01 \x01(\t\x12\x0c\n\x04host\x18\x02 \x01(\t\x12\x11\n\thttp_port\x18\x03 \x01(\r\x12\x11\n\tgrpc_port\x18\x04 \x01(\r\x12\x12\n\nmodel_path\x18\x05 \x01(\t\x12\x1a\n\x12served_model_names\x18\x06 \x03(\t\x12\x15\n\rmax_model_len\x18\x07 \x01(\r\x12\x12\n\nvocab_size\x18\x08 \x01(\r\x12\x15\n\reos_token_ids\x18\t \x03(\x05\x12\x11\n\x04seed\x18\n \x01(\x04H\x00\x88\x01\x01\x12\x15\n\rlocal_address\x18\x0b \x01(\t\x12\x1b\n\x13skip_tokenizer_init\x18\x0c \x01(\x08\x12\x1a\n\x12shutdown_timeout_s\x18\r \x01(\x01\x12\x18\n\x10launcher_address\x18\x0e \x01(\t\x12\x14\n\x0cmax_outage_s\x18\x0f \x01(\x01\x42\x07\n\x05_seedb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,5 +32,5 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'octavo.proto.gateway_pb2', 
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_GATEWAYCONFIG']._serialized_start=51
-  _globals['_GATEWAYCONFIG']._serialized_end=390
+  _globals['_GATEWAYCONFIG']._serialized_end=412
 # @@protoc_insertion_point(module_scope)

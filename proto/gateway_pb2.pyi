@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class GatewayConfig(_message.Message):
-    __slots__ = ("engine_address", "host", "http_port", "grpc_port", "model_path", "served_model_names", "max_model_len", "vocab_size", "eos_token_ids", "seed", "local_address", "skip_tokenizer_init", "shutdown_timeout_s", "launcher_address")
+    __slots__ = ("engine_address", "host", "http_port", "grpc_port", "model_path", "served_model_names", "max_model_len", "vocab_size", "eos_token_ids", "seed", "local_address", "skip_tokenizer_init", "shutdown_timeout_s", "launcher_address", "max_outage_s")
     ENGINE_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     HOST_FIELD_NUMBER: _ClassVar[int]
     HTTP_PORT_FIELD_NUMBER: _ClassVar[int]
@@ -22,6 +22,7 @@ class GatewayConfig(_message.Message):
     SKIP_TOKENIZER_INIT_FIELD_NUMBER: _ClassVar[int]
     SHUTDOWN_TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
     LAUNCHER_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    MAX_OUTAGE_S_FIELD_NUMBER: _ClassVar[int]
     engine_address: str
     host: str
     http_port: int
@@ -36,4 +37,5 @@ class GatewayConfig(_message.Message):
     skip_tokenizer_init: bool
     shutdown_timeout_s: float
     launcher_address: str
-    def __init__(self, engine_address: _Optional[str] = ..., host: _Optional[str] = ..., http_port: _Optional[int] = ..., grpc_port: _Optional[int] = ..., model_path: _Optional[str] = ..., served_model_names: _Optional[_Iterable[str]] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., seed: _Optional[int] = ..., local_address: _Optional[str] = ..., skip_tokenizer_init: _Optional[bool] = ..., shutdown_timeout_s: _Optional[float] = ..., launcher_address: _Optional[str] = ...) -> None: ...
+    max_outage_s: float
+    def __init__(self, engine_address: _Optional[str] = ..., host: _Optional[str] = ..., http_port: _Optional[int] = ..., grpc_port: _Optional[int] = ..., model_path: _Optional[str] = ..., served_model_names: _Optional[_Iterable[str]] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., seed: _Optional[int] = ..., local_address: _Optional[str] = ..., skip_tokenizer_init: _Optional[bool] = ..., shutdown_timeout_s: _Optional[float] = ..., launcher_address: _Optional[str] = ..., max_outage_s: _Optional[float] = ...) -> None: ...

@@ -33,17 +33,38 @@ def check_fits(samples: SequenceGroup, config: SchedulerConfig, groups: Collecti
         _check_beams(samples, samples.beams.num_beams, needed, least, config)
 
 
+def check_resumed(samples: SequenceGroup) -> None:
+    """Raises InvalidArgumentError for outputs that no reader can be in the middle of."""
+    request, stop = samples.request, samples.request.stop
+    max_tokens = samples.max_num_tokens - len(request.prompt_token_ids)
+    indices = [output.index for output in request.resumed]
+    if len(set(indices)) < len(indices) or max(indices, default=0) >= request.num_samples:
+        raise _bad_resumption(f"the outputs {indices} of {request.num_samples}")
+    for output in request.resumed:
+        num_tokens = len(output.token_ids)
+        if num_tokens >= (1 if request.beam_search else max_tokens):
+            raise _bad_resumption(f"{num_tokens} tokens of output {output.index}, which takes {max_tokens}")
+        if num_tokens >= max(1, stop.min_tokens) and output.token_ids[-1] in stop.stop_token_ids:
+            raise _bad_resumption(f"output {output.index}, which has ended")
+        if output.num_prompt_logprobs >= (1 if output.index else len(request.prompt_token_ids)):
+            raise _bad_resumption(f"{output.num_prompt_logprobs} prompt logprobs of output {output.index}")
+
+
+def _bad_resumption(what: str) -> InvalidArgumentError:
+    return InvalidArgumentError(f"the request cannot go on from {what}", field="resumed")
+
+
 def find_misfits(
     requests: Iterable[SequenceGroup], config: SchedulerConfig, groups: Collection[WorkerGroup]
 ) -> dict[RequestKey, OctavoError]:
     """Which of `requests` could never run to their ends, and why: accepted for a group that is gone, or while there was
-    none."""
+    none. By the key of the first open output."""
     misfits: dict[RequestKey, OctavoError] = {}
     for samples in requests:
         try:
             check_fits(samples, config, groups)
         except InvalidArgumentError as error:
-            misfits[samples.request.key] = error
+            misfits[samples.keys[0]] = error
     return misfits
 
 

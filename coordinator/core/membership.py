@@ -6,7 +6,7 @@
                (none)
 
 A group is started and rebuilt by one call, `begin`, which gives it a new epoch: what the ranks of an older one still
-say or compute counts for nothing.
+say or compute counts for nothing. One that served under an earlier coordinator begins as REBUILDING.
 """
 
 import itertools
@@ -14,6 +14,10 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from ...errors import FailedPreconditionError
+
+# More than one coordinator gives out, so that all of the next one's are higher, as ranks demand. The millions of an
+# epoch thus tell the incarnation.
+_EPOCHS_OF_A_COORDINATOR = 1_000_000
 
 
 class GroupState(Enum):
@@ -48,10 +52,11 @@ class GroupMember:
 class Membership:
     """Owner of the state and the epoch of every group."""
 
-    def __init__(self, rebuilds: bool) -> None:
-        """`rebuilds`: whether somebody rebuilds groups that fail."""
+    def __init__(self, rebuilds: bool, incarnation: int = 0) -> None:
+        """`rebuilds`: whether somebody rebuilds groups that fail. `incarnation`: how many coordinators this one
+        follows."""
         self._rebuilds = rebuilds
-        self._epochs = itertools.count(1)
+        self._epochs = itertools.count(incarnation * _EPOCHS_OF_A_COORDINATOR + 1)
         self.groups: dict[int, GroupMember] = {}
 
     @property
@@ -78,11 +83,15 @@ class Membership:
         """Groups that failed, and that nobody rebuilds yet."""
         return [group for group in self.groups.values() if group.state is GroupState.FAILED and not group.is_abandoned]
 
-    def begin(self, group_id: int) -> GroupMember:
-        """A new group starts, or one that failed is rebuilt. Raises FailedPreconditionError for one that is there."""
+    def begin(self, group_id: int, has_served: bool = False) -> GroupMember:
+        """A new group starts, or one that failed is rebuilt. Raises FailedPreconditionError for one that is there.
+
+        `has_served`: a group that is new here has served under an earlier coordinator.
+        """
         group = self.groups.get(group_id)
         if group is None:
-            group = self.groups[group_id] = GroupMember(group_id, next(self._epochs))
+            first = GroupState.REBUILDING if has_served else GroupState.STARTING
+            group = self.groups[group_id] = GroupMember(group_id, next(self._epochs), first)
             return group
         if group.state is not GroupState.FAILED or group.is_abandoned:
             state = "abandoned" if group.is_abandoned else group.state.name.lower()

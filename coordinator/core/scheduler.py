@@ -4,7 +4,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from ...errors import InvalidArgumentError, OctavoError, ResourceExhaustedError
-from .admission import check_fits, find_misfits
+from .admission import check_fits, check_resumed, find_misfits
 from .batch_plan import BatchPlan, ScheduledRow
 from .chunk_budget import ChunkBudget, counted_tokens
 from .ordered_sequences import WaitingQueue
@@ -57,11 +57,16 @@ class Scheduler:
         del self.groups[group_id]
 
     def add(self, request: Request) -> None:
-        """Accepts `request`, or raises InvalidArgumentError or ResourceExhaustedError and forgets it."""
+        """Accepts `request`, or raises InvalidArgumentError or ResourceExhaustedError and forgets it.
+
+        One that was accepted before is not refused for the queue's length, nor for what groups are there so far: see
+        `misfits`.
+        """
         config = self.config
         samples = SequenceGroup(request, self.counters.num_requests, config.block_size, config.max_model_len)
-        check_fits(samples, config, self.groups.values())
-        if len(self.waiting) >= config.max_num_waiting:
+        check_fits(samples, config, () if request.resumed else self.groups.values())
+        check_resumed(samples)
+        if len(self.waiting) >= config.max_num_waiting and not request.resumed:
             raise ResourceExhaustedError(
                 f"{len(self.waiting)} requests are waiting, the most that this server queues; try again later",
                 retry_after_s=_RETRY_AFTER_S,
@@ -69,7 +74,8 @@ class Scheduler:
         if taken := [key.handle for key in samples.keys if key in self._outputs]:
             raise InvalidArgumentError(f"handles {taken} are other requests'", field="handle")
         self._outputs |= dict.fromkeys(samples.keys, samples)
-        self.waiting.add(samples.sequences[0])
+        for sequence in samples.sequences if not samples.held else samples.sequences[:1]:
+            self.waiting.add(sequence)
         self.counters.num_requests += 1
         self.counters.num_prompt_tokens += len(request.prompt_token_ids)
 

@@ -47,6 +47,15 @@ class RequestKey:
         return RequestKey(self.session_id, self.handle + index) if index else self
 
 
+@dataclass(frozen=True, slots=True)
+class ResumedOutput:
+    """What the reader of an output that has not ended has of it, from a coordinator before this one."""
+
+    index: int
+    token_ids: "array[int]"  # generated ones, of C ints; none of a beam search, which begins again
+    num_prompt_logprobs: int = 0  # of the first output
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Request:
     """One accepted request. `sampling` is handed to the workers as it is; the core never looks inside."""
@@ -61,6 +70,7 @@ class Request:
     salt: bytes = b""  # requests share cached blocks only with those of the same
     reads_cache: bool = True  # False where every prompt token must be computed, for its logprobs
     is_private: bool = False  # no other request has its salt: what it computed is of no use after it
+    resumed: "tuple[ResumedOutput, ...]" = ()  # accepted before: its open outputs; none: it is new
 
 
 _TRANSITIONS = {

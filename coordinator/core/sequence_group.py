@@ -34,17 +34,33 @@ class SequenceGroup:
         num_prompt_tokens = len(request.prompt_token_ids)
         self.max_num_tokens = min(num_prompt_tokens + request.stop.max_tokens, max_model_len)  # of each sequence
         self.hashes = BlockHashes(request.salt, block_size)  # of the prompt's blocks
-        num_sequences = 1 if request.beam_search else request.num_samples
-        self.sequences = [Sequence(self, index, request.prompt_token_ids) for index in range(num_sequences)]
-        self.held = self.sequences[1:]
+        self.sequences = self._new_sequences()
+        has_begun = any(sequence.num_output_tokens for sequence in self.sequences)
+        self.held = [] if has_begun else self.sequences[1:]  # as after a preemption of all, or as at the start
         self.beams: Beams | None = None
         if params := request.beam_search:
             max_tokens = self.max_num_tokens - num_prompt_tokens
             self.beams = Beams(self, BeamSearch(params, request.stop.stop_token_ids, max_tokens))
 
+    def _new_sequences(self) -> list[Sequence]:
+        """The one of a beam search; of samples those that have not ended, with the tokens that their reader has."""
+        request, prompt = self.request, self.request.prompt_token_ids
+        if request.beam_search:
+            return [Sequence(self, 0, prompt)]
+        if not request.resumed:
+            return [Sequence(self, index, prompt) for index in range(request.num_samples)]
+        sequences = []
+        for output in sorted(request.resumed, key=lambda output: output.index):
+            sequence = Sequence(self, output.index, prompt + output.token_ids if output.token_ids else prompt)
+            sequence.num_scored_prompt_tokens += output.num_prompt_logprobs
+            sequences.append(sequence)
+        return sequences
+
     @property
     def keys(self) -> list[RequestKey]:
-        """Of its outputs."""
+        """Of its outputs that have not ended."""
+        if self.beams is None:
+            return [sequence.key for sequence in self.sequences]
         return [self.request.key.output(index) for index in range(self.request.num_samples)]
 
     def sequence(self, key: RequestKey) -> Sequence:

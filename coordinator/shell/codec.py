@@ -9,7 +9,7 @@ from ...errors import InvalidArgumentError
 from ...proto import engine_pb2, sampling_pb2, worker_pb2
 from ..core.batch_plan import BatchPlan, SlotJoin
 from ..core.beam_search import BeamSearchParams, Candidates, EarlyStopping
-from ..core.sequence import Request, RequestKey, StopConditions
+from ..core.sequence import Request, RequestKey, ResumedOutput, StopConditions
 from ..core.transfers import StepTransfers
 
 _MAX_UINT64 = 2**64 - 1
@@ -90,9 +90,7 @@ def decode_submit(session_id: int, submit: engine_pb2.Submit, vocab_size: int, s
 
     Without `share_prefixes` a request finds only its own blocks: of its other samples, and what a preemption left.
     """
-    token_ids = _unpack(submit.prompt_token_ids, "<i4", "prompt_token_ids")
-    if len(token_ids) and not (token_ids.min() >= 0 and token_ids.max() < vocab_size):
-        raise InvalidArgumentError(f"a token id is out of range; it must be in [0, {vocab_size})", field="prompt")
+    prompt = _unpack_tokens(submit.prompt_token_ids, vocab_size, "prompt_token_ids", "prompt")
     sampling = submit.sampling_params
     if sampling.max_tokens < 1:
         raise InvalidArgumentError("max_tokens must be at least 1", field="max_tokens")
@@ -110,7 +108,7 @@ def decode_submit(session_id: int, submit: engine_pb2.Submit, vocab_size: int, s
             )
     return Request(
         RequestKey(session_id, submit.handle),
-        array("i", token_ids.astype("=i4", copy=False).tobytes()),
+        prompt,
         StopConditions(sampling.max_tokens, sampling.min_tokens, stops),
         submit.priority,
         sampling,
@@ -119,7 +117,20 @@ def decode_submit(session_id: int, submit: engine_pb2.Submit, vocab_size: int, s
         salt=submit.cache_salt if share_prefixes else f"{session_id}/{submit.handle}".encode(),
         reads_cache=not sampling.HasField("num_prompt_logprobs"),
         is_private=not share_prefixes,
+        resumed=tuple(_decode_resumed(output, vocab_size) for output in submit.resumed),
     )
+
+
+def _unpack_tokens(data: bytes, vocab_size: int, what: str, field: str) -> "array[int]":
+    token_ids = _unpack(data, "<i4", what)
+    if len(token_ids) and not (token_ids.min() >= 0 and token_ids.max() < vocab_size):
+        raise InvalidArgumentError(f"a token id is out of range; it must be in [0, {vocab_size})", field=field)
+    return array("i", token_ids.astype("=i4", copy=False).tobytes())
+
+
+def _decode_resumed(output: engine_pb2.ResumedOutput, vocab_size: int) -> ResumedOutput:
+    token_ids = _unpack_tokens(output.token_ids, vocab_size, "resumed.token_ids", "resumed")
+    return ResumedOutput(output.index, token_ids, output.num_prompt_logprobs)
 
 
 def _decode_beam_search(params: engine_pb2.BeamSearch) -> BeamSearchParams:

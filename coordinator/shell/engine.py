@@ -43,7 +43,7 @@ class Engine:
                 itl_target_ms=config.itl_target_ms,
             )
         )
-        self._membership = Membership(rebuilds=config.rebuilds_groups)
+        self._membership = Membership(config.rebuilds_groups, config.incarnation)
         self._runners: dict[int, GroupRunner] = {}  # of the groups' last incarnations
         self._sessions: dict[int, Session] = {}
         self._session_ids = itertools.count(1)
@@ -59,7 +59,8 @@ class Engine:
 
         Raises WorkerError if a rank can't: a new group is forgotten then, a failed one has failed again.
         """
-        epoch = self._membership.begin(request.group_id).epoch
+        epoch = self._membership.begin(request.group_id, request.has_served).epoch
+        self._open_to_sessions()
         try:
             runner = await self._replace_runner(request, epoch)
             memory = await runner.configure(report)
@@ -70,9 +71,14 @@ class Engine:
             raise
         self._membership.admit(request.group_id)
         runner.start()
-        self._serving.set()
+        self._open_to_sessions()
         self._settle_requests()
         return memory
+
+    def _open_to_sessions(self) -> None:
+        """Once a group serves, or one that did is rebuilt: as when the only group fails, requests wait for it."""
+        if self._membership.has_prospects:
+            self._serving.set()
 
     async def _replace_runner(self, request: engine_pb2.AddGroupRequest, epoch: int) -> GroupRunner:
         """The last incarnation's streams have ended when the next one's ranks are configured."""
@@ -164,7 +170,7 @@ class Engine:
     # Sessions
 
     async def open_session(self) -> Session:
-        """Waits until a group serves: before, nobody could say which requests fit."""
+        """Waits until a group serves or has served: before, nobody could say which requests fit."""
         await self._serving.wait()
         session = Session(next(self._session_ids))
         self._sessions[session.session_id] = session
@@ -185,6 +191,8 @@ class Engine:
                 self._submit(session, submit)
             except OctavoError as error:
                 self._fail_request(RequestKey(session.session_id, submit.handle), error)
+        if self._membership.is_settled and any(submit.resumed for submit in request.submits):
+            self._fail_misfits()
         for handle in unpack(request.cancel_handles, "<u4", "cancel_handles"):
             self.scheduler.cancel(RequestKey(session.session_id, handle))
         for handle in unpack(request.stop_handles, "<u4", "stop_handles"):
@@ -249,6 +257,8 @@ class Engine:
         )
 
     async def close(self) -> None:
-        self._fail_all(UnavailableError("the server is shutting down"))
+        """Ends every request, unless another coordinator may follow: then the gateways keep them for that one."""
+        if not self.config.rebuilds_groups:
+            self._fail_all(UnavailableError("the server is shutting down"))
         for runner in self._runners.values():
             await runner.close()

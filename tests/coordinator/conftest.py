@@ -292,11 +292,12 @@ class GatewaySession:
             await self.read()
 
 
-def new_submit(handle, num_prompt=4, max_tokens=8, prompt_token_ids=None, **fields):
+def new_submit(handle, num_prompt=4, max_tokens=8, prompt_token_ids=None, resumed=(), **fields):
     return engine_pb2.Submit(
         handle=handle,
         prompt_token_ids=prompt_token_ids or np.arange(num_prompt, dtype="<i4").tobytes(),
         sampling_params=sampling_pb2.SamplingParams(max_tokens=max_tokens, **fields),
+        resumed=resumed,
     )
 
 
@@ -309,9 +310,13 @@ class Cluster:
         self.endpoints = endpoints
         self.stub: engine_pb2_grpc.EngineStub
 
-    async def add_group(self, model_path="model", group_id=0, ranks=slice(None)):
-        config = engine_pb2.WorkerConfig(model_path=model_path)
-        request = engine_pb2.AddGroupRequest(group_id=group_id, workers=self.endpoints[ranks], config=config)
+    async def add_group(self, model_path="model", group_id=0, ranks=slice(None), has_served=False):
+        request = engine_pb2.AddGroupRequest(
+            group_id=group_id,
+            workers=self.endpoints[ranks],
+            config=engine_pb2.WorkerConfig(model_path=model_path),
+            has_served=has_served,
+        )
         return [progress async for progress in self.stub.AddGroup(request)]
 
     async def session(self) -> GatewaySession:

@@ -80,3 +80,29 @@ def test_what_cannot_be_is_refused():
     with pytest.raises(FailedPreconditionError, match="group 0 exists already, and is rebuilding"):
         membership.begin(0)
     assert membership.groups[0].state is GroupState.REBUILDING
+
+
+def test_the_epochs_of_a_coordinator_are_above_those_of_all_before():
+    last = 0
+    for incarnation in range(3):
+        membership = Membership(rebuilds=True, incarnation=incarnation)
+        for group_id in range(1000):
+            epoch = membership.begin(group_id, has_served=incarnation > 0).epoch
+            assert epoch > last
+            last = epoch
+    assert last == 2_001_000
+
+
+def test_a_group_that_served_under_an_earlier_coordinator_is_a_hope_and_may_fail_like_any_other():
+    membership = Membership(rebuilds=True, incarnation=1)
+    assert membership.begin(0, has_served=True).state is GroupState.REBUILDING
+    assert membership.has_prospects
+    assert not membership.is_settled
+    membership.fail(0, "rank 1: no room")
+    membership.check_invariants()
+    assert [group.failure for group in membership.awaiting_rebuild] == ["rank 1: no room"]
+    assert membership.begin(0, has_served=True).epoch == 1_000_002
+    membership.admit(0)
+    assert membership.groups[0].state is GroupState.READY
+    with pytest.raises(FailedPreconditionError, match="group 0 exists already, and is ready"):
+        membership.begin(0, has_served=True)

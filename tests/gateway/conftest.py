@@ -141,6 +141,7 @@ def running_gateway(loop, tokenizer, model_dir, directory, **overrides):
             "vocab_size": 384,
             "eos_token_ids": [EOS],
             "local_address": f"unix:{directory}/gateway.sock",
+            "max_outage_s": 60.0,
         }
         settings = check_config(gateway_pb2.GatewayConfig(**(config | overrides)))
         gateway = loop.call(Gateway, settings)

@@ -21,6 +21,7 @@ class Answer:
     tokens_per_message: int = 1
     hold_after: int | None = None  # tokens; what follows waits for `FakeEngine.hold` to be set
     failure: engine_pb2.Failure | None = None
+    num_first_prompt_logprobs: int | None = None  # what follows of them waits for `FakeEngine.hold`
     logprobs_of: list[float] = field(default_factory=lambda: [-0.5, -1.5, -2.5, -3.5])  # by rank
     samples: list[list[int]] = field(default_factory=list)  # tokens of each, where they differ
     sample_logprobs: list[float] = field(default_factory=list)  # of each token of each, where they differ
@@ -121,9 +122,11 @@ class FakeEngine(engine_pb2_grpc.EngineServicer):
             return [(submit.handle, self._fail(submit, news, answer))]
         if submit.HasField("beam_search"):
             return [(submit.handle, self._answer_beams(submit, news, answer, hold))]
-        parts = [answer.of_sample(index) for index in range(submit.num_samples)]
-        speaking = [self._answer(submit, handle, news, one, hold) for handle, one in zip(handles, parts, strict=True)]
-        return list(zip(handles, speaking, strict=True))
+        return [
+            (handle, self._answer(submit, handle, news, answer.of_sample(index), hold))
+            for index, handle in enumerate(handles)
+            if not submit.resumed or any(output.index == index for output in submit.resumed)
+        ]
 
     async def _fail(self, submit, news, answer):
         failure = engine_pb2.Failure()
@@ -143,16 +146,27 @@ class FakeEngine(engine_pb2_grpc.EngineServicer):
         response.beam_scores = np.array(answer.beam_scores[: submit.num_samples], "<f4").tobytes()
         news.put_nowait(_with_cached(response, submit, answer))
 
+    async def _score_prompt(self, submit, resumed, news, answer, hold):
+        start, end = 1 + (resumed.num_prompt_logprobs if resumed else 0), len(submit.prompt_token_ids) // 4
+        if start == 1 and answer.num_first_prompt_logprobs is not None:
+            start += answer.num_first_prompt_logprobs
+            chunk = _prompt_chunk(submit, 1, start - 1, answer)
+            news.put_nowait(engine_pb2.SessionResponse(prompt_logprobs=[chunk]))
+            await hold.wait()
+        if start < end:
+            chunk = _prompt_chunk(submit, start, end - start, answer)
+            news.put_nowait(engine_pb2.SessionResponse(prompt_logprobs=[chunk]))
+
     async def _answer(self, submit, handle, news, answer, hold):
         is_first = handle == submit.handle
+        resumed = {output.index: output for output in submit.resumed}.get(handle - submit.handle)
         if submit.sampling_params.HasField("num_prompt_logprobs") and is_first:
-            prompt = np.frombuffer(submit.prompt_token_ids, "<i4").tolist()[1:]
-            table = logprob_table(prompt, submit.sampling_params.num_prompt_logprobs, answer.logprobs_of)
-            chunk = engine_pb2.PromptLogprobs(handle=handle, start=1, table=table)
-            news.put_nowait(engine_pb2.SessionResponse(prompt_logprobs=[chunk]))
+            await self._score_prompt(submit, resumed, news, answer, hold)
         token_ids = answer.token_ids[: submit.sampling_params.max_tokens]
         finish_reason = answer.finish_reason if token_ids == answer.token_ids else LENGTH
-        for start in range(0, len(token_ids), answer.tokens_per_message):
+        received = np.frombuffer(resumed.token_ids, "<i4").tolist() if resumed else []
+        assert received == token_ids[: len(received)]
+        for start in range(len(received), len(token_ids), answer.tokens_per_message):
             if answer.hold_after is not None and start >= answer.hold_after:
                 await hold.wait()
             piece = token_ids[start : start + answer.tokens_per_message]
@@ -162,6 +176,12 @@ class FakeEngine(engine_pb2_grpc.EngineServicer):
                 response = _with_cached(response, submit, answer)
             news.put_nowait(response)
             await asyncio.sleep(0)
+
+
+def _prompt_chunk(submit, start, num_rows, answer):
+    prompt = np.frombuffer(submit.prompt_token_ids, "<i4").tolist()[start : start + num_rows]
+    table = logprob_table(prompt, submit.sampling_params.num_prompt_logprobs, answer.logprobs_of)
+    return engine_pb2.PromptLogprobs(handle=submit.handle, start=start, table=table)
 
 
 def _response(submit, handle, token_ids, finish_reason, answer):

@@ -30,12 +30,13 @@ def test_a_fault_of_ours_is_500_and_not_shown(gateway, prompt):
     assert "secret" not in caught.value.response.text
 
 
-def test_an_error_amid_a_stream_is_an_event(gateway, loop):
-    gateway.engine.say("the quick fox", hold_after=1)
-    with gateway.http.stream("POST", "/v1/completions", json={"prompt": "a", "stream": True}) as response:
-        lines = (line for line in response.iter_lines() if line)
-        assert json.loads(next(lines)[6:])["choices"][0]["text"]
-        loop.call(gateway.engine.break_sessions)
-        rest = list(lines)
+def test_an_error_amid_a_stream_is_an_event(start_gateway, loop):
+    with start_gateway(max_outage_s=0) as gateway:
+        gateway.engine.say("the quick fox", hold_after=1)
+        with gateway.http.stream("POST", "/v1/completions", json={"prompt": "a", "stream": True}) as response:
+            lines = (line for line in response.iter_lines() if line)
+            assert json.loads(next(lines)[6:])["choices"][0]["text"]
+            loop.call(gateway.engine.break_sessions)
+            rest = list(lines)
     assert json.loads(rest[0][6:])["error"]["type"] == "service_unavailable_error"
     assert rest[1:] == ["data: [DONE]"]

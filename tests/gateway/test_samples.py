@@ -134,13 +134,14 @@ def test_a_refusal_is_one_of_all_samples(gateway):
     assert set(gateway.engine.cancels) <= {first + 1, first + 2}  # of which the engine knows nothing
 
 
-def test_the_loss_of_the_engine_ends_all_samples(gateway, loop):
-    gateway.engine.say_samples(*TEXTS, hold_after=1)
-    call = gateway.generation.Generate(GenerateRequest(text="a", sampling_params=SamplingParams(n=3)))
-    next(call)
-    loop.call(gateway.engine.break_sessions)
-    with pytest.raises(grpc.RpcError) as caught:
-        list(call)
+def test_the_loss_of_the_engine_ends_all_samples(start_gateway, loop):
+    with start_gateway(max_outage_s=0) as gateway:
+        gateway.engine.say_samples(*TEXTS, hold_after=1)
+        call = gateway.generation.Generate(GenerateRequest(text="a", sampling_params=SamplingParams(n=3)))
+        next(call)
+        loop.call(gateway.engine.break_sessions)
+        with pytest.raises(grpc.RpcError) as caught:
+            list(call)
     assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
 
 
@@ -320,11 +321,11 @@ def test_a_packed_cancel_of_an_unsent_request(gateway, loop):
     outbox = loop.call(EngineOutbox)
     outbox.submit(engine_pb2.Submit(handle=5, num_samples=3))
     outbox.submit(engine_pb2.Submit(handle=9, num_samples=1))
-    assert not outbox.cancel([5, 6, 7])
+    assert not outbox.cancel(5, [5, 6, 7])
     message = loop.run(anext(outbox.messages()))
     assert [submit.handle for submit in message.submits] == [9]
     assert not message.cancel_handles
-    assert outbox.cancel([9])
+    assert outbox.cancel(9, [9])
     message = loop.run(anext(outbox.messages()))
     assert np.frombuffer(message.cancel_handles, "<u4").tolist() == [9]
 

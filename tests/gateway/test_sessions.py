@@ -77,9 +77,9 @@ def readiness(gateway):
     return health.Check(health_pb2.HealthCheckRequest(service="")).status
 
 
-def test_loss_of_the_engine_and_recovery(start_gateway, loop, eventually):
+def test_loss_of_the_engine_and_recovery_where_no_other_follows(start_gateway, loop, eventually):
     """Repeated: what an ended session leaves behind must not take the requests of the next."""
-    with start_gateway() as own:
+    with start_gateway(max_outage_s=0) as own:
         for _ in range(3):
             own.engine.say(LONG_TEXT, hold_after=2)
             call = own.generation.Generate(GenerateRequest(text="a"))
@@ -104,7 +104,7 @@ def test_loss_of_the_engine_and_recovery(start_gateway, loop, eventually):
 
 
 def test_a_dead_engine(start_gateway, loop, eventually):
-    with start_gateway() as own:
+    with start_gateway(max_outage_s=0) as own:
         loop.run(own.engine_server.stop(0))
         eventually(lambda: readiness(own) == health_pb2.HealthCheckResponse.NOT_SERVING)
         for call in (

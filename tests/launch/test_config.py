@@ -27,7 +27,7 @@ from octavo.launch.serve_command import merge_options
         ("itl_target_ms", math.inf),
         ("step_timeout_s", -1.0),
         ("step_timeout_s", math.nan),
-        ("max_group_restarts", -1),
+        ("max_restarts", -1),
         ("max_model_len", 1),
         ("port", 65_536),
         ("grpc_port", -1),

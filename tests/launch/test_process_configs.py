@@ -49,6 +49,13 @@ def test_whether_groups_are_rebuilt_follows_from_who_starts_it(resolved, rebuild
     assert engine_config(*resolved(), "unix:/e", rebuilds_groups).rebuilds_groups is rebuilds_groups
 
 
+@pytest.mark.parametrize("keeps_coordinator", [True, False])
+def test_requests_wait_for_another_coordinator_only_where_one_follows(resolved, keeps_coordinator):
+    config, model, _ = resolved()
+    settings = check_config(gateway_config(config, model, "unix:/e", "unix:/g", keeps_coordinator))
+    assert (settings.max_outage_s > 0) is keeps_coordinator
+
+
 @pytest.mark.parametrize("enable_prefix_caching", [True, False])
 def test_whether_prefixes_are_cached_is_the_coordinators_to_know(resolved, enable_prefix_caching):
     config = engine_config(*resolved(enable_prefix_caching=enable_prefix_caching), "unix:/e")

@@ -55,15 +55,19 @@ class Ranks:
 class Control:
     def __init__(self) -> None:
         self.added, self.abandoned = [], []
+        self.is_dead = False
         self.failures = []  # of adding, one each time
 
     def add_group(self, request, report):
+        assert request.has_served
         if self.failures:
             raise self.failures.pop()
         self.added.append(request.group_id)
 
     def abandon_group(self, group_id):
         self.abandoned.append(group_id)
+        if self.is_dead:
+            raise UnavailableError("Socket closed")
 
 
 class Scene:
@@ -154,6 +158,97 @@ def test_a_group_is_given_up_alone_and_the_last_one_ends_the_server():
     with pytest.raises(UnavailableError, match=r"worker group . failed 1 time.s. within 10 minutes and is given up"):
         scene.recovery.check()
     assert scene.control.added == []
+    scene.recovery.stop()
+
+
+def wait_until(condition):
+    for _ in range(500):
+        if condition():
+            return
+        threading.Event().wait(0.01)
+    raise AssertionError("it did not happen")
+
+
+def test_another_coordinator_takes_over_all_groups_as_they_are(scene):
+    scene.ranks.lost = {}
+    scene.recovery.restore(lambda: None)
+    wait_until(lambda: scene.recovery.is_restored)
+    assert sorted(scene.control.added) == [0, 1]
+    assert all(not lost for _, lost in scene.ranks.replaced)
+    assert scene.said == []  # of this the line about the coordinator speaks
+
+
+def test_a_rank_that_died_with_the_coordinator_is_replaced_and_that_is_said(scene):
+    scene.recovery.restore(lambda: None)
+    scene.wait()
+    scene.wait()
+    said = sorted(scene.said)[0]
+    assert said.startswith("group 0 was taken over by another coordinator; started rank 1 anew, serves again after")
+    assert sorted(scene.ranks.replaced) == [(0, [1]), (1, [1])]
+
+
+def test_a_rank_that_does_not_start_is_tried_again_under_the_other_coordinator(scene):
+    scene.ranks.failures = [UnavailableError("a rank did not start: no room")]
+    scene.recovery.restore(lambda: None)
+    wait_until(lambda: scene.recovery.is_restored)
+    assert sorted(scene.control.added) == [0, 1]
+    assert len(scene.ranks.replaced) == 3
+
+
+def test_an_attempt_for_a_coordinator_that_died_is_not_made_for_the_next(scene):
+    """It was at the ranks when the coordinator died; the group is taken over once, and no rank replaced for it."""
+    at_the_ranks, goes_on = threading.Event(), threading.Event()
+
+    def replace(group_id, lost):
+        scene.ranks.replaced.append((group_id, list(lost)))
+        if group_id == 0 and len(scene.ranks.replaced) == 1:
+            at_the_ranks.set()
+            assert goes_on.wait(5)
+
+    scene.ranks.replace = replace
+    scene.fail(0, epoch=1)
+    assert at_the_ranks.wait(5)
+    scene.ranks.lost = {}
+    scene.recovery.restore(lambda: None)
+    goes_on.set()
+    wait_until(lambda: scene.recovery.is_restored)
+    assert sorted(scene.control.added) == [0, 1]
+    assert sorted(scene.ranks.replaced) == [(0, []), (0, [1]), (1, [])]
+
+
+def test_the_call_that_ended_with_the_coordinator_has_no_rank_replaced(scene):
+    scene.ranks.lost = {}
+    scene.control.failures = [UnavailableError("Socket closed")]
+    scene.fail(0, epoch=1)
+    scene.wait()
+    scene.recovery.restore(lambda: None)
+    wait_until(lambda: scene.recovery.is_restored)
+    assert all(not lost for _, lost in scene.ranks.replaced)
+
+
+def test_a_coordinator_that_dies_too_before_it_answers_is_followed_by_a_third(scene):
+    def never_up():
+        raise UnavailableError("coordinator was killed by signal 9")
+
+    scene.ranks.lost = {}
+    scene.recovery.restore(never_up)
+    scene.recovery.restore(lambda: None)
+    wait_until(lambda: scene.recovery.is_restored)
+    assert sorted(scene.control.added) == [0, 1]
+    assert scene.said == []
+
+
+def test_a_group_that_was_given_up_stays_so_also_if_the_coordinator_could_not_be_told():
+    scene = Scene(max_restarts=0)
+    scene.control.is_dead = True
+    scene.fail(0, epoch=1)
+    wait_until(lambda: scene.control.abandoned)
+    scene.ranks.lost = {}
+    scene.recovery.restore(lambda: None)
+    wait_until(lambda: scene.recovery.is_restored)
+    assert scene.control.added == [1]
+    scene.recovery.check()
+    assert [line.endswith("; the other groups go on") for line in scene.said] == [True]
     scene.recovery.stop()
 
 

@@ -42,7 +42,7 @@ class Server:
         self.parent = parent
         self.grpc_port = free_port()
         options = ["--tensor-parallel-size", "2", "--device", "cpu", "--port", "0", "--grpc-port", str(self.grpc_port)]
-        options += ["--max-group-restarts", "0", *more_options]
+        options += ["--max-restarts", "0", *more_options]
         self.process = subprocess.Popen(
             [sys.executable, "-m", "octavo", "serve", *options],
             stdout=subprocess.PIPE,
@@ -134,3 +134,33 @@ def test_sigterm_to_the_process_group_ends_the_server(server):
     os.killpg(server.process.pid, signal.SIGTERM)
     assert server.wait() == 0
     assert [line for line in server.lines if line.startswith(PREFIX)] == []
+
+
+PROGRAM = """
+import threading, time
+import psutil
+from octavo import LLM, SamplingParams
+from octavo.errors import UnavailableError
+
+def kill():
+    time.sleep(1)
+    [victim] = [child for child in psutil.Process().children() if "octavo.coordinator" in child.cmdline()]
+    victim.kill()
+
+with LLM(device="cpu", max_model_len=1024) as llm:
+    threading.Thread(target=kill).start()
+    started = time.monotonic()
+    try:
+        while True:
+            llm.generate(["Once upon a time"] * 8, SamplingParams(max_tokens=900, ignore_eos=True), use_tqdm=False)
+    except UnavailableError as error:
+        print(f"{time.monotonic() - started:.0f} s: {error}")
+"""
+
+
+def test_an_llm_has_nothing_come_back_and_names_what_died():
+    run = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    said = re.search(r"^(\d+) s: coordinator was killed by signal 9", run.stdout, re.MULTILINE)
+    assert said, run.stdout
+    assert int(said[1]) < 30  # a server's gateways would wait for a minute

@@ -250,7 +250,7 @@ def test_a_rank_that_was_stopped_and_wakes_joins_again_with_its_weights(one_grou
 
 
 def test_a_server_that_is_stopped_while_it_rebuilds_leaves_nothing_behind():
-    with running("--max-group-restarts", "1") as server:
+    with running("--max-restarts", "1") as server:
         server.process_of(0, 0).kill()
         server.wait_until_noticed(0, epoch=1, timeout_s=2)
         time.sleep(0.5)
@@ -284,7 +284,7 @@ def test_another_group_goes_on_at_once(expected):
 
 
 def test_a_group_that_keeps_dying_is_given_up_in_one_line():
-    with running("--max-group-restarts", "1") as server:
+    with running("--max-restarts", "1") as server:
         server.process_of(0, 0).kill()
         server.wait_until_whole(1)
         stream = server.generation.Generate(request_of(0))
