@@ -100,8 +100,9 @@ class FaultMaker:
         return None
 
     async def _wait_until_streams_go_on(self, since: float) -> None:
-        deadline = time.monotonic() + _GO_ON_LIMIT_S
-        while not self._load.goes_on(since) and time.monotonic() < deadline:
+        for _ in range(int(_GO_ON_LIMIT_S / _GO_ON_POLL_S)):
+            if self._load.goes_on(since):
+                return
             await asyncio.sleep(_GO_ON_POLL_S)
 
     # Ranks
