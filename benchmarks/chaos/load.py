@@ -17,6 +17,7 @@ from .answers import Answer, Difference, differences
 _REQUEST_TIMEOUT_S = 180.0  # one that has not ended by then is lost
 _RETRY_S = 0.2
 _GATEWAY_DEATH_S = 3.0  # a connection that breaks so soon after a gateway was killed was that gateway's
+_REFUSAL_S = 2.0  # what is refused is refused at once
 _NOTED_GAP_S = 0.05
 _NUM_KEPT_GAPS = 100_000
 _REFUSALS = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED)
@@ -184,25 +185,37 @@ class Load:
             self.tally.mismatches.append(Mismatch(reading.exchange.index, noticed_at_s, difference))
 
     def _note_error(self, reading: "_Reading", error: grpc.aio.AioRpcError) -> None:
-        num_tokens, num_expected = reading.found.num_tokens, reading.exchange.expected.num_tokens
-        is_of_connection = rpc_status.from_call(error) is None  # the server's own errors have details
-        if is_of_connection and time.monotonic() - self._gateway_killed_at < _GATEWAY_DEATH_S:
+        if self._is_of_killed_gateway(reading, error):
             self.tally.num_broken_by_gateways += 1
-        elif error.code() in _REFUSALS and not num_tokens and self._is_ending:
+        elif not _is_refusal(reading, error):
+            self.tally.lost.append(f"request {reading.describe()} at {self.time_s:.1f} s: {_describe(error)}")
+        elif self._is_ending:
             self.tally.num_refused_at_end += 1
-        elif error.code() in _REFUSALS and not num_tokens:
-            self.tally.num_refused += 1
         else:
-            why = f"{error.code().name}: {' '.join(str(error.details()).split())}"
-            after = f"after {num_tokens} of {num_expected} tokens"
-            self.tally.lost.append(f"request {reading.exchange.index} at {self.time_s:.1f} s, {after}: {why}")
+            self.tally.num_refused += 1
+
+    def _is_of_killed_gateway(self, reading: "_Reading", error: grpc.aio.AioRpcError) -> bool:
+        """The server's own errors have details, a connection that breaks has none."""
+        killed_at = self._gateway_killed_at
+        is_soon_after = reading.began_at < killed_at and time.monotonic() - killed_at < _GATEWAY_DEATH_S
+        return is_soon_after and rpc_status.from_call(error) is None
+
+
+def _is_refusal(reading: "_Reading", error: grpc.aio.AioRpcError) -> bool:
+    """One that comes later ends what was accepted."""
+    is_soon = time.monotonic() - reading.began_at < _REFUSAL_S
+    return is_soon and error.code() in _REFUSALS and not reading.found.num_tokens
+
+
+def _describe(error: grpc.aio.AioRpcError) -> str:
+    return f"{error.code().name}: {' '.join(str(error.details()).split())}"
 
 
 class _Reading:
     """One request while its answer comes."""
 
     def __init__(self, exchange: Exchange) -> None:
-        self.exchange, self.found = exchange, Answer()
+        self.exchange, self.found, self.began_at = exchange, Answer(), time.monotonic()
         self.parted_at_s: float | None = None  # when the first token came that is not the one that was due
 
     def take(self, response: generation_pb2.GenerateResponse, now_s: float) -> int:
@@ -213,3 +226,7 @@ class _Reading:
         ):
             self.parted_at_s = now_s
         return num_tokens
+
+    def describe(self) -> str:
+        expected = self.exchange.expected.num_tokens
+        return f"{self.exchange.index}, after {self.found.num_tokens} of {expected} tokens,"

@@ -83,6 +83,7 @@ class _Run:
         except UnavailableError as error:
             self._outcome.problem = str(error)
         finally:
+            self._outcome.duration_s = self._outcome.duration_s or load.time_s
             for task in beside:
                 task.cancel()
             await load.cancel()

@@ -92,9 +92,16 @@ def test_a_request_that_breaks_off_is_lost_and_one_that_is_refused_is_asked_agai
     tally = tally_of(tmp_path, lambda number: behaviours.get(number, (TOKENS, None)), num_finished=1)
     assert tally.num_refused == 1
     first, second = tally.lost
-    assert "request 4 at " in first
-    assert "after 5 of 40 tokens: UNAVAILABLE: gone" in first
-    assert "after 0 of 40 tokens: INTERNAL: " in second
+    assert first.startswith("request 4, after 5 of 40 tokens, at ")
+    assert first.endswith(" s: UNAVAILABLE: gone")
+    assert second.startswith("request 4, after 0 of 40 tokens, at ")
+    assert " s: INTERNAL: " in second
+
+
+def test_what_ends_late_without_a_token_was_accepted_and_is_lost(tmp_path, monkeypatch):
+    monkeypatch.setattr("octavo.benchmarks.chaos.load._REFUSAL_S", 0.0)
+    tally = tally_of(tmp_path, lambda number: ([], UnavailableError("gone")) if number == 1 else (TOKENS, None))
+    assert (tally.num_refused, len(tally.lost)) == (0, 1)
 
 
 def test_connections_break_with_a_gateway_that_was_killed_and_are_losses_otherwise(tmp_path):
