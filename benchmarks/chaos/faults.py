@@ -195,8 +195,9 @@ class FaultMaker:
     async def _scale(self, fault: Fault) -> Effect:
         """Until the server says that it is done."""
         made_at, num_groups = time.monotonic(), fault.number("groups")
+        num_ranks = int(fault.arguments.get("ranks", 0))  # 0: as many as now
         async with grpc.aio.insecure_channel(self._server.address) as channel:
-            request = admin_pb2.ScaleRequest(num_groups=num_groups)
+            request = admin_pb2.ScaleRequest(num_groups=num_groups, tensor_parallel_size=num_ranks)
             try:
                 async for _ in admin_pb2_grpc.AdminStub(channel).Scale(request, timeout=RECOVERY_LIMIT_S):
                     pass

@@ -30,7 +30,8 @@ FAULT_KINDS: Mapping[str, FaultKind] = {
     "kill-coordinator": FaultKind(),
     "stop-coordinator": FaultKind((_SECONDS,)),
     "kill-gateway": FaultKind(("gateway",)),
-    "scale": FaultKind(("groups",)),
+    # To so many groups; of so many ranks each, if that is given.
+    "scale": FaultKind(("groups",), ("ranks",)),
     # SIGTERM to the launcher under load. The last of a script.
     "drain": FaultKind(),
 }
@@ -125,16 +126,16 @@ def _check_order(faults: Sequence[Fault]) -> None:
 
 def check_script(faults: Sequence[Fault], shape: Shape) -> None:
     """Raises InvalidArgumentError for a fault of what the server will not have then."""
-    num_groups = shape.num_groups
+    limits = {"group": shape.num_groups, "rank": shape.tensor_parallel_size, "gateway": shape.num_gateways}
     for fault in faults:
-        limits = {"group": num_groups, "rank": shape.tensor_parallel_size, "gateway": shape.num_gateways}
         for name, limit in limits.items():
             if name in fault.arguments and fault.number(name) >= limit:
                 raise _refusal(f"{str(fault)!r}: the server has {limit} {name}(s) then, counted from 0")
         if fault.kind == "scale":
-            num_groups = fault.number("groups")
-            if num_groups < 1:
-                raise _refusal(f"{str(fault)!r}: groups must be at least 1")
+            if not all(fault.arguments.values()):
+                raise _refusal(f"{str(fault)!r}: a server has at least 1 group of 1 rank")
+            limits["group"] = fault.number("groups")
+            limits["rank"] = int(fault.arguments.get("ranks", limits["rank"]))
 
 
 def _refusal(reason: str) -> InvalidArgumentError:

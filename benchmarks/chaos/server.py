@@ -18,6 +18,7 @@ from pathlib import Path
 import psutil
 
 from ...errors import UnavailableError
+from ...launch.signals import StopSignals
 from ..serving import free_port
 from .orders import ORDERS_VARIABLE, Orders
 
@@ -163,13 +164,14 @@ class ChaosServer:
 
 @contextlib.contextmanager
 def running_server(options: Sequence[str]) -> Iterator[ChaosServer]:
-    """One that is ready. Nothing of it is left behind, however the body ends."""
-    with tempfile.TemporaryDirectory(prefix="o", dir="/tmp") as directory:
+    """One that is ready. Nothing of it is left behind, however the body ends: also by SIGINT or SIGTERM."""
+    with tempfile.TemporaryDirectory(prefix="o", dir="/tmp") as directory, StopSignals() as signals:
         server = ChaosServer(options, Path(directory))
         try:
             server.wait_until_ready()
             yield server
         finally:
+            signals.begin_stop()
             server.kill()
 
 

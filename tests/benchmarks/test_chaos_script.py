@@ -23,7 +23,9 @@ at 7 stop-coordinator seconds=2
 at 8 kill-gateway gateway=1
 at 9 scale groups=3
 at 10 kill-rank group=2 rank=0
-at 11 drain
+at 11 scale groups=1 ranks=4
+at 12 kill-rank group=0 rank=3
+at 13 drain
 """
 
 
@@ -67,7 +69,9 @@ def test_what_is_wrong_with_a_script_is_one_line(line, message):
         ("at 1 kill-rank group=0 rank=2", "the server has 2 rank(s) then"),
         ("at 1 kill-gateway gateway=2", "the server has 2 gateway(s) then"),
         ("at 1 scale groups=1\nat 2 drop-reply group=1", "the server has 1 group(s) then"),
-        ("at 1 scale groups=0", "groups must be at least 1"),
+        ("at 1 scale groups=1 ranks=1\nat 2 raise group=0 rank=1", "the server has 1 rank(s) then"),
+        ("at 1 scale groups=0", "a server has at least 1 group of 1 rank"),
+        ("at 1 scale groups=1 ranks=0", "a server has at least 1 group of 1 rank"),
     ],
 )
 def test_a_fault_of_what_is_not_there_is_refused(script, message):
