@@ -187,7 +187,7 @@ class Load:
     def _note_error(self, reading: "_Reading", error: grpc.aio.AioRpcError) -> None:
         if self._is_of_killed_gateway(reading, error):
             self.tally.num_broken_by_gateways += 1
-        elif not _is_refusal(reading, error):
+        elif not self._is_refusal(reading, error):
             self.tally.lost.append(f"request {reading.describe()} at {self.time_s:.1f} s: {_describe(error)}")
         elif self._is_ending:
             self.tally.num_refused_at_end += 1
@@ -195,16 +195,20 @@ class Load:
             self.tally.num_refused += 1
 
     def _is_of_killed_gateway(self, reading: "_Reading", error: grpc.aio.AioRpcError) -> bool:
-        """The server's own errors have details, a connection that breaks has none."""
         killed_at = self._gateway_killed_at
         is_soon_after = reading.began_at < killed_at and time.monotonic() - killed_at < _GATEWAY_DEATH_S
-        return is_soon_after and rpc_status.from_call(error) is None
+        return is_soon_after and _is_of_connection(error)
+
+    def _is_refusal(self, reading: "_Reading", error: grpc.aio.AioRpcError) -> bool:
+        """What ends later was accepted. A request that comes as its gateway's door closes hears gRPC's own CANCELLED."""
+        if reading.found.num_tokens or time.monotonic() - reading.began_at > _REFUSAL_S:
+            return False
+        return error.code() in _REFUSALS or (self._is_ending and _is_of_connection(error))
 
 
-def _is_refusal(reading: "_Reading", error: grpc.aio.AioRpcError) -> bool:
-    """One that comes later ends what was accepted."""
-    is_soon = time.monotonic() - reading.began_at < _REFUSAL_S
-    return is_soon and error.code() in _REFUSALS and not reading.found.num_tokens
+def _is_of_connection(error: grpc.aio.AioRpcError) -> bool:
+    """The server's own errors have details, a connection that breaks has none."""
+    return rpc_status.from_call(error) is None
 
 
 def _describe(error: grpc.aio.AioRpcError) -> str:

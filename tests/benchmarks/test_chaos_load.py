@@ -32,7 +32,9 @@ class Gateway(generation_pb2_grpc.GenerationServicer):
             output = generation_pb2.SequenceOutput(token_ids=[token], finish_reason=LENGTH if is_last else 0)
             await context.write(generation_pb2.GenerateResponse(outputs=[output]))
             await asyncio.sleep(0)
-        if error is not None:
+        if isinstance(error, grpc.StatusCode):  # gRPC's own, without details
+            await context.abort(error, error.name)
+        elif error is not None:
             await abort(context, error)
 
 
@@ -133,6 +135,27 @@ def test_streams_that_are_refused_while_the_server_drains_end(tmp_path):
     tally = tally_of(tmp_path, behave, 3, drain)
     assert tally.num_refused_at_end >= 1
     assert tally.lost == []
+
+
+@pytest.mark.parametrize("is_ending", [True, False])
+def test_a_call_that_meets_the_end_of_the_door_was_not_accepted(tmp_path, is_ending):
+    """As grpc ends what comes while a server stops; while none stops it is a loss."""
+
+    cancels = []
+
+    async def cancelled(load, server):
+        if is_ending:
+            load.end_when_refused()
+        cancels.append(True)
+        while not (load.tally.lost or load.tally.num_refused_at_end):
+            await asyncio.sleep(0.01)
+
+    def behave(number):
+        return ([], grpc.StatusCode.CANCELLED) if cancels else (TOKENS, None)
+
+    tally = tally_of(tmp_path, behave, 2, cancelled)
+    assert (tally.num_refused_at_end > 0) == is_ending
+    assert bool(tally.lost) != is_ending
 
 
 def test_the_longest_wait_for_a_token_counts_from_the_fault():
