@@ -200,7 +200,7 @@ class Load:
         return is_soon_after and _is_of_connection(error)
 
     def _is_refusal(self, reading: "_Reading", error: grpc.aio.AioRpcError) -> bool:
-        """What ends later was accepted. A request that comes as its gateway's door closes hears gRPC's own CANCELLED."""
+        """What ends later was accepted. A request that comes as the gateway's door closes hears gRPC's CANCELLED."""
         if reading.found.num_tokens or time.monotonic() - reading.began_at > _REFUSAL_S:
             return False
         return error.code() in _REFUSALS or (self._is_ending and _is_of_connection(error))
