@@ -14,7 +14,7 @@ from ...launch.client import CHANNEL_OPTIONS
 from ...proto import generation_pb2, generation_pb2_grpc
 from .answers import Answer, Difference, differences
 
-_REQUEST_TIMEOUT_S = 180.0  # one that has not ended by then is lost
+REQUEST_TIMEOUT_S = 180.0  # one that has not ended by then is lost
 _RETRY_S = 0.2
 _GATEWAY_DEATH_S = 3.0  # a connection that breaks so soon after a gateway was killed was that gateway's
 _REFUSAL_S = 2.0  # what is refused is refused at once
@@ -158,7 +158,7 @@ class Load:
         reading = _Reading(exchange)
         self._num_asking += 1
         try:
-            async for response in stub.Generate(exchange.request, timeout=_REQUEST_TIMEOUT_S):
+            async for response in stub.Generate(exchange.request, timeout=REQUEST_TIMEOUT_S):
                 if num_tokens := reading.take(response, self.time_s):
                     self.tally.num_tokens += num_tokens
                     self._note_token(stream)

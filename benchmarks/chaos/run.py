@@ -13,7 +13,7 @@ from ...launch.rpc_errors import from_rpc_error
 from ...proto import generation_pb2, generation_pb2_grpc
 from .answers import Answer, differences
 from .faults import FaultMaker, FaultRecord
-from .load import Exchange, Load, Tally
+from .load import REQUEST_TIMEOUT_S, Exchange, Load, Tally
 from .requests import make_requests
 from .resources import ResourceLog, Sample
 from .script import Fault, Shape
@@ -188,7 +188,7 @@ async def _ask_all(
     async def ask(request: generation_pb2.GenerateRequest) -> Answer:
         answer = Answer()
         async with room:
-            async for response in stub.Generate(request):
+            async for response in stub.Generate(request, timeout=REQUEST_TIMEOUT_S):
                 answer.take(response)
         return answer
 
