@@ -8,6 +8,7 @@ from ..errors import InvalidArgumentError
 from ..launch.config import OFFLINE_DEFAULTS, ServeConfig
 from ..workers.model_config import ModelConfig
 from .block_commands import bench_long_context, bench_memory, bench_swap
+from .chaos.command import bench_chaos
 from .latency import LatencySettings, check_latency, run_latency
 from .options import (
     JsonOption,
@@ -153,7 +154,7 @@ def _startup(
 
 def _build_app() -> typer.Typer:
     app = typer.Typer(
-        help="Measure latency, throughput, serving, KV memory and start-up.",
+        help="Measure latency, throughput, serving, KV memory and start-up, and what faults do to streams.",
         no_args_is_help=True,
         rich_markup_mode=None,
     )
@@ -164,6 +165,7 @@ def _build_app() -> typer.Typer:
     app.command("long-context")(with_serve_options(bench_long_context))
     app.command("swap")(with_serve_options(bench_swap))
     app.command("startup")(with_serve_options(_startup))
+    app.command("chaos")(with_serve_options(bench_chaos))
     return app
 
 
