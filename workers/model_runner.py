@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..errors import FailedPreconditionError
+from .block_rows import BlockRows
 from .host_tier import HostTier
 from .kv_cache import KVCache
 from .models.registry import Model
@@ -52,6 +53,11 @@ class ModelRunner:
         self._segment_graphs: SegmentGraphs | None = None
         self._sampling: SamplingBatch | None = None
         self._sampling_key: tuple[int, bytes] | None = None  # what _sampling was built for
+
+    @property
+    def block_rows(self) -> BlockRows:
+        """Of the KV cache."""
+        return self._kv_cache.rows
 
     @torch.inference_mode()
     def capture_graphs(self, segment_graphs: "SegmentGraphs", is_rehearsal: bool = False) -> None:

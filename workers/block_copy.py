@@ -1,0 +1,79 @@
+"""KV blocks on their way between ranks of different groups: raw rows, through a buffer of the device's.
+
+Gathered and scattered on a stream of their own that first waits for the steps queued before: what a sent block holds
+was computed by one of them, and what a received one held was last written by one.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from .block_rows import BlockRows
+from .peer_group import PeerGroup
+
+# As the host tier's: enough for full speed, and little of the device's memory.
+_STAGING_BYTES = 32 * 1024 * 1024
+
+BlockIds = NDArray[np.int32]
+
+
+class BlockStaging:
+    """A buffer for blocks in one direction, and the stream beside the steps on which it is used."""
+
+    def __init__(self, rows: BlockRows, device: torch.device, staging_bytes: int = _STAGING_BYTES) -> None:
+        self._rows, self._device = rows, device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        with self._beside_steps():
+            self._buffer = rows.buffer(max(1, staging_bytes // rows.block_bytes))
+
+    @property
+    def num_blocks(self) -> int:
+        """As many as fit at once."""
+        return len(self._buffer)
+
+    def gather(self, block_ids: BlockIds) -> None:
+        """Fills the buffer, and waits for that: the other side is not to wait for steps of this one."""
+        with self._beside_steps():
+            self._rows.gather(self._rows.indices(block_ids), self._buffer[: len(block_ids)])
+        self._wait()
+
+    def send(self, num_blocks: int, group: PeerGroup) -> None:
+        """The first blocks of the buffer. Raises UnavailableError."""
+        with self._on_stream():
+            group.send([self._buffer[:num_blocks]])
+
+    def receive(self, block_ids: BlockIds, group: PeerGroup) -> int:
+        """Blocks through the buffer to their places; returns their bytes when they are there. Raises UnavailableError,
+        and has written no block then."""
+        received = self._buffer[: len(block_ids)]
+        with self._on_stream():
+            group.receive([received])
+        with self._beside_steps():
+            self._rows.scatter(self._rows.indices(block_ids), received)
+        self._wait()
+        return received.nbytes
+
+    def _on_stream(self) -> AbstractContextManager[object]:
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+    @contextmanager
+    def _beside_steps(self) -> Iterator[None]:
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.default_stream(self._device))
+        with self._on_stream():
+            yield
+
+    def _wait(self) -> None:
+        if self._stream is not None:
+            ended = torch.cuda.Event(blocking=True)
+            ended.record(self._stream)
+            ended.synchronize()
+
+
+def pieces(num_blocks: int, size: int) -> Iterator[slice]:
+    """Of at most `size` blocks each."""
+    for start in range(0, num_blocks, size):
+        yield slice(start, min(start + size, num_blocks))
