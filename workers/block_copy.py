@@ -23,11 +23,11 @@ BlockIds = NDArray[np.int32]
 class BlockStaging:
     """A buffer for blocks in one direction, and the stream beside the steps on which it is used."""
 
-    def __init__(self, rows: BlockRows, device: torch.device, staging_bytes: int = _STAGING_BYTES) -> None:
+    def __init__(self, rows: BlockRows, device: torch.device) -> None:
         self._rows, self._device = rows, device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         with self._beside_steps():
-            self._buffer = rows.buffer(max(1, staging_bytes // rows.block_bytes))
+            self._buffer = rows.buffer(max(1, _STAGING_BYTES // rows.block_bytes))
 
     @property
     def num_blocks(self) -> int:
@@ -45,12 +45,14 @@ class BlockStaging:
         with self._on_stream():
             group.send([self._buffer[:num_blocks]])
 
-    def receive(self, block_ids: BlockIds, group: PeerGroup) -> int:
-        """Blocks through the buffer to their places; returns their bytes when they are there. Raises UnavailableError,
-        and has written no block then."""
-        received = self._buffer[: len(block_ids)]
+    def receive(self, num_blocks: int, group: PeerGroup) -> None:
+        """Into the first blocks of the buffer. Raises UnavailableError."""
         with self._on_stream():
-            group.receive([received])
+            group.receive([self._buffer[:num_blocks]])
+
+    def scatter(self, block_ids: BlockIds) -> int:
+        """What came to its places; returns its bytes when it is there."""
+        received = self._buffer[: len(block_ids)]
         with self._beside_steps():
             self._rows.scatter(self._rows.indices(block_ids), received)
         self._wait()

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from ..errors import FailedPreconditionError, InvalidArgumentError, OctavoError
+from ..errors import FailedPreconditionError, InternalError, InvalidArgumentError, OctavoError
 from ..proto import worker_pb2
 from .block_copy import BlockStaging, pieces
 from .block_rows import BlockRows
@@ -43,6 +43,7 @@ class Copies:
         self._settings = settings
         self._links: dict[_Source, PeerLink] = {}  # for blocks: they stay open
         self._staging: BlockStaging | None = None
+        self._stuck: list[BlockStaging | None] = []  # buffers that are never used again
         self._receiving = asyncio.Lock()  # of blocks: there is one buffer
         self._running: set[asyncio.Task[Any]] = set()  # what is being received
         self._senders: set[PeerSender] = set()
@@ -79,7 +80,8 @@ class Copies:
             await link.ask(worker_pb2.SendRequest())
             num_bytes = await link.receive(lambda group: receive_weights(model, group, self._settings.device))
         finally:
-            await link.close()
+            if not await link.close():  # it may still write to memory that is free
+                raise InternalError("a copy of weights was broken off, and does not end")
         duration_s = time.monotonic() - started_at
         _log.info("copied %.1f MB of weights from %s in %.2f s", num_bytes / 1e6, request.weight_source, duration_s)
 
@@ -125,7 +127,9 @@ class Copies:
 
     async def _drop(self, link: PeerLink) -> None:
         self._links = {source: other for source, other in self._links.items() if other is not link}
-        await link.close()
+        if not await link.close():  # it may still write to the buffer
+            self._stuck.append(self._staging)
+            self._staging = None
 
     async def _run(self, task: asyncio.Task[T]) -> T:
         """The task's result; it ends with this call, and with the epoch."""
@@ -162,7 +166,8 @@ async def _receive_moves(link: PeerLink, moves: BlockMoves, staging: BlockStagin
     for piece in pieces(len(moves), staging.num_blocks):
         sources, targets = moves.sources[piece], moves.targets[piece]
         await link.ask(worker_pb2.SendRequest(block_ids=sources.astype("<i4").tobytes()))
-        num_bytes += await link.receive(partial(staging.receive, targets))
+        await link.receive(partial(staging.receive, len(targets)))
+        num_bytes += await link.complete(partial(staging.scatter, targets))
     duration_us = (time.perf_counter() - started_at) * 1e6
     return worker_pb2.ReceiveBlocksResponse(duration_us=duration_us, num_bytes=num_bytes)
 

@@ -47,10 +47,22 @@ class CopyThread:
             raise UnavailableError("the copy was broken off, and its thread is stuck")
         return running.result()
 
-    def close(self, last: Callable[[], None] = lambda: None) -> None:
-        """Runs `last` behind what runs, and waits for neither."""
-        self._executor.submit(last)
+    async def complete(self, function: Callable[[], T]) -> T:
+        """As `run`, of what is to be done whatever happens: returns, or is cancelled, when it is."""
+        running = asyncio.get_running_loop().run_in_executor(self._executor, function)
+        try:
+            await asyncio.wait({running})
+        finally:
+            await asyncio.wait({running})
+        return running.result()
+
+    async def close(self, last: Callable[[], None]) -> bool:
+        """Runs `last` behind what runs; whether both have ended. They are not waited for beyond reason."""
+        ending = asyncio.get_running_loop().run_in_executor(self._executor, last)
         self._executor.shutdown(wait=False)
+        ending.add_done_callback(_note_failure)
+        await asyncio.wait({ending}, timeout=_LET_GO_S)
+        return ending.done()
 
 
 def _note_failure(running: asyncio.Future[Any]) -> None:

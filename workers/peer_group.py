@@ -45,6 +45,7 @@ class PeerGroup:
         self._device, self._patience_s = device, patience_s
         self._other = 1 if is_source else 0
         self._is_aborted = threading.Event()
+        self._queued: deque[tuple[Any, torch.Tensor]] = deque()  # a piece is to live until it has moved
         store = dist.PrefixStore("peers", store)
         make = _nccl_group if device.type == "cuda" else _gloo_group
         try:
@@ -70,16 +71,19 @@ class PeerGroup:
         self._move(self._group.recv, tensors)
 
     def _move(self, queue: Callable[[list[torch.Tensor], int, int], Any], tensors: Iterable[torch.Tensor]) -> None:
-        queued: deque[tuple[Any, torch.Tensor]] = deque()  # a piece is to live until it has moved
         try:
             for piece in _pieces(tensors):
-                queued.append((queue([piece], self._other, 0), piece))
-                if len(queued) == _MAX_QUEUED:
-                    self._finish(queued.popleft()[0])
-            while queued:
-                self._finish(queued.popleft()[0])
+                self._queued.append((queue([piece], self._other, 0), piece))
+                if len(self._queued) == _MAX_QUEUED:
+                    self._finish_first()
+            while self._queued:
+                self._finish_first()
         except (RuntimeError, dist.DistError) as error:
             raise UnavailableError("the connection to the other rank is lost") from error
+
+    def _finish_first(self) -> None:
+        self._finish(self._queued[0][0])
+        self._queued.popleft()
 
     def _finish(self, work: Any) -> None:  # noqa: ANN401 (torch's Work is untyped)
         if self._device.type == "cuda":
@@ -102,9 +106,20 @@ class PeerGroup:
             self._group.abort()
 
     def close(self) -> None:
-        """Ends the group at once, on the thread that copied; the other side is not waited for."""
+        """Ends the group at once, on the thread that copied; the other side is not waited for. Nothing is written any
+        more when it returns."""
         self._is_aborted.set()
         self._group.abort()
+        if self._queued and self._device.type == "cuda":
+            self._await_kernels()
+
+    def _await_kernels(self) -> None:
+        with torch.cuda.stream(torch.cuda.Stream(self._device)):
+            for work, _ in self._queued:
+                work.wait()
+            ended = torch.cuda.Event(blocking=True)
+            ended.record()
+            ended.synchronize()
 
 
 def _gloo_group(store: dist.Store, rank: int) -> Any:  # noqa: ANN401

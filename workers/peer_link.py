@@ -86,6 +86,10 @@ class PeerLink:
         assert group is not None, "the two have met"
         return await self._run(lambda: function(group))
 
+    async def complete(self, function: Callable[[], T]) -> T:
+        """Runs `function` on the link's thread, and whatever becomes of the other side, waits for its end."""
+        return await self._thread.complete(function)
+
     async def _run(self, function: Callable[[], T]) -> T:
         return await self._thread.run(function, self._ended, self._abort)
 
@@ -93,12 +97,13 @@ class PeerLink:
         if self._group is not None:
             self._group.abort()
 
-    async def close(self) -> None:
-        """Ends the call, and with it the other side's part. Waits for nothing else."""
+    async def close(self) -> bool:
+        """Ends the call, and with it the other side's part. Whether nothing writes any more to what was received."""
         self._abort()
-        self._thread.close(self._end_group)
         self._call.cancel()
+        has_ended = await self._thread.close(self._end_group)
         await self._channel.close()
+        return has_ended or self._group is None
 
     def _end_group(self) -> None:
         if self._group is not None:

@@ -53,7 +53,7 @@ class PeerSender:
                 yield answer
         finally:
             self._abort()
-            self._thread.close(self._end_group)
+            await self._thread.close(self._end_group)
             self.ended.set()
 
     async def _until_over(
