@@ -55,12 +55,14 @@ class ConfigureProgress(_message.Message):
     def __init__(self, stage: _Optional[str] = ..., duration_s: _Optional[float] = ..., num_blocks: _Optional[int] = ..., num_host_blocks: _Optional[int] = ..., host_block_us: _Optional[float] = ..., kept_weights: _Optional[bool] = ..., copied_weights: _Optional[bool] = ..., copy_failure: _Optional[str] = ...) -> None: ...
 
 class SendRequest(_message.Message):
-    __slots__ = ("opening", "block_ids")
+    __slots__ = ("opening", "block_ids", "after_step")
     OPENING_FIELD_NUMBER: _ClassVar[int]
     BLOCK_IDS_FIELD_NUMBER: _ClassVar[int]
+    AFTER_STEP_FIELD_NUMBER: _ClassVar[int]
     opening: SendOpening
     block_ids: bytes
-    def __init__(self, opening: _Optional[_Union[SendOpening, _Mapping]] = ..., block_ids: _Optional[bytes] = ...) -> None: ...
+    after_step: int
+    def __init__(self, opening: _Optional[_Union[SendOpening, _Mapping]] = ..., block_ids: _Optional[bytes] = ..., after_step: _Optional[int] = ...) -> None: ...
 
 class SendOpening(_message.Message):
     __slots__ = ("store_address", "device_type", "weights", "blocks")
@@ -101,18 +103,22 @@ class SendResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class ReceiveBlocksRequest(_message.Message):
-    __slots__ = ("epoch", "source_address", "source_epoch", "source_block_ids", "block_ids")
+    __slots__ = ("epoch", "source_address", "source_epoch", "source_block_ids", "block_ids", "after_step", "source_after_step")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     SOURCE_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     SOURCE_EPOCH_FIELD_NUMBER: _ClassVar[int]
     SOURCE_BLOCK_IDS_FIELD_NUMBER: _ClassVar[int]
     BLOCK_IDS_FIELD_NUMBER: _ClassVar[int]
+    AFTER_STEP_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_AFTER_STEP_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     source_address: str
     source_epoch: int
     source_block_ids: bytes
     block_ids: bytes
-    def __init__(self, epoch: _Optional[int] = ..., source_address: _Optional[str] = ..., source_epoch: _Optional[int] = ..., source_block_ids: _Optional[bytes] = ..., block_ids: _Optional[bytes] = ...) -> None: ...
+    after_step: int
+    source_after_step: int
+    def __init__(self, epoch: _Optional[int] = ..., source_address: _Optional[str] = ..., source_epoch: _Optional[int] = ..., source_block_ids: _Optional[bytes] = ..., block_ids: _Optional[bytes] = ..., after_step: _Optional[int] = ..., source_after_step: _Optional[int] = ...) -> None: ...
 
 class ReceiveBlocksResponse(_message.Message):
     __slots__ = ("failure", "duration_us", "num_bytes")

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..errors import FailedPreconditionError, InternalError, InvalidArgumentError, OctavoError
 from ..proto import worker_pb2
-from .block_copy import BlockStaging, pieces
+from .block_copy import BlockHolder, BlockStaging, pieces
 from .block_rows import BlockRows
 from .copy_thread import CopySettings
 from .models.registry import Model
@@ -86,7 +86,7 @@ class Copies:
         _log.info("copied %.1f MB of weights from %s in %.2f s", num_bytes / 1e6, request.weight_source, duration_s)
 
     async def receive_blocks(
-        self, request: worker_pb2.ReceiveBlocksRequest, rows: BlockRows
+        self, request: worker_pb2.ReceiveBlocksRequest, holder: BlockHolder
     ) -> worker_pb2.ReceiveBlocksResponse:
         """Always answers, when nothing writes to the blocks any more."""
         num_ends = self._num_ends
@@ -94,7 +94,7 @@ class Copies:
             async with self._receiving:
                 if num_ends != self._num_ends:
                     raise FailedPreconditionError("the epoch is over")
-                return await self._run(asyncio.create_task(self._receive(request, rows)))
+                return await self._run(asyncio.create_task(self._receive(request, holder)))
         except OctavoError as error:
             return worker_pb2.ReceiveBlocksResponse(failure=str(error))
         except Exception as error:  # who asked holds the blocks until there is an answer
@@ -102,14 +102,15 @@ class Copies:
             return worker_pb2.ReceiveBlocksResponse(failure=f"{type(error).__name__}; the worker's log has more")
 
     async def _receive(
-        self, request: worker_pb2.ReceiveBlocksRequest, rows: BlockRows
+        self, request: worker_pb2.ReceiveBlocksRequest, holder: BlockHolder
     ) -> worker_pb2.ReceiveBlocksResponse:
+        rows = holder.block_rows
         moves = _moves_of(request, rows)
         link = await self._link(_Source(request.source_address, request.source_epoch), rows)
         try:
             if self._staging is None:
-                self._staging = await link.receive(lambda _: BlockStaging(rows, self._settings.device))
-            return await _receive_moves(link, moves, self._staging)
+                self._staging = await link.receive(lambda _: BlockStaging(holder, self._settings.device))
+            return await _receive_moves(link, moves, self._staging, request)
         except BaseException:
             await self._drop(link)
             raise
@@ -160,14 +161,16 @@ class Copies:
         self._staging = None
 
 
-async def _receive_moves(link: PeerLink, moves: BlockMoves, staging: BlockStaging) -> worker_pb2.ReceiveBlocksResponse:
+async def _receive_moves(
+    link: PeerLink, moves: BlockMoves, staging: BlockStaging, request: worker_pb2.ReceiveBlocksRequest
+) -> worker_pb2.ReceiveBlocksResponse:
     started_at = time.perf_counter()
     num_bytes = 0
     for piece in pieces(len(moves), staging.num_blocks):
-        sources, targets = moves.sources[piece], moves.targets[piece]
-        await link.ask(worker_pb2.SendRequest(block_ids=sources.astype("<i4").tobytes()))
+        sources, targets = moves.sources[piece].astype("<i4").tobytes(), moves.targets[piece]
+        await link.ask(worker_pb2.SendRequest(block_ids=sources, after_step=request.source_after_step))
         await link.receive(partial(staging.receive, len(targets)))
-        num_bytes += await link.complete(partial(staging.scatter, targets))
+        num_bytes += await link.complete(partial(staging.scatter, targets, request.after_step))
     duration_us = (time.perf_counter() - started_at) * 1e6
     return worker_pb2.ReceiveBlocksResponse(duration_us=duration_us, num_bytes=num_bytes)
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..errors import FailedPreconditionError, InvalidArgumentError
 from ..proto import worker_pb2
-from .block_copy import BlockIds, BlockStaging
+from .block_copy import BlockHolder, BlockIds, BlockStaging
 from .block_rows import BlockRows
 from .copy_thread import CopySettings, CopyThread
 from .models.registry import Model
@@ -27,7 +27,7 @@ class Holdings:
     """What a rank may be asked for. Each raises FailedPreconditionError if it does not hold that."""
 
     model: Callable[[worker_pb2.WeightsWanted], Model]
-    blocks: Callable[[worker_pb2.BlocksWanted], BlockRows]
+    blocks: Callable[[worker_pb2.BlocksWanted], BlockHolder]
 
 
 class PeerSender:
@@ -91,13 +91,13 @@ class PeerSender:
     async def _send_blocks(
         self, opening: worker_pb2.SendOpening, requests: AsyncIterator[worker_pb2.SendRequest], holdings: Holdings
     ) -> AsyncIterator[worker_pb2.SendResponse]:
-        rows = holdings.blocks(opening.blocks)
-        staging = await self._run(lambda: BlockStaging(rows, self._settings.device))
+        holder = holdings.blocks(opening.blocks)
+        staging = await self._run(lambda: BlockStaging(holder, self._settings.device))
         yield worker_pb2.SendResponse()
         group = await self._meet(opening.store_address, BLOCKS_PATIENCE_S[self._settings.device.type])
         async for request in requests:
-            block_ids = _checked(unpack_int32(request.block_ids, "block_ids"), rows, staging)
-            await self._run(partial(staging.gather, block_ids))
+            block_ids = _checked(unpack_int32(request.block_ids, "block_ids"), holder.block_rows, staging)
+            await self._run(partial(staging.gather, block_ids, request.after_step))
             yield worker_pb2.SendResponse()
             await self._run(partial(staging.send, len(block_ids), group))
 

@@ -13,7 +13,6 @@ import torch.distributed as dist
 
 from ..errors import FailedPreconditionError, InvalidArgumentError
 from ..proto import worker_pb2, worker_pb2_grpc
-from .block_rows import BlockRows
 from .call_status import status_for_errors
 from .copies import Copies
 from .copy_thread import CopySettings
@@ -164,26 +163,27 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         self, request: worker_pb2.ReceiveBlocksRequest, context: grpc.aio.ServicerContext
     ) -> worker_pb2.ReceiveBlocksResponse:
         try:
-            rows = self._rows_of(request.epoch)
+            runner = self._runner_of(request.epoch)
         except FailedPreconditionError as error:
             return worker_pb2.ReceiveBlocksResponse(failure=str(error))
-        return await self._copies.receive_blocks(request, rows)
+        return await self._copies.receive_blocks(request, runner)
 
     def _held_model(self, wanted: worker_pb2.WeightsWanted) -> Model:
         if self._loaded is None or not self._loaded.has(wanted):
             raise FailedPreconditionError("this worker does not hold the weights wanted")
         return self._loaded.model
 
-    def _held_blocks(self, wanted: worker_pb2.BlocksWanted) -> BlockRows:
-        rows = self._rows_of(wanted.epoch)
+    def _held_blocks(self, wanted: worker_pb2.BlocksWanted) -> ModelRunner:
+        runner = self._runner_of(wanted.epoch)
+        rows = runner.block_rows
         if (rows.block_bytes, rows.num_groups) != (wanted.block_bytes, wanted.num_rows):
             raise FailedPreconditionError("this worker's KV blocks are of another kind")
-        return rows
+        return runner
 
-    def _rows_of(self, epoch: int) -> BlockRows:
+    def _runner_of(self, epoch: int) -> ModelRunner:
         if self._runner is None or self._request is None or self._request.epoch != epoch:
             raise FailedPreconditionError(f"this worker does not serve in epoch {epoch}")
-        return self._runner.block_rows
+        return self._runner
 
     async def Ping(  # noqa: N802
         self, request: worker_pb2.PingRequest, context: grpc.aio.ServicerContext
