@@ -112,8 +112,10 @@ class WorkerLink:
             return answer
         except grpc.aio.AioRpcError as error:
             raise WorkerError.of(rank, error) from error
-        except grpc.aio.UsageError as error:
-            raise self._lost_rank(rank) from error  # the group has failed, and its channels are closed
+        except (grpc.aio.UsageError, asyncio.CancelledError):
+            if (task := asyncio.current_task()) is not None and task.cancelling():
+                raise
+            raise self._lost_rank(rank) from None  # the group has failed, and its channels are closed
 
     def open(self, on_result: Callable[[worker_pb2.StepResult], None], on_error: Callable[[OctavoError], None]) -> None:
         """Opens the `Steps` streams. Calls `on_result` for each result in order, and `on_error` once for each rank that

@@ -166,10 +166,10 @@ def run_trace(seed: int) -> CopyTrace:
     return trace
 
 
-@pytest.mark.parametrize("first_seed", range(0, 200, 20))
+@pytest.mark.parametrize("first_seed", range(0, 120, 12))
 def test_copies_beside_everything_else(first_seed):
-    traces = [run_trace(seed) for seed in range(first_seed, first_seed + 20)]
-    assert sum(trace.num_received for trace in traces) > 50
+    traces = [run_trace(seed) for seed in range(first_seed, first_seed + 12)]
+    assert sum(trace.num_received for trace in traces) > 30
 
 
 def two_groups(num_blocks=32, num_running=1, num_prompt=17) -> tuple[Scheduler, BlockCopies]:

@@ -42,7 +42,7 @@ class DrivenRank:
     def steps(self, epoch) -> "Steps":
         return Steps(self.stub, epoch)
 
-    def receive_blocks(self, source: "DrivenRank", pairs, epoch, source_epoch):
+    def receive_blocks(self, source: "DrivenRank", pairs, epoch, source_epoch, **fields):
         """pairs: (block there, block here)."""
         request = worker_pb2.ReceiveBlocksRequest(
             epoch=epoch,
@@ -50,6 +50,7 @@ class DrivenRank:
             source_epoch=source_epoch,
             source_block_ids=pack(there for there, _ in pairs),
             block_ids=pack(here for _, here in pairs),
+            **fields,
         )
         return self.stub.ReceiveBlocks(request)
 

@@ -178,6 +178,32 @@ def test_another_epoch_of_either_ends_what_was_open(ranks, make_llama):
     assert source.receive_blocks(target, [(0, 0)], 3, 4).failure == ""
 
 
+def test_a_rank_that_is_behind_waits_for_its_own_step(ranks, make_llama, monkeypatch):
+    path = make_llama(eos_token_id=None)
+    source, target = ranks(), ranks()
+    source.configure(path, epoch=1)
+    target.configure(path, epoch=2)
+    steps, others = source.steps(1), target.steps(2)
+    found = steps.begin(PROMPT, range(20))
+    others.begin(PROMPT[::-1], range(20))
+    pairs = [(i, 50 + i) for i in range(6)]
+    with ThreadPoolExecutor(1) as pool:
+        copying = pool.submit(target.receive_blocks, source, pairs, 2, 1, after_step=3, source_after_step=2)
+        found += steps.decode(1)
+        others.decode(1)
+        time.sleep(0.2)
+        assert not copying.done()
+        others.decode(1)
+        assert copying.result().failure == ""
+    others.step(leave_slots=b"\0\0", decode_slots_changed=True)
+    assert others.begin(PROMPT, [*range(50, 56), 1], num_computed=48) + others.decode(1) == found
+    monkeypatch.setattr(block_copy, "_BEHIND_S", 0.1)
+    assert "step 9 has not come" in target.receive_blocks(source, pairs, 2, 1, source_after_step=9).failure
+    assert "step 9 has not come" in target.receive_blocks(source, pairs, 2, 1, after_step=9).failure
+    steps.end()
+    others.end()
+
+
 def test_both_directions_at_once(ranks, make_llama):
     path = make_llama(eos_token_id=None)
     one, other = ranks(), ranks()
