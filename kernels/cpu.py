@@ -68,6 +68,11 @@ class CpuOperations(Operations):
     def pack_weight(self, weight: Tensor) -> Tensor:
         return cpu_linear.pack(weight) if cpu_linear.takes(weight) else pack_weight(weight)
 
+    def unpack_weight(self, packed: Tensor) -> Tensor:
+        if packed.dim() == 3:
+            return cpu_linear.unpack(packed)
+        return packed.to_dense() if packed.is_mkldnn else packed
+
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
         del out  # products with packed weights make their own
         if weight.dim() == 3:

@@ -113,6 +113,11 @@ def pack(weight: Tensor) -> Tensor:
     return weight.view(-1, PANEL, weight.shape[1]).transpose(1, 2).contiguous()
 
 
+def unpack(panels: Tensor) -> Tensor:
+    """What `pack` was given."""
+    return panels.transpose(1, 2).reshape(-1, panels.shape[1])
+
+
 def linear(threads: KernelThreads, x: Tensor, panels: Tensor, bias: Tensor | None) -> Tensor:
     """As the reference, of float32 x [num_tokens, in_size] and what `pack` made of the weight."""
     (num_tokens, in_size), num_panels = x.shape, panels.shape[0]

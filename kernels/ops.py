@@ -21,6 +21,10 @@ class Operations:
         """Of a loaded weight [out_size, in_size], once: what this implementation's products take. Here: as it is."""
         return weight
 
+    def unpack_weight(self, packed: Tensor) -> Tensor:
+        """The weight that `pack_weight` was given, contiguous."""
+        return packed
+
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
         """x @ weight.T + bias: [num_tokens, in_size] to [num_tokens, out_size]. It lies in `out` if one is given and
         the product can be written there."""

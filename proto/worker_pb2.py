@@ -26,7 +26,7 @@ from octavo.proto import engine_pb2 as octavo_dot_proto_dot_engine__pb2
 from octavo.proto import sampling_pb2 as octavo_dot_proto_dot_sampling__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19octavo/proto/worker.proto\x12\x12octavo.internal.v1\x1a\x19octavo/proto/engine.proto\x1a\x1boctavo/proto/sampling.proto\"\r\n\x0bPingRequest\"3\n\x0cPingResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x14\n\x0cis_profiling\x18\x02 \x01(\x08\"\x7f\n\x10\x43onfigureRequest\x12\x30\n\x06\x63onfig\x18\x01 \x01(\x0b\x32 .octavo.internal.v1.WorkerConfig\x12\x0c\n\x04rank\x18\x02 \x01(\r\x12\x1c\n\x14tensor_parallel_size\x18\x03 \x01(\r\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\"\x90\x01\n\x11\x43onfigureProgress\x12\r\n\x05stage\x18\x01 \x01(\t\x12\x12\n\nduration_s\x18\x02 \x01(\x01\x12\x12\n\nnum_blocks\x18\x03 \x01(\r\x12\x17\n\x0fnum_host_blocks\x18\x04 \x01(\r\x12\x15\n\rhost_block_us\x18\x05 \x01(\x01\x12\x14\n\x0ckept_weights\x18\x06 \x01(\x08\"7\n\x0eProfileRequest\x12\x11\n\tnum_steps\x18\x01 \x01(\r\x12\x12\n\ntrace_path\x18\x02 \x01(\t\"\x8d\x01\n\x0fProfileResponse\x12\x11\n\tnum_steps\x18\x01 \x01(\r\x12\x0f\n\x07span_us\x18\x02 \x01(\x01\x12\x0f\n\x07idle_us\x18\x03 \x01(\x01\x12\x14\n\x0cstep_gaps_us\x18\x04 \x03(\x01\x12/\n\x07kernels\x18\x05 \x03(\x0b\x32\x1e.octavo.internal.v1.KernelTime\"K\n\nKernelTime\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x63\x61lls\x18\x02 \x01(\x01\x12\x0f\n\x07time_us\x18\x03 \x01(\x01\x12\x0f\n\x07mean_us\x18\x04 \x01(\x01\"\xe0\x03\n\tBatchPlan\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0f\n\x07step_id\x18\x02 \x01(\x04\x12\x13\n\x0bleave_slots\x18\x03 \x01(\x0c\x12+\n\x05joins\x18\x04 \x03(\x0b\x32\x1c.octavo.internal.v1.SlotJoin\x12\x14\n\x0c\x61ppend_slots\x18\x05 \x01(\x0c\x12\x18\n\x10\x61ppend_block_ids\x18\x06 \x01(\x0c\x12\x1c\n\x14\x64\x65\x63ode_slots_changed\x18\x07 \x01(\x08\x12\x14\n\x0c\x64\x65\x63ode_slots\x18\x08 \x01(\x0c\x12\x13\n\x0b\x63hunk_slots\x18\t \x01(\x0c\x12\x18\n\x10\x63hunk_num_tokens\x18\n \x01(\x0c\x12\x13\n\x0b\x61mend_slots\x18\x0b \x01(\x0c\x12\x17\n\x0f\x61mend_token_ids\x18\x0c \x01(\x0c\x12\x1b\n\x13\x63opy_from_block_ids\x18\r \x01(\x0c\x12\x19\n\x11\x63opy_to_block_ids\x18\x0e \x01(\x0c\x12\x16\n\x0esave_block_ids\x18\x0f \x01(\x0c\x12\x15\n\rsave_host_ids\x18\x10 \x01(\x0c\x12\x15\n\rload_host_ids\x18\x11 \x01(\x0c\x12\x16\n\x0eload_block_ids\x18\x12 \x01(\x0c\x12\x1a\n\x12\x66inished_transfers\x18\x13 \x01(\x04\"\xb3\x01\n\x08SlotJoin\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x01(\x0c\x12\x19\n\x11num_prompt_tokens\x18\x03 \x01(\r\x12\x1b\n\x13num_computed_tokens\x18\x04 \x01(\r\x12\x11\n\tblock_ids\x18\x05 \x01(\x0c\x12;\n\x0fsampling_params\x18\x06 \x01(\x0b\x32\".octavo.internal.v1.SamplingParams\"\x87\x02\n\nStepResult\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0f\n\x07step_id\x18\x02 \x01(\x04\x12\x11\n\ttoken_ids\x18\x03 \x01(\x0c\x12\x31\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1f.octavo.internal.v1.RowLogprobs\x12:\n\x0fprompt_logprobs\x18\x05 \x03(\x0b\x32!.octavo.internal.v1.ChunkLogprobs\x12\x15\n\rmodel_time_us\x18\x06 \x01(\r\x12\x0f\n\x07\x66\x61ilure\x18\x07 \x01(\t\x12\x1a\n\x12\x66inished_transfers\x18\x08 \x01(\x04\x12\x13\n\x0b\x66\x61iled_rows\x18\t \x01(\x0c\"K\n\x0bRowLogprobs\x12\x0b\n\x03row\x18\x01 \x01(\r\x12/\n\x05table\x18\x02 \x01(\x0b\x32 .octavo.internal.v1.LogprobTable\"^\n\rChunkLogprobs\x12\r\n\x05\x63hunk\x18\x01 \x01(\r\x12\r\n\x05start\x18\x02 \x01(\r\x12/\n\x05table\x18\x03 \x01(\x0b\x32 .octavo.internal.v1.LogprobTable2\xcf\x02\n\x06Worker\x12Z\n\tConfigure\x12$.octavo.internal.v1.ConfigureRequest\x1a%.octavo.internal.v1.ConfigureProgress0\x01\x12J\n\x05Steps\x12\x1d.octavo.internal.v1.BatchPlan\x1a\x1e.octavo.internal.v1.StepResult(\x01\x30\x01\x12R\n\x07Profile\x12\".octavo.internal.v1.ProfileRequest\x1a#.octavo.internal.v1.ProfileResponse\x12I\n\x04Ping\x12\x1f.octavo.internal.v1.PingRequest\x1a .octavo.internal.v1.PingResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19octavo/proto/worker.proto\x12\x12octavo.internal.v1\x1a\x19octavo/proto/engine.proto\x1a\x1boctavo/proto/sampling.proto\"\r\n\x0bPingRequest\"3\n\x0cPingResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x14\n\x0cis_profiling\x18\x02 \x01(\x08\"\x96\x01\n\x10\x43onfigureRequest\x12\x30\n\x06\x63onfig\x18\x01 \x01(\x0b\x32 .octavo.internal.v1.WorkerConfig\x12\x0c\n\x04rank\x18\x02 \x01(\r\x12\x1c\n\x14tensor_parallel_size\x18\x03 \x01(\r\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12\x15\n\rweight_source\x18\x05 \x01(\t\"\xbe\x01\n\x11\x43onfigureProgress\x12\r\n\x05stage\x18\x01 \x01(\t\x12\x12\n\nduration_s\x18\x02 \x01(\x01\x12\x12\n\nnum_blocks\x18\x03 \x01(\r\x12\x17\n\x0fnum_host_blocks\x18\x04 \x01(\r\x12\x15\n\rhost_block_us\x18\x05 \x01(\x01\x12\x14\n\x0ckept_weights\x18\x06 \x01(\x08\x12\x16\n\x0e\x63opied_weights\x18\x07 \x01(\x08\x12\x14\n\x0c\x63opy_failure\x18\x08 \x01(\t\"f\n\x0bSendRequest\x12\x30\n\x07opening\x18\x01 \x01(\x0b\x32\x1f.octavo.internal.v1.SendOpening\x12\x11\n\tblock_ids\x18\x02 \x01(\x0c\x12\x12\n\nafter_step\x18\x03 \x01(\x04\"\xad\x01\n\x0bSendOpening\x12\x15\n\rstore_address\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65vice_type\x18\x02 \x01(\t\x12\x34\n\x07weights\x18\x03 \x01(\x0b\x32!.octavo.internal.v1.WeightsWantedH\x00\x12\x32\n\x06\x62locks\x18\x04 \x01(\x0b\x32 .octavo.internal.v1.BlocksWantedH\x00\x42\x08\n\x06wanted\"}\n\rWeightsWanted\x12\x30\n\x06\x63onfig\x18\x01 \x01(\x0b\x32 .octavo.internal.v1.WorkerConfig\x12\x0c\n\x04rank\x18\x02 \x01(\r\x12\x1c\n\x14tensor_parallel_size\x18\x03 \x01(\r\x12\x0e\n\x06layout\x18\x04 \x01(\x0c\"D\n\x0c\x42locksWanted\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x13\n\x0b\x62lock_bytes\x18\x02 \x01(\x04\x12\x10\n\x08num_rows\x18\x03 \x01(\r\"\x0e\n\x0cSendResponse\"\xaf\x01\n\x14ReceiveBlocksRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x16\n\x0esource_address\x18\x02 \x01(\t\x12\x14\n\x0csource_epoch\x18\x03 \x01(\x04\x12\x18\n\x10source_block_ids\x18\x04 \x01(\x0c\x12\x11\n\tblock_ids\x18\x05 \x01(\x0c\x12\x12\n\nafter_step\x18\x06 \x01(\x04\x12\x19\n\x11source_after_step\x18\x07 \x01(\x04\"P\n\x15ReceiveBlocksResponse\x12\x0f\n\x07\x66\x61ilure\x18\x01 \x01(\t\x12\x13\n\x0b\x64uration_us\x18\x02 \x01(\x01\x12\x11\n\tnum_bytes\x18\x03 \x01(\x04\"7\n\x0eProfileRequest\x12\x11\n\tnum_steps\x18\x01 \x01(\r\x12\x12\n\ntrace_path\x18\x02 \x01(\t\"\x8d\x01\n\x0fProfileResponse\x12\x11\n\tnum_steps\x18\x01 \x01(\r\x12\x0f\n\x07span_us\x18\x02 \x01(\x01\x12\x0f\n\x07idle_us\x18\x03 \x01(\x01\x12\x14\n\x0cstep_gaps_us\x18\x04 \x03(\x01\x12/\n\x07kernels\x18\x05 \x03(\x0b\x32\x1e.octavo.internal.v1.KernelTime\"K\n\nKernelTime\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x63\x61lls\x18\x02 \x01(\x01\x12\x0f\n\x07time_us\x18\x03 \x01(\x01\x12\x0f\n\x07mean_us\x18\x04 \x01(\x01\"\xe0\x03\n\tBatchPlan\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0f\n\x07step_id\x18\x02 \x01(\x04\x12\x13\n\x0bleave_slots\x18\x03 \x01(\x0c\x12+\n\x05joins\x18\x04 \x03(\x0b\x32\x1c.octavo.internal.v1.SlotJoin\x12\x14\n\x0c\x61ppend_slots\x18\x05 \x01(\x0c\x12\x18\n\x10\x61ppend_block_ids\x18\x06 \x01(\x0c\x12\x1c\n\x14\x64\x65\x63ode_slots_changed\x18\x07 \x01(\x08\x12\x14\n\x0c\x64\x65\x63ode_slots\x18\x08 \x01(\x0c\x12\x13\n\x0b\x63hunk_slots\x18\t \x01(\x0c\x12\x18\n\x10\x63hunk_num_tokens\x18\n \x01(\x0c\x12\x13\n\x0b\x61mend_slots\x18\x0b \x01(\x0c\x12\x17\n\x0f\x61mend_token_ids\x18\x0c \x01(\x0c\x12\x1b\n\x13\x63opy_from_block_ids\x18\r \x01(\x0c\x12\x19\n\x11\x63opy_to_block_ids\x18\x0e \x01(\x0c\x12\x16\n\x0esave_block_ids\x18\x0f \x01(\x0c\x12\x15\n\rsave_host_ids\x18\x10 \x01(\x0c\x12\x15\n\rload_host_ids\x18\x11 \x01(\x0c\x12\x16\n\x0eload_block_ids\x18\x12 \x01(\x0c\x12\x1a\n\x12\x66inished_transfers\x18\x13 \x01(\x04\"\xb3\x01\n\x08SlotJoin\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x01(\x0c\x12\x19\n\x11num_prompt_tokens\x18\x03 \x01(\r\x12\x1b\n\x13num_computed_tokens\x18\x04 \x01(\r\x12\x11\n\tblock_ids\x18\x05 \x01(\x0c\x12;\n\x0fsampling_params\x18\x06 \x01(\x0b\x32\".octavo.internal.v1.SamplingParams\"\x87\x02\n\nStepResult\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0f\n\x07step_id\x18\x02 \x01(\x04\x12\x11\n\ttoken_ids\x18\x03 \x01(\x0c\x12\x31\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1f.octavo.internal.v1.RowLogprobs\x12:\n\x0fprompt_logprobs\x18\x05 \x03(\x0b\x32!.octavo.internal.v1.ChunkLogprobs\x12\x15\n\rmodel_time_us\x18\x06 \x01(\r\x12\x0f\n\x07\x66\x61ilure\x18\x07 \x01(\t\x12\x1a\n\x12\x66inished_transfers\x18\x08 \x01(\x04\x12\x13\n\x0b\x66\x61iled_rows\x18\t \x01(\x0c\"K\n\x0bRowLogprobs\x12\x0b\n\x03row\x18\x01 \x01(\r\x12/\n\x05table\x18\x02 \x01(\x0b\x32 .octavo.internal.v1.LogprobTable\"^\n\rChunkLogprobs\x12\r\n\x05\x63hunk\x18\x01 \x01(\r\x12\r\n\x05start\x18\x02 \x01(\r\x12/\n\x05table\x18\x03 \x01(\x0b\x32 .octavo.internal.v1.LogprobTable2\x84\x04\n\x06Worker\x12Z\n\tConfigure\x12$.octavo.internal.v1.ConfigureRequest\x1a%.octavo.internal.v1.ConfigureProgress0\x01\x12J\n\x05Steps\x12\x1d.octavo.internal.v1.BatchPlan\x1a\x1e.octavo.internal.v1.StepResult(\x01\x30\x01\x12R\n\x07Profile\x12\".octavo.internal.v1.ProfileRequest\x1a#.octavo.internal.v1.ProfileResponse\x12M\n\x04Send\x12\x1f.octavo.internal.v1.SendRequest\x1a .octavo.internal.v1.SendResponse(\x01\x30\x01\x12\x64\n\rReceiveBlocks\x12(.octavo.internal.v1.ReceiveBlocksRequest\x1a).octavo.internal.v1.ReceiveBlocksResponse\x12I\n\x04Ping\x12\x1f.octavo.internal.v1.PingRequest\x1a .octavo.internal.v1.PingResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,26 +37,40 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PINGREQUEST']._serialized_end=118
   _globals['_PINGRESPONSE']._serialized_start=120
   _globals['_PINGRESPONSE']._serialized_end=171
-  _globals['_CONFIGUREREQUEST']._serialized_start=173
-  _globals['_CONFIGUREREQUEST']._serialized_end=300
-  _globals['_CONFIGUREPROGRESS']._serialized_start=303
-  _globals['_CONFIGUREPROGRESS']._serialized_end=447
-  _globals['_PROFILEREQUEST']._serialized_start=449
-  _globals['_PROFILEREQUEST']._serialized_end=504
-  _globals['_PROFILERESPONSE']._serialized_start=507
-  _globals['_PROFILERESPONSE']._serialized_end=648
-  _globals['_KERNELTIME']._serialized_start=650
-  _globals['_KERNELTIME']._serialized_end=725
-  _globals['_BATCHPLAN']._serialized_start=728
-  _globals['_BATCHPLAN']._serialized_end=1208
-  _globals['_SLOTJOIN']._serialized_start=1211
-  _globals['_SLOTJOIN']._serialized_end=1390
-  _globals['_STEPRESULT']._serialized_start=1393
-  _globals['_STEPRESULT']._serialized_end=1656
-  _globals['_ROWLOGPROBS']._serialized_start=1658
-  _globals['_ROWLOGPROBS']._serialized_end=1733
-  _globals['_CHUNKLOGPROBS']._serialized_start=1735
-  _globals['_CHUNKLOGPROBS']._serialized_end=1829
-  _globals['_WORKER']._serialized_start=1832
-  _globals['_WORKER']._serialized_end=2167
+  _globals['_CONFIGUREREQUEST']._serialized_start=174
+  _globals['_CONFIGUREREQUEST']._serialized_end=324
+  _globals['_CONFIGUREPROGRESS']._serialized_start=327
+  _globals['_CONFIGUREPROGRESS']._serialized_end=517
+  _globals['_SENDREQUEST']._serialized_start=519
+  _globals['_SENDREQUEST']._serialized_end=621
+  _globals['_SENDOPENING']._serialized_start=624
+  _globals['_SENDOPENING']._serialized_end=797
+  _globals['_WEIGHTSWANTED']._serialized_start=799
+  _globals['_WEIGHTSWANTED']._serialized_end=924
+  _globals['_BLOCKSWANTED']._serialized_start=926
+  _globals['_BLOCKSWANTED']._serialized_end=994
+  _globals['_SENDRESPONSE']._serialized_start=996
+  _globals['_SENDRESPONSE']._serialized_end=1010
+  _globals['_RECEIVEBLOCKSREQUEST']._serialized_start=1013
+  _globals['_RECEIVEBLOCKSREQUEST']._serialized_end=1188
+  _globals['_RECEIVEBLOCKSRESPONSE']._serialized_start=1190
+  _globals['_RECEIVEBLOCKSRESPONSE']._serialized_end=1270
+  _globals['_PROFILEREQUEST']._serialized_start=1272
+  _globals['_PROFILEREQUEST']._serialized_end=1327
+  _globals['_PROFILERESPONSE']._serialized_start=1330
+  _globals['_PROFILERESPONSE']._serialized_end=1471
+  _globals['_KERNELTIME']._serialized_start=1473
+  _globals['_KERNELTIME']._serialized_end=1548
+  _globals['_BATCHPLAN']._serialized_start=1551
+  _globals['_BATCHPLAN']._serialized_end=2031
+  _globals['_SLOTJOIN']._serialized_start=2034
+  _globals['_SLOTJOIN']._serialized_end=2213
+  _globals['_STEPRESULT']._serialized_start=2216
+  _globals['_STEPRESULT']._serialized_end=2479
+  _globals['_ROWLOGPROBS']._serialized_start=2481
+  _globals['_ROWLOGPROBS']._serialized_end=2556
+  _globals['_CHUNKLOGPROBS']._serialized_start=2558
+  _globals['_CHUNKLOGPROBS']._serialized_end=2652
+  _globals['_WORKER']._serialized_start=2655
+  _globals['_WORKER']._serialized_end=3171
 # @@protoc_insertion_point(module_scope)

@@ -21,32 +21,114 @@ class PingResponse(_message.Message):
     def __init__(self, epoch: _Optional[int] = ..., is_profiling: _Optional[bool] = ...) -> None: ...
 
 class ConfigureRequest(_message.Message):
-    __slots__ = ("config", "rank", "tensor_parallel_size", "epoch")
+    __slots__ = ("config", "rank", "tensor_parallel_size", "epoch", "weight_source")
     CONFIG_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
     TENSOR_PARALLEL_SIZE_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_SOURCE_FIELD_NUMBER: _ClassVar[int]
     config: _engine_pb2.WorkerConfig
     rank: int
     tensor_parallel_size: int
     epoch: int
-    def __init__(self, config: _Optional[_Union[_engine_pb2.WorkerConfig, _Mapping]] = ..., rank: _Optional[int] = ..., tensor_parallel_size: _Optional[int] = ..., epoch: _Optional[int] = ...) -> None: ...
+    weight_source: str
+    def __init__(self, config: _Optional[_Union[_engine_pb2.WorkerConfig, _Mapping]] = ..., rank: _Optional[int] = ..., tensor_parallel_size: _Optional[int] = ..., epoch: _Optional[int] = ..., weight_source: _Optional[str] = ...) -> None: ...
 
 class ConfigureProgress(_message.Message):
-    __slots__ = ("stage", "duration_s", "num_blocks", "num_host_blocks", "host_block_us", "kept_weights")
+    __slots__ = ("stage", "duration_s", "num_blocks", "num_host_blocks", "host_block_us", "kept_weights", "copied_weights", "copy_failure")
     STAGE_FIELD_NUMBER: _ClassVar[int]
     DURATION_S_FIELD_NUMBER: _ClassVar[int]
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     NUM_HOST_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     HOST_BLOCK_US_FIELD_NUMBER: _ClassVar[int]
     KEPT_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    COPIED_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    COPY_FAILURE_FIELD_NUMBER: _ClassVar[int]
     stage: str
     duration_s: float
     num_blocks: int
     num_host_blocks: int
     host_block_us: float
     kept_weights: bool
-    def __init__(self, stage: _Optional[str] = ..., duration_s: _Optional[float] = ..., num_blocks: _Optional[int] = ..., num_host_blocks: _Optional[int] = ..., host_block_us: _Optional[float] = ..., kept_weights: _Optional[bool] = ...) -> None: ...
+    copied_weights: bool
+    copy_failure: str
+    def __init__(self, stage: _Optional[str] = ..., duration_s: _Optional[float] = ..., num_blocks: _Optional[int] = ..., num_host_blocks: _Optional[int] = ..., host_block_us: _Optional[float] = ..., kept_weights: _Optional[bool] = ..., copied_weights: _Optional[bool] = ..., copy_failure: _Optional[str] = ...) -> None: ...
+
+class SendRequest(_message.Message):
+    __slots__ = ("opening", "block_ids", "after_step")
+    OPENING_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_IDS_FIELD_NUMBER: _ClassVar[int]
+    AFTER_STEP_FIELD_NUMBER: _ClassVar[int]
+    opening: SendOpening
+    block_ids: bytes
+    after_step: int
+    def __init__(self, opening: _Optional[_Union[SendOpening, _Mapping]] = ..., block_ids: _Optional[bytes] = ..., after_step: _Optional[int] = ...) -> None: ...
+
+class SendOpening(_message.Message):
+    __slots__ = ("store_address", "device_type", "weights", "blocks")
+    STORE_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_TYPE_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    store_address: str
+    device_type: str
+    weights: WeightsWanted
+    blocks: BlocksWanted
+    def __init__(self, store_address: _Optional[str] = ..., device_type: _Optional[str] = ..., weights: _Optional[_Union[WeightsWanted, _Mapping]] = ..., blocks: _Optional[_Union[BlocksWanted, _Mapping]] = ...) -> None: ...
+
+class WeightsWanted(_message.Message):
+    __slots__ = ("config", "rank", "tensor_parallel_size", "layout")
+    CONFIG_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    TENSOR_PARALLEL_SIZE_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    config: _engine_pb2.WorkerConfig
+    rank: int
+    tensor_parallel_size: int
+    layout: bytes
+    def __init__(self, config: _Optional[_Union[_engine_pb2.WorkerConfig, _Mapping]] = ..., rank: _Optional[int] = ..., tensor_parallel_size: _Optional[int] = ..., layout: _Optional[bytes] = ...) -> None: ...
+
+class BlocksWanted(_message.Message):
+    __slots__ = ("epoch", "block_bytes", "num_rows")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    NUM_ROWS_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    block_bytes: int
+    num_rows: int
+    def __init__(self, epoch: _Optional[int] = ..., block_bytes: _Optional[int] = ..., num_rows: _Optional[int] = ...) -> None: ...
+
+class SendResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ReceiveBlocksRequest(_message.Message):
+    __slots__ = ("epoch", "source_address", "source_epoch", "source_block_ids", "block_ids", "after_step", "source_after_step")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_BLOCK_IDS_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_IDS_FIELD_NUMBER: _ClassVar[int]
+    AFTER_STEP_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_AFTER_STEP_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    source_address: str
+    source_epoch: int
+    source_block_ids: bytes
+    block_ids: bytes
+    after_step: int
+    source_after_step: int
+    def __init__(self, epoch: _Optional[int] = ..., source_address: _Optional[str] = ..., source_epoch: _Optional[int] = ..., source_block_ids: _Optional[bytes] = ..., block_ids: _Optional[bytes] = ..., after_step: _Optional[int] = ..., source_after_step: _Optional[int] = ...) -> None: ...
+
+class ReceiveBlocksResponse(_message.Message):
+    __slots__ = ("failure", "duration_us", "num_bytes")
+    FAILURE_FIELD_NUMBER: _ClassVar[int]
+    DURATION_US_FIELD_NUMBER: _ClassVar[int]
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    failure: str
+    duration_us: float
+    num_bytes: int
+    def __init__(self, failure: _Optional[str] = ..., duration_us: _Optional[float] = ..., num_bytes: _Optional[int] = ...) -> None: ...
 
 class ProfileRequest(_message.Message):
     __slots__ = ("num_steps", "trace_path")

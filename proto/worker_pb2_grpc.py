@@ -49,6 +49,16 @@ class WorkerStub:
                 request_serializer=octavo_dot_proto_dot_worker__pb2.ProfileRequest.SerializeToString,
                 response_deserializer=octavo_dot_proto_dot_worker__pb2.ProfileResponse.FromString,
                 _registered_method=True)
+        self.Send = channel.stream_stream(
+                '/octavo.internal.v1.Worker/Send',
+                request_serializer=octavo_dot_proto_dot_worker__pb2.SendRequest.SerializeToString,
+                response_deserializer=octavo_dot_proto_dot_worker__pb2.SendResponse.FromString,
+                _registered_method=True)
+        self.ReceiveBlocks = channel.unary_unary(
+                '/octavo.internal.v1.Worker/ReceiveBlocks',
+                request_serializer=octavo_dot_proto_dot_worker__pb2.ReceiveBlocksRequest.SerializeToString,
+                response_deserializer=octavo_dot_proto_dot_worker__pb2.ReceiveBlocksResponse.FromString,
+                _registered_method=True)
         self.Ping = channel.unary_unary(
                 '/octavo.internal.v1.Worker/Ping',
                 request_serializer=octavo_dot_proto_dot_worker__pb2.PingRequest.SerializeToString,
@@ -84,6 +94,22 @@ class WorkerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Send(self, request_iterator, context):
+        """A rank of another group copies what this one holds: weights, or KV blocks. The first request opens a process group of the two
+        beside their own, and each answer says that what was asked for follows over it. Steps go on meanwhile. Refuses with
+        FAILED_PRECONDITION what it does not hold. The group of the two ends with the call.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReceiveBlocks(self, request, context):
+        """Copies KV blocks from a rank of another group, beside the steps. It has answered by the time that nothing writes them any more.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Ping(self, request, context):
         """A sign of life, given also while a step runs or hangs.
         """
@@ -108,6 +134,16 @@ def add_WorkerServicer_to_server(servicer, server):
                     servicer.Profile,
                     request_deserializer=octavo_dot_proto_dot_worker__pb2.ProfileRequest.FromString,
                     response_serializer=octavo_dot_proto_dot_worker__pb2.ProfileResponse.SerializeToString,
+            ),
+            'Send': grpc.stream_stream_rpc_method_handler(
+                    servicer.Send,
+                    request_deserializer=octavo_dot_proto_dot_worker__pb2.SendRequest.FromString,
+                    response_serializer=octavo_dot_proto_dot_worker__pb2.SendResponse.SerializeToString,
+            ),
+            'ReceiveBlocks': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReceiveBlocks,
+                    request_deserializer=octavo_dot_proto_dot_worker__pb2.ReceiveBlocksRequest.FromString,
+                    response_serializer=octavo_dot_proto_dot_worker__pb2.ReceiveBlocksResponse.SerializeToString,
             ),
             'Ping': grpc.unary_unary_rpc_method_handler(
                     servicer.Ping,
@@ -196,6 +232,60 @@ class Worker:
             '/octavo.internal.v1.Worker/Profile',
             octavo_dot_proto_dot_worker__pb2.ProfileRequest.SerializeToString,
             octavo_dot_proto_dot_worker__pb2.ProfileResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Send(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/octavo.internal.v1.Worker/Send',
+            octavo_dot_proto_dot_worker__pb2.SendRequest.SerializeToString,
+            octavo_dot_proto_dot_worker__pb2.SendResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReceiveBlocks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/octavo.internal.v1.Worker/ReceiveBlocks',
+            octavo_dot_proto_dot_worker__pb2.ReceiveBlocksRequest.SerializeToString,
+            octavo_dot_proto_dot_worker__pb2.ReceiveBlocksResponse.FromString,
             options,
             channel_credentials,
             insecure,

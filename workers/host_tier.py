@@ -60,6 +60,10 @@ class HostTier:
         """As TransferStream.finished."""
         return self._transfers.finished(awaited)
 
+    def wait(self) -> None:
+        """Until all transfers that are queued have ended; for any thread."""
+        self._transfers.wait()
+
     def measure_block_us(self) -> float:
         """How long a block takes on its way, the mean of both directions. Leaves the device's blocks as they are."""
         ids = np.arange(min(_MEASURED_BLOCKS, self.num_blocks, self._rows.num_blocks), dtype=np.int32)

@@ -5,8 +5,9 @@ share of a sum, which the norm behind them takes over the ranks.
 Weights are plain tensors: Octavo only infers. A layer allocates and fills them in `load`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -48,25 +49,63 @@ def kv_head_shard(num_kv_heads: int, tp: TensorParallel) -> Shard:
     return Shard(0, head, head + 1)
 
 
+class Parameter(Protocol):
+    """A tensor of weights on this rank, however its layer keeps it."""
+
+    shape: tuple[int, ...]
+
+    def load(self, fill: Callable[[torch.Tensor], object]) -> None:
+        """Has `fill` write the tensor [*shape], contiguous on the device; one loaded before may be gone by then."""
+        ...
+
+    def dense(self) -> torch.Tensor:
+        """As `fill` wrote it, to be read: contiguous, on the device."""
+        ...
+
+
+class PlainWeight:
+    """A tensor that is kept as it is."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.shape = tuple(tensor.shape)
+        self._tensor = tensor
+
+    def load(self, fill: Callable[[torch.Tensor], object]) -> None:
+        fill(self._tensor)
+
+    def dense(self) -> torch.Tensor:
+        return self._tensor
+
+
 class LinearWeight:
     """The weight of a linear layer, held once: packed as the device's matrix product reads it fastest."""
 
-    def __init__(self, ctx: LayerContext, out_size: int, in_size: int) -> None:
-        self._ctx, self._shape = ctx, (out_size, in_size)
+    def __init__(self, ctx: LayerContext, out_size: int, in_size: int, is_packed: bool = True) -> None:
+        self.shape: tuple[int, ...] = (out_size, in_size)
+        self._ctx, self._is_packed = ctx, is_packed
         self._packed: torch.Tensor | None = None
 
     def load(self, fill: Callable[[torch.Tensor], object]) -> None:
         """Has `fill` write a new tensor [out_size, in_size], and packs it. One loaded before is gone by then."""
         self._packed = None
-        weight = self._ctx.empty(*self._shape)
+        weight = self._ctx.empty(*self.shape)
         fill(weight)
-        self._packed = self._ctx.ops.pack_weight(weight)
+        self._packed = self._ctx.ops.pack_weight(weight) if self._is_packed else weight
+
+    def dense(self) -> torch.Tensor:
+        return self._ctx.ops.unpack_weight(self.packed) if self._is_packed else self.packed
 
     @property
     def packed(self) -> torch.Tensor:
         """What the operations' products take."""
         assert self._packed is not None, "the weights are loaded first"
         return self._packed
+
+
+def _with_bias(weight: LinearWeight, bias: torch.Tensor | None) -> Iterator[Parameter]:
+    yield weight
+    if bias is not None:
+        yield PlainWeight(bias)
 
 
 class RMSNorm:
@@ -79,6 +118,9 @@ class RMSNorm:
 
     def load(self, weights: Weights, name: str) -> None:
         self.weight.copy_(weights.read(f"{name}.weight"))
+
+    def parameters(self) -> Iterator[Parameter]:
+        yield PlainWeight(self.weight)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self._ops.rms_norm(x, self.weight, self.eps)
@@ -125,6 +167,9 @@ class ColumnParallelLinear:
     def _fill(self, whole: torch.Tensor, weights: Weights, names: list[str]) -> None:
         for name, shard, part in zip(names, self._shards, whole.split(self._sizes), strict=True):
             part.copy_(weights.read(name, shard))
+
+    def parameters(self) -> Iterator[Parameter]:
+        return _with_bias(self._weight, self._bias)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         product = self._ctx.ops.gated_linear if self._gated else self._ctx.ops.linear
@@ -177,6 +222,9 @@ class RowParallelLinear:
         if self._bias is not None:
             self._bias.copy_(weights.read(f"{name}.bias"))
 
+    def parameters(self) -> Iterator[Parameter]:
+        return _with_bias(self._weight, self._bias)
+
     def __call__(self, x: torch.Tensor, is_summed_next: bool = True) -> torch.Tensor:
         """`is_summed_next`: whether a norm sums it before another share is made; both may then lie in one place."""
         # The sum must hold the bias once.
@@ -195,31 +243,29 @@ class VocabParallelTable:
         # Tokens that exist: fewer than rows on the last ranks.
         self.num_tokens = max(0, min(self.num_rows, vocab_size - self.start))
         self._ctx, self._hidden_size, self._has_lookups = ctx, hidden_size, has_lookups
-        self._rows: torch.Tensor | None = None
+        self._weight = LinearWeight(ctx, self.num_rows, hidden_size, is_packed=not has_lookups)
 
     def load(self, weights: Weights, name: str) -> None:
-        self._rows = None  # never two
-        rows = self._ctx.empty(self.num_rows, self._hidden_size)
+        self._weight.load(lambda rows: self._fill(rows, weights, name))
+
+    def _fill(self, rows: torch.Tensor, weights: Weights, name: str) -> None:
         rows[self.num_tokens :].zero_()
         if self.num_tokens:
             shard = Shard(0, self.start, self.start + self.num_tokens)
             rows[: self.num_tokens].copy_(weights.read(f"{name}.weight", shard))
-        self._rows = rows if self._has_lookups else self._ctx.ops.pack_weight(rows)
+
+    def parameters(self) -> Iterator[Parameter]:
+        yield self._weight
 
     def lookup(self, token_ids: torch.Tensor) -> torch.Tensor:
         """[n] int32 or int64 to [n, hidden_size]: rows of the tokens that are here, zeros for others."""
         assert self._has_lookups, "a packed table has no rows to look up"
         out = self._ctx.share_buffer(len(token_ids), self._hidden_size)
-        return self._ctx.ops.embed(token_ids, self._loaded, self.start, out)
+        return self._ctx.ops.embed(token_ids, self._weight.packed, self.start, out)
 
     def product(self, hidden: torch.Tensor) -> torch.Tensor:
         """[n, hidden_size] to [n, num_rows]: hidden @ table.T."""
-        return self._ctx.ops.linear(hidden, self._loaded, None)
-
-    @property
-    def _loaded(self) -> torch.Tensor:
-        assert self._rows is not None, "the weights are loaded first"
-        return self._rows
+        return self._ctx.ops.linear(hidden, self._weight.packed, None)
 
 
 class VocabParallelEmbedding:

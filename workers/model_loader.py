@@ -33,6 +33,14 @@ def check_model(model_path: str | Path, load_format: str, dtype: torch.dtype, tp
     return config
 
 
+def make_model(
+    model_path: str | Path, load_format: str, dtype: torch.dtype, tp: TensorParallel, max_model_len: int
+) -> Model:
+    """This rank's model on tp.device, without its weights. Raises as `load_model`."""
+    config = check_model(model_path, load_format, dtype, tp)
+    return model_class(config.architecture)(config, tp, dtype, max_model_len)
+
+
 def load_model(
     model_path: str | Path,
     load_format: str,
@@ -45,11 +53,10 @@ def load_model(
 
     Raises the errors of `check_model`, and InvalidArgumentError (tensor_parallel_size).
     """
-    config = check_model(model_path, load_format, dtype, tp)
-    cls = model_class(config.architecture)
-    model = cls(config, tp, dtype, max_model_len)
+    model = make_model(model_path, load_format, dtype, tp, max_model_len)
+    config = model.config
     if load_format == "dummy":
-        model.load_weights(DummyWeights(cls.tensor_shapes(config), seed, dtype, tp.device))
+        model.load_weights(DummyWeights(model.tensor_shapes(config), seed, dtype, tp.device))
         return model, config
     with SafetensorsWeights(model_path, tp.device) as weights:
         model.load_weights(weights)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..errors import FailedPreconditionError
+from .block_rows import BlockRows
 from .host_tier import HostTier
 from .kv_cache import KVCache
 from .models.registry import Model
@@ -51,7 +52,22 @@ class ModelRunner:
         self._decode_graphs: DecodeGraphs | None = None
         self._segment_graphs: SegmentGraphs | None = None
         self._sampling: SamplingBatch | None = None
+        self._last_step = 0  # that was queued
         self._sampling_key: tuple[int, bytes] | None = None  # what _sampling was built for
+
+    @property
+    def block_rows(self) -> BlockRows:
+        """Of the KV cache."""
+        return self._kv_cache.rows
+
+    def has_queued(self, step_id: int) -> bool:
+        """As BlockHolder; for any thread."""
+        return self._last_step >= step_id
+
+    def wait_for_transfers(self) -> None:
+        """As BlockHolder; for any thread."""
+        if self._host_tier is not None:
+            self._host_tier.wait()
 
     @torch.inference_mode()
     def capture_graphs(self, segment_graphs: "SegmentGraphs", is_rehearsal: bool = False) -> None:
@@ -82,6 +98,7 @@ class ModelRunner:
         result = self._compute(clock, rows) if rows else PendingResult(self._tp, clock, None, None, [])
         if self._host_tier is not None:
             result.report_transfers(partial(self._host_tier.finished, 0 if rows else plan.step_id))
+        self._last_step = plan.step_id
         return result
 
     def _transfer(self, plan: Plan) -> None:

@@ -1,13 +1,14 @@
 """One rank of a worker group, from rendezvous to a runner that takes plans."""
 
 import gc
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 
-from ..errors import InvalidArgumentError, ResourceExhaustedError
+from ..errors import InvalidArgumentError, ResourceExhaustedError, UnavailableError
 from ..proto import engine_pb2, worker_pb2
 from .device_memory import DeviceMemory
 from .gpu_support import GpuSupport
@@ -16,7 +17,7 @@ from .host_memory import check_swap_space, num_host_blocks
 from .host_tier import HostTier
 from .kv_cache import FP8, BlockBudget, KVCache, num_blocks_that_fit
 from .model_config import DTYPES
-from .model_loader import check_model, load_model
+from .model_loader import check_model, load_model, make_model
 from .model_runner import ModelRunner
 from .models.registry import Model
 from .parallel import TensorParallel
@@ -24,6 +25,12 @@ from .rendezvous import connect_store, join_group
 from .segment_graphs import SegmentGraphs
 from .slot_table import SlotTableShape
 from .warm_up import blocks_for_warm_up, run_all_kinds, warm_up
+from .weight_copy import layout_of
+
+_log = logging.getLogger(__name__)
+
+# Fills a model from the rank that a request names as its source. Raises UnavailableError; the model is worthless then.
+FetchWeights = Callable[[worker_pb2.ConfigureRequest, Model], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,16 +40,26 @@ class LoadedModel:
     model: Model
     tp: TensorParallel  # what the model and all its layers sum with
     description: tuple[object, ...]
+    copied: bool = False  # from another rank
+    copy_failure: str = ""  # why not, if they were to be
 
     def is_of(self, request: worker_pb2.ConfigureRequest) -> bool:
         """Whether the request would load the same."""
         return self.description == _describe_model(request)
 
+    def has(self, wanted: worker_pb2.WeightsWanted) -> bool:
+        """Whether these are the weights wanted, if on another rank."""
+        return self.description[:-1] == _describe_weights(wanted) and layout_of(self.model) == wanted.layout
+
 
 def _describe_model(request: worker_pb2.ConfigureRequest) -> tuple[object, ...]:
+    return (*_describe_weights(request), request.config.max_model_len)
+
+
+def _describe_weights(request: worker_pb2.ConfigureRequest | worker_pb2.WeightsWanted) -> tuple[object, ...]:
     config = request.config
     shard = (request.rank, request.tensor_parallel_size)
-    return (*shard, config.model_path, config.load_format, config.dtype, config.seed, config.max_model_len)
+    return (*shard, config.model_path, config.load_format, config.dtype, config.seed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,15 +93,17 @@ def build_rank(
     store: dist.Store | None,
     num_ranks_on_host: int = 1,
     loaded: LoadedModel | None = None,
+    fetch: FetchWeights | None = None,
 ) -> Iterator[Stage]:
     """Builds one rank, stage by stage, on the calling thread. `store` is this process's own, if it holds one; `loaded`
-    what it has of an earlier epoch, used if it is what `request` describes.
+    what it has of an earlier epoch, used if it is what `request` describes; `fetch` is there for a request that names
+    a source.
 
     Raises FailedPreconditionError (a GPU or its software too old), ResourceExhaustedError (too little memory),
     UnavailableError (ranks that do not meet), and the errors of load_model.
     """
     try:
-        yield from _stages(request, device, store, num_ranks_on_host, loaded)
+        yield from _stages(request, device, store, num_ranks_on_host, loaded, fetch)
     except torch.OutOfMemoryError as error:
         raise ResourceExhaustedError(
             f"{device} is out of memory; lower --gpu-memory-utilization or --max-num-batched-tokens, use more ranks "
@@ -98,6 +117,7 @@ def _stages(
     store: dist.Store | None,
     num_ranks_on_host: int,
     kept: LoadedModel | None,
+    fetch: FetchWeights | None,
 ) -> Iterator[Stage]:
     config = request.config
     check_swap_space(config.swap_space_bytes, num_ranks_on_host)
@@ -107,7 +127,7 @@ def _stages(
         kept.tp.rejoin(joined)
         loaded = kept
     else:
-        loaded = LoadedModel(_load(config, joined, num_ranks_on_host), joined, _describe_model(request))
+        loaded = _load(request, joined, num_ranks_on_host, fetch)
     model, tp = loaded.model, loaded.tp
     # Ranks meet: a kernel that waits for another rank does so for some seconds only, and disks differ by more.
     tp.min_int(0)
@@ -147,22 +167,39 @@ def _connect(request: worker_pb2.ConfigureRequest, device: torch.device, store: 
     return join_group(store, request.epoch, request.rank, request.tensor_parallel_size, device)
 
 
-def _load(config: engine_pb2.WorkerConfig, tp: TensorParallel, num_ranks_on_host: int) -> Model:
-    dtype: torch.dtype = getattr(torch, config.dtype)
-
-    def load() -> Model:
-        return load_model(config.model_path, config.load_format, dtype, tp, config.max_model_len, config.seed)[0]
-
+def _load(
+    request: worker_pb2.ConfigureRequest, tp: TensorParallel, num_ranks_on_host: int, fetch: FetchWeights | None
+) -> LoadedModel:
+    config = request.config
     if tp.device.type != "cuda":
-        return load()
+        return _copy_or_read(request, tp, fetch)
     from .kernel_compile import compiled_in_parallel  # Triton is there only beside a CUDA build of torch
 
+    dtype: torch.dtype = getattr(torch, config.dtype)
     check_model(config.model_path, config.load_format, dtype, tp)
     with compiled_in_parallel(num_ranks_on_host):
         _find_kernels(config, dtype, tp, num_ranks_on_host)
         gc.collect()  # a model and its segments hold each other
         torch.cuda.empty_cache()
-        return load()
+        return _copy_or_read(request, tp, fetch)
+
+
+def _copy_or_read(request: worker_pb2.ConfigureRequest, tp: TensorParallel, fetch: FetchWeights | None) -> LoadedModel:
+    """The weights of another rank, if the request names one that has them, else those of the disk."""
+    config = request.config
+    dtype: torch.dtype = getattr(torch, config.dtype)
+    copy_failure = ""
+    if request.weight_source and fetch is not None:
+        model = make_model(config.model_path, config.load_format, dtype, tp, config.max_model_len)
+        try:
+            fetch(request, model)
+            return LoadedModel(model, tp, _describe_model(request), copied=True)
+        except UnavailableError as error:
+            copy_failure = str(error)
+            _log.warning("the weights are loaded, not copied: %s", copy_failure)
+        del model  # before there is another
+    model = load_model(config.model_path, config.load_format, dtype, tp, config.max_model_len, config.seed)[0]
+    return LoadedModel(model, tp, _describe_model(request), copy_failure=copy_failure)
 
 
 def _find_kernels(

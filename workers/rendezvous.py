@@ -56,13 +56,13 @@ def _nccl_options() -> "dist.ProcessGroupNCCL.Options":
     return options
 
 
-def connect_store(address: str) -> dist.TCPStore:
+def connect_store(address: str, timeout_s: float = _TIMEOUT.total_seconds()) -> dist.TCPStore:
     """Another rank's store, at "host:port". Raises UnavailableError."""
     host, port = address.rsplit(":", 1)
     try:
-        return dist.TCPStore(host, int(port), is_master=False, timeout=_TIMEOUT)
+        return dist.TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=timeout_s))
     except (RuntimeError, dist.DistError) as error:
-        raise UnavailableError(f"rank 0's store at {address} does not answer") from error
+        raise UnavailableError(f"the other rank's store at {address} does not answer") from error
 
 
 def is_lost_peer(error: Exception) -> bool:

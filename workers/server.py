@@ -13,6 +13,7 @@ import uvloop
 from ..errors import FailedPreconditionError, InvalidArgumentError
 from ..internal_channel import CHANNEL_OPTIONS, read_on_waiting_threads
 from ..proto import worker_pb2_grpc
+from .copy_thread import CopySettings
 from .gpu_support import GpuSupport
 from .rendezvous import bind_collectives_to, create_store, leave_group
 from .service import WorkerService
@@ -53,6 +54,7 @@ class WorkerServer:
         self._num_ranks_on_host = num_ranks_on_host
         self._end_process = end_process
         self._pipeline = StepPipeline(self._device, num_threads)
+        self._copy_settings = CopySettings(self._device, num_threads, host)
         self._loop = uvloop.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="grpc", daemon=True)
         self._server: grpc.aio.Server | None = None
@@ -64,7 +66,7 @@ class WorkerServer:
         bind_collectives_to(self._host)
         store = create_store(self._host) if self._create_store else None
         self._thread.start()
-        service = WorkerService(self._device, store, self._pipeline, self._num_ranks_on_host, self._end_process)
+        service = WorkerService(self._copy_settings, store, self._pipeline, self._num_ranks_on_host, self._end_process)
         self._release = service.release
         port = asyncio.run_coroutine_threadsafe(self._serve(service), self._loop).result()
         return WorkerEndpoints(f"{self._host}:{port}", f"{self._host}:{store.port}" if store else "")

@@ -14,8 +14,12 @@ import torch.distributed as dist
 from ..errors import FailedPreconditionError, InvalidArgumentError
 from ..proto import worker_pb2, worker_pb2_grpc
 from .call_status import status_for_errors
+from .copies import Copies
+from .copy_thread import CopySettings
 from .model_runner import ModelRunner
-from .rank import LoadedModel, Stage, build_rank, check_request
+from .models.registry import Model
+from .peer_sender import Holdings
+from .rank import FetchWeights, LoadedModel, Stage, build_rank, check_request
 from .rendezvous import leave_group
 from .step_pipeline import StepPipeline
 from .step_stream import StepStream
@@ -34,14 +38,15 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
 
     def __init__(
         self,
-        device: torch.device,
+        copy_settings: CopySettings,
         store: dist.Store | None,
         pipeline: StepPipeline,
         num_ranks_on_host: int,
         end_process: Callable[[], None],
     ) -> None:
         """`end_process` is called when the device does not let go of an epoch: nothing else would free it."""
-        self._device, self._store, self._pipeline = device, store, pipeline
+        self._device, self._store, self._pipeline = copy_settings.device, store, pipeline
+        self._copies = Copies(copy_settings)
         self._num_ranks_on_host = num_ranks_on_host
         self._end_process = end_process
         self._request: worker_pb2.ConfigureRequest | None = None
@@ -55,7 +60,9 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         async with status_for_errors(context):
             check_request(request)
             await self._enter(request)
-            stages = build_rank(request, self._device, self._store, self._num_ranks_on_host, self._loaded)
+            stages = build_rank(
+                request, self._device, self._store, self._num_ranks_on_host, self._loaded, self._fetcher()
+            )
             started_at = time.monotonic()
             while (stage := await self._next(stages)) is not None:
                 self._check_is_current(request)
@@ -90,6 +97,8 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         )
         if stage.loaded is not None:
             self._loaded = stage.loaded
+            if not stage.kept_weights:
+                progress.copied_weights, progress.copy_failure = stage.loaded.copied, stage.loaded.copy_failure
         if stage.runner is not None:
             self._runner = stage.runner
             progress.num_blocks = stage.runner.shape.num_blocks
@@ -102,6 +111,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             self._stream.end(next_epoch)
             self._stream = None
         self._pipeline.end_steps()
+        await self._copies.end()
         # A stage of a start may take long and be well: weights, kernels. A step is not.
         is_starting = self._runner is None
         try:
@@ -130,6 +140,50 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
 
     async def _next(self, stages: Iterator[Stage]) -> Stage | None:
         return await asyncio.wrap_future(self._pipeline.call(lambda: next(stages, None)))
+
+    # Copies
+
+    def _fetcher(self) -> FetchWeights:
+        """For the device thread: it waits for this one."""
+        loop = asyncio.get_running_loop()
+
+        def fetch(request: worker_pb2.ConfigureRequest, model: Model) -> None:
+            asyncio.run_coroutine_threadsafe(self._copies.fetch_weights(request, model), loop).result()
+
+        return fetch
+
+    async def Send(  # noqa: N802
+        self, requests: AsyncIterator[worker_pb2.SendRequest], context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[worker_pb2.SendResponse]:
+        async with status_for_errors(context):
+            async for answer in self._copies.send(requests, Holdings(self._held_model, self._held_blocks)):
+                yield answer
+
+    async def ReceiveBlocks(  # noqa: N802
+        self, request: worker_pb2.ReceiveBlocksRequest, context: grpc.aio.ServicerContext
+    ) -> worker_pb2.ReceiveBlocksResponse:
+        try:
+            runner = self._runner_of(request.epoch)
+        except FailedPreconditionError as error:
+            return worker_pb2.ReceiveBlocksResponse(failure=str(error))
+        return await self._copies.receive_blocks(request, runner)
+
+    def _held_model(self, wanted: worker_pb2.WeightsWanted) -> Model:
+        if self._loaded is None or not self._loaded.has(wanted):
+            raise FailedPreconditionError("this worker does not hold the weights wanted")
+        return self._loaded.model
+
+    def _held_blocks(self, wanted: worker_pb2.BlocksWanted) -> ModelRunner:
+        runner = self._runner_of(wanted.epoch)
+        rows = runner.block_rows
+        if (rows.block_bytes, rows.num_groups) != (wanted.block_bytes, wanted.num_rows):
+            raise FailedPreconditionError("this worker's KV blocks are of another kind")
+        return runner
+
+    def _runner_of(self, epoch: int) -> ModelRunner:
+        if self._runner is None or self._request is None or self._request.epoch != epoch:
+            raise FailedPreconditionError(f"this worker does not serve in epoch {epoch}")
+        return self._runner
 
     async def Ping(  # noqa: N802
         self, request: worker_pb2.PingRequest, context: grpc.aio.ServicerContext

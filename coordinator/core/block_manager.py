@@ -26,6 +26,7 @@ class BlockCounters:
     num_saved_blocks: int = 0
     num_loaded_blocks: int = 0
     num_evicted_blocks: int = 0  # cached ones that were given to others
+    num_received_blocks: int = 0  # copied from other groups
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,7 @@ class BlockManager:
         self._tables: dict[Sequence, list[int]] = {}
         self._loading: dict[int, int] = {}  # device blocks to which content is on its way, and the step that sent it
         self._next = StepTransfers()  # of the step that is being planned
+        self._copied: Counter[int] = Counter()  # blocks that copies between groups own, and how many
         # Free blocks with content that the host was not offered since they were last used, the longest unused first.
         self._unsaved: OrderedDict[int, None] = OrderedDict()
 
@@ -277,6 +279,36 @@ class BlockManager:
         assert self.host is not None
         self.host.unpin(name)
 
+    # Copies between groups: each is an owner of the blocks that it reads, writes, or wants beside them
+
+    def find_computed(self, name: bytes) -> int | None:
+        """The block of that name, unless its content is still on its way from the host."""
+        block_id = self.cache.find(name)
+        return None if block_id is None or block_id in self._loading else block_id
+
+    def hold(self, block_ids: list[int]) -> None:
+        """Of named blocks, for a copy."""
+        self._retain(block_ids)
+        self._forget_unsaved(block_ids)
+        self._copied.update(block_ids)
+
+    def take_unnamed(self, num_blocks: int) -> list[int]:
+        """Free blocks, for a copy to fill; the caller checked the room. Plans in flight may still write to them."""
+        block_ids = self._take(num_blocks)
+        self._copied.update(block_ids)
+        return block_ids
+
+    def receive(self, name: bytes, block_id: int) -> None:
+        """A copy has filled the block."""
+        self.cache.publish(name, block_id)
+        self.counters.num_received_blocks += 1
+
+    def let_go(self, block_ids: list[int]) -> None:
+        """The copy is over."""
+        for block_id in reversed(block_ids):
+            self._copied[block_id] -= 1
+            self._release(block_id)
+
     # Checks
 
     def check_invariants(self) -> None:
@@ -288,6 +320,7 @@ class BlockManager:
             self.host.check_invariants()
         owners = Counter(block_id for table in self._tables.values() for block_id in table)
         assert owners.total() == self.num_table_entries
+        owners.update(self._copied)
         for transfers in (*(sent for _, sent in self.transfers.pending()), self._next):
             owners.update(block_id for _, block_id, _ in (*transfers.saves, *transfers.loads))
         for block_id in range(self.num_blocks):

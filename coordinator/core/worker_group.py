@@ -82,6 +82,16 @@ class WorkerGroup:
             enough = min(1 + math.ceil(_ROUND_TRIP_MS / self._last_step_ms), num_inflight_steps + _MAX_MORE_STEPS)
         return len(self.inflight) < max(num_inflight_steps, enough)
 
+    @property
+    def num_sent_steps(self) -> int:
+        """The last step that was sent."""
+        return self._num_steps
+
+    @property
+    def num_finished_steps(self) -> int:
+        """The last step whose result, and all before, have come."""
+        return self._num_steps - len(self.inflight)
+
     def begin_step(self) -> BatchPlan:
         """An empty plan, to be filled and then given to `dispatch` or forgotten."""
         return BatchPlan(step_id=self._num_steps + 1)

@@ -14,9 +14,10 @@ from ..core.block_manager import num_blocks_for
 from ..core.membership import Membership
 from ..core.scheduler import Scheduler
 from ..core.scheduler_config import SchedulerConfig
-from ..core.sequence import RequestKey
+from ..core.sequence import RequestKey, Sequence
 from ..core.step_outcome import PromptScores, StepReport
 from ..core.worker_group import GroupMemory
+from .block_copier import BlockCopier
 from .codec import candidates_of, decode_submit, num_rows, skip_rows, unpack
 from .group_runner import GroupEvents, GroupRunner
 from .session import Session
@@ -45,6 +46,7 @@ class Engine:
         )
         self._membership = Membership(config.rebuilds_groups, config.incarnation)
         self._runners: dict[int, GroupRunner] = {}  # of the groups' last incarnations
+        self._copier = BlockCopier(self.scheduler, lambda group_id: self._runners[group_id].link)
         self._sessions: dict[int, Session] = {}
         self._session_ids = itertools.count(1)
         self._num_failed = 0
@@ -115,6 +117,7 @@ class Engine:
         _log.error("group %d failed: %s", group_id, error)
         self.scheduler.remove_group(group_id)
         self._membership.fail(group_id, str(error))
+        self._copier.notice()
         self._tell_failure()
         self._settle_requests()
 
@@ -166,6 +169,12 @@ class Engine:
     def _wake_groups(self) -> None:
         for runner in self._runners.values():
             runner.wake()
+
+    async def copy_sequence_blocks(self, sequence: Sequence, from_group: int, to_group: int) -> int:
+        """As BlockCopier.copy_sequence_blocks: before a sequence is moved, while it runs on."""
+        num_blocks = await self._copier.copy_sequence_blocks(sequence, from_group, to_group)
+        self._wake_groups()  # blocks were let go
+        return num_blocks
 
     # Sessions
 
@@ -220,6 +229,7 @@ class Engine:
             unpack(result.failed_rows, "<u4", "failed_rows"),
         )
         outcome = self.scheduler.update(group_id, report)
+        self._copier.notice()
         for accepted in outcome.scores:
             chunk = result.prompt_logprobs[accepted.index]
             table = skip_rows(chunk.table, accepted.num_skipped)

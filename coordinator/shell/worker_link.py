@@ -24,6 +24,14 @@ def _memory_of(reports: Sequence[worker_pb2.ConfigureProgress]) -> GroupMemory:
     return GroupMemory(reports[0].num_blocks, reports[0].num_host_blocks, host_block_us / 1e3)
 
 
+def _log_weights(progress: worker_pb2.ConfigureProgress, rank: int, source: str) -> None:
+    """How they came, of a rank that was to copy them."""
+    if progress.copied_weights:
+        _log.info("rank %d: its weights were copied from %s in %.2f s", rank, source, progress.duration_s)
+    elif progress.copy_failure:
+        _log.warning("rank %d: its weights were loaded, not copied: %s", rank, progress.copy_failure)
+
+
 class WorkerLink:
     """Channels and `Steps` streams to all ranks of a group. Plans go to each; results come from rank 0."""
 
@@ -53,10 +61,15 @@ class WorkerLink:
 
     async def _configure_rank(self, rank: int) -> AsyncIterator[worker_pb2.ConfigureProgress]:
         request = worker_pb2.ConfigureRequest(
-            config=self._config, rank=rank, tensor_parallel_size=len(self._channels), epoch=self._epoch
+            config=self._config,
+            rank=rank,
+            tensor_parallel_size=len(self._channels),
+            epoch=self._epoch,
+            weight_source=self.endpoints[rank].weight_source,
         )
         try:
             async for progress in worker_pb2_grpc.WorkerStub(self._channels[rank]).Configure(request):
+                _log_weights(progress, rank, request.weight_source)
                 yield progress
         except grpc.aio.AioRpcError as error:
             raise WorkerError.of(rank, error) from error
@@ -69,6 +82,40 @@ class WorkerLink:
             return answer
         except grpc.aio.AioRpcError as error:
             raise WorkerError(rank, "it is gone") from error
+
+    async def receive_blocks(
+        self, source: "WorkerLink", blocks: worker_pb2.ReceiveBlocksRequest
+    ) -> worker_pb2.ReceiveBlocksResponse:
+        """Copies blocks of another group of as many ranks, rank by rank; `blocks` says which, and behind which steps.
+        Answers when no rank writes any more: with the slowest rank's time, or with a failure. Raises WorkerError if a
+        rank did not answer: it is gone."""
+        ranks = range(len(self._channels))
+        answers = await asyncio.gather(
+            *(self._receive_blocks(rank, source, blocks) for rank in ranks), return_exceptions=True
+        )
+        reports = [answer for answer in answers if not isinstance(answer, BaseException)]
+        for answer in answers:
+            if isinstance(answer, BaseException):
+                raise answer
+        return max(reports, key=lambda report: (bool(report.failure), report.duration_us))
+
+    async def _receive_blocks(
+        self, rank: int, source: "WorkerLink", blocks: worker_pb2.ReceiveBlocksRequest
+    ) -> worker_pb2.ReceiveBlocksResponse:
+        request = worker_pb2.ReceiveBlocksRequest(
+            epoch=self._epoch, source_address=source.endpoints[rank].address, source_epoch=source._epoch
+        )
+        request.MergeFrom(blocks)
+        try:
+            stub = worker_pb2_grpc.WorkerStub(self._channels[rank])
+            answer: worker_pb2.ReceiveBlocksResponse = await stub.ReceiveBlocks(request)
+            return answer
+        except grpc.aio.AioRpcError as error:
+            raise WorkerError.of(rank, error) from error
+        except (grpc.aio.UsageError, asyncio.CancelledError):
+            if (task := asyncio.current_task()) is not None and task.cancelling():
+                raise
+            raise self._lost_rank(rank) from None  # the group has failed, and its channels are closed
 
     def open(self, on_result: Callable[[worker_pb2.StepResult], None], on_error: Callable[[OctavoError], None]) -> None:
         """Opens the `Steps` streams. Calls `on_result` for each result in order, and `on_error` once for each rank that

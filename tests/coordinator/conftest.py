@@ -178,12 +178,18 @@ class CountingWorker(worker_pb2_grpc.WorkerServicer):
     def __init__(self, rank: int) -> None:
         self.rank = rank
         self.epochs: list[int] = []
+        self.weight_source = ""
         self.plans: list[worker_pb2.BatchPlan] = []  # of the last epoch
         self.fail_at_step = 0
         self.abort_at_step = 0  # end the call without a word before, as no worker does that lives
         self.spoil_at_step = 0
         self.spoil = lambda result: None  # what is wrong with that step's result
         self.num_blocks = NUM_BLOCKS
+        self.hold_at_step = 0  # clears `hold` before it computes that step
+        self.received: list[worker_pb2.ReceiveBlocksRequest] = []
+        self.copy_failure = ""
+        self.copies = asyncio.Event()  # answers to copies wait for it
+        self.copies.set()
         self.gone = asyncio.Event()  # the stream has ended
         self.hold = asyncio.Event()
         self.hold.set()
@@ -198,6 +204,7 @@ class CountingWorker(worker_pb2_grpc.WorkerServicer):
     async def Configure(self, request, context):
         assert request.rank == self.rank
         self.epochs.append(request.epoch)
+        self.weight_source = request.weight_source
         self.plans, self.computed, self.known, self.decode_slots = [], {}, {}, []
         if request.config.model_path == "broken":
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "tensor w is missing")
@@ -209,11 +216,18 @@ class CountingWorker(worker_pb2_grpc.WorkerServicer):
         await self.answers_pings.wait()
         return worker_pb2.PingResponse()
 
+    async def ReceiveBlocks(self, request, context):
+        self.received.append(request)
+        await self.copies.wait()
+        return worker_pb2.ReceiveBlocksResponse(failure=self.copy_failure, duration_us=10.0, num_bytes=100)
+
     async def Steps(self, requests, context):
         context.add_done_callback(lambda _: self.gone.set())
         async for plan in requests:
             assert plan.step_id == len(self.plans) + 1
             self.plans.append(plan)
+            if plan.step_id == self.hold_at_step:
+                self.hold.clear()
             await self.hold.wait()
             if plan.step_id == self.abort_at_step:
                 await context.abort(grpc.StatusCode.INTERNAL, "the forward pass failed")
@@ -309,6 +323,7 @@ class Cluster:
         self.workers = workers
         self.endpoints = endpoints
         self.stub: engine_pb2_grpc.EngineStub
+        self.engine: Engine
 
     async def add_group(self, model_path="model", group_id=0, ranks=slice(None), has_served=False):
         request = engine_pb2.AddGroupRequest(
@@ -347,7 +362,7 @@ async def running_cluster(tmp_path, num_ranks=2, **config):
         "address": it.address, "model": "counting", "vocab_size": 1000, "max_model_len": 64, "block_size": 4,
         "max_num_seqs": 8, "max_num_batched_tokens": 32, "max_num_waiting": 300, "num_inflight_steps": 3,
     }  # fmt: skip
-    engine = Engine(engine_pb2.EngineConfig(**(defaults | config)))
+    engine = it.engine = Engine(engine_pb2.EngineConfig(**(defaults | config)))
     server = grpc.aio.server()
     engine_pb2_grpc.add_EngineServicer_to_server(EngineService(engine), server)
     server.add_insecure_port(it.address)

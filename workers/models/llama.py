@@ -1,6 +1,6 @@
 """Llama (arXiv 2302.13971, 2307.09288, 2407.21783): one rank's share of the decoder, over a paged KV cache."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,7 @@ from ..layers import (
     GateUpParallelLinear,
     LayerContext,
     ParallelLMHead,
+    Parameter,
     QKVParallelLinear,
     RMSNorm,
     RowParallelLinear,
@@ -46,6 +47,10 @@ class Attention:
         self.qkv_proj.load(weights, f"{name}.q_proj", f"{name}.k_proj", f"{name}.v_proj")
         self.o_proj.load(weights, f"{name}.o_proj")
 
+    def parameters(self) -> Iterator[Parameter]:
+        yield from self.qkv_proj.parameters()
+        yield from self.o_proj.parameters()
+
     def attend(self, qkv: Tensor, step: "Step", cache: tuple[Tensor, ...], out: Tensor | None) -> Tensor:
         """What lies between the two projections: [num_tokens, heads of q, k and v] to [num_tokens, heads of q], the
         latter in `out` if one is given and it can be written there."""
@@ -70,6 +75,10 @@ class MLP:
         self.gate_up_proj.load(weights, f"{name}.gate_proj", f"{name}.up_proj")
         self.down_proj.load(weights, f"{name}.down_proj")
 
+    def parameters(self) -> Iterator[Parameter]:
+        yield from self.gate_up_proj.parameters()
+        yield from self.down_proj.parameters()
+
 
 class DecoderLayer:
     """Attention, then MLP, each with its norm before and the residual stream beside it."""
@@ -85,6 +94,10 @@ class DecoderLayer:
         self.attention.load(weights, f"{name}.self_attn")
         self.post_attention_norm.load(weights, f"{name}.post_attention_layernorm")
         self.mlp.load(weights, f"{name}.mlp")
+
+    def parameters(self) -> Iterator[Parameter]:
+        for part in (self.input_norm, self.attention, self.post_attention_norm, self.mlp):
+            yield from part.parameters()
 
     def project_qkv(self, share: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """The QKV product, once the sum of the last layer's shares is in the stream; and the stream."""
@@ -158,6 +171,15 @@ class LlamaForCausalLM:
         self.norm.load(weights, "model.norm")
         if not self.config.tie_word_embeddings:
             self._head_table.load(weights, "lm_head")
+
+    def parameters(self) -> Iterator[Parameter]:
+        """All that `load_weights` fills, each once, in an order that hangs on the configuration alone."""
+        yield from self._embedding_table.parameters()
+        for layer in self.layers:
+            yield from layer.parameters()
+        yield from self.norm.parameters()
+        if not self.config.tie_word_embeddings:
+            yield from self._head_table.parameters()
 
     @torch.inference_mode()
     def forward(

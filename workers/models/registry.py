@@ -1,6 +1,6 @@
 """Which class runs which architecture: the place where new models are added, from here or from outside."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Protocol
 
 import torch
@@ -8,6 +8,7 @@ import torch
 from ...errors import CheckpointError, InvalidArgumentError
 from ...kernels.batch import AttentionBatch
 from ..kv_cache import KVCache
+from ..layers import Parameter
 from ..model_config import ModelConfig
 from ..parallel import TensorParallel
 from ..segments import SegmentRunner, run_now
@@ -38,6 +39,8 @@ class Model(Protocol):
     def local_vocab_size(self) -> int: ...
 
     def load_weights(self, weights: Weights) -> None: ...
+
+    def parameters(self) -> Iterator[Parameter]: ...
 
     def forward(
         self, token_ids: torch.Tensor, batch: AttentionBatch, kv_cache: KVCache, run: SegmentRunner = run_now
