@@ -29,6 +29,7 @@ class GatewaySettings:
     local_address: str
     skip_tokenizer_init: bool
     shutdown_timeout_s: float
+    launcher_address: str
 
 
 def load_config(path: Path) -> GatewaySettings:
@@ -77,6 +78,7 @@ def check_config(config: gateway_pb2.GatewayConfig) -> GatewaySettings:
         local_address=config.local_address,
         skip_tokenizer_init=config.skip_tokenizer_init,
         shutdown_timeout_s=config.shutdown_timeout_s,
+        launcher_address=config.launcher_address,
     )
 
 
