@@ -1,7 +1,7 @@
 """The public gRPC door: octavo.v1.Generation and octavo.v1.Admin."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
 from typing import NoReturn, TypeVar
 
@@ -237,12 +237,12 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
 
     async def Scale(  # noqa: N802
         self, request: admin_pb2.ScaleRequest, context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[admin_pb2.ScaleProgress]:
+    ) -> None:
         try:
             refuse_unknown_fields(request)
             async with aclosing(scale(self._launcher_address, request)) as news:
                 async for progress in news:
-                    yield progress
+                    await context.write(progress)
         except RefusedByLauncherError as refusal:
             await context.abort_with_status(refusal.status)
         except Exception as error:

@@ -30,6 +30,6 @@ async def scale(address: str, request: admin_pb2.ScaleRequest) -> AsyncGenerator
             async for progress in launcher_pb2_grpc.LauncherStub(channel).Scale(request):
                 yield progress
         except grpc.aio.AioRpcError as error:
-            if (status := rpc_status.aio.from_call(error)) is not None:
+            if (status := await rpc_status.aio.from_call(error)) is not None:
                 raise RefusedByLauncherError(rpc_status.to_status(status)) from error
             raise UnavailableError("the launcher does not answer, or is ending; see octavo status") from error

@@ -44,8 +44,9 @@ def engine_config(
 
 
 def gateway_config(
-    config: ServeConfig, model: ServedModel, engine_address: str, local_address: str
+    config: ServeConfig, model: ServedModel, engine_address: str, local_address: str, launcher_address: str = ""
 ) -> gateway_pb2.GatewayConfig:
+    """`launcher_address`: of who scales the server; empty: nobody."""
     gateway = gateway_pb2.GatewayConfig(
         engine_address=engine_address,
         host=config.host,
@@ -59,6 +60,7 @@ def gateway_config(
         local_address=local_address,
         skip_tokenizer_init=config.skip_tokenizer_init,
         shutdown_timeout_s=config.shutdown_timeout,
+        launcher_address=launcher_address,
     )
     if config.seed is not None:
         gateway.seed = config.seed

@@ -42,7 +42,8 @@ class Control(Protocol):
 
 
 class Recovery:
-    """Owner of the attempts to rebuild groups. One thread at a time calls `take` and `check`; nothing blocks it."""
+    """Owner of the attempts to rebuild groups. One thread at a time calls `take` and `check`; nothing blocks it. Any
+    other may add and remove groups meanwhile."""
 
     def __init__(
         self,
@@ -50,42 +51,78 @@ class Recovery:
         control: Control,
         make_request: Callable[[int], engine_pb2.AddGroupRequest],
         say: Callable[[str], None],
-        group_ids: Sequence[int],
         max_restarts: int,
     ) -> None:
         """`make_request(group_id)` is for the ranks as they are now. `say` shows a line; any thread calls it."""
-        self._say = say
-        self._num_given_up = 0
-        self._groups = {
-            group_id: _GroupRecovery(group_id, ranks, control, make_request, say, RestartPolicy(max_restarts))
-            for group_id in group_ids
-        }
+        self._ranks, self._control, self._make_request, self._say = ranks, control, make_request, say
+        self._max_restarts = max_restarts
+        self._lock = threading.Lock()  # of what follows
+        self._groups: dict[int, _GroupRecovery] = {}
+        self._given_up: dict[int, str] = {}  # why, in the order of time
+        self._unsaid: list[int] = []  # of those
+        self._strays: set[int] = set()  # epochs of groups that were removed before they failed
+
+    def add(self, group_id: int) -> None:
+        """Has a group rebuilt when it fails. Comes before the group serves, so that no failure comes before it."""
+        policy = RestartPolicy(self._max_restarts)
+        group = _GroupRecovery(
+            group_id, self._ranks, self._control, self._make_request, self._say, policy, self._note_given_up
+        )
+        with self._lock:
+            self._groups[group_id] = group
+
+    def remove(self, group_id: int) -> None:
+        """Has it rebuilt no more. An attempt that runs is waited for."""
+        with self._lock:
+            group = self._groups.pop(group_id)
+            self._given_up.pop(group_id, None)
+        group.stop()
+        group.wait()
+
+    @property
+    def given_up(self) -> Collection[int]:
+        """Groups that are given up, and not removed since."""
+        with self._lock:
+            return list(self._given_up)
 
     @property
     def known_epochs(self) -> Collection[int]:
         """Of the failures that were taken, the last of each group."""
-        return [group.epoch for group in self._groups.values()]
+        with self._lock:
+            return [*(group.epoch for group in self._groups.values()), *self._strays]
 
     def take(self, failures: Sequence[engine_pb2.GroupFailure]) -> None:
         """Has each group rebuilt."""
-        for failure in failures:
-            self._groups[failure.group_id].take(failure)
+        with self._lock:
+            for failure in failures:
+                if group := self._groups.get(failure.group_id):
+                    group.take(failure)
+                else:
+                    self._strays.add(failure.epoch)
 
     def check(self) -> None:
         """Raises UnavailableError when every group is given up, or if an attempt failed by a fault of ours."""
-        for group in self._groups.values():
-            group.check()
-        given_up = [group.given_up for group in self._groups.values() if group.given_up]
-        if len(given_up) == len(self._groups):
-            raise UnavailableError(given_up[-1])
-        for why in given_up[self._num_given_up :]:
+        with self._lock:
+            for group in self._groups.values():
+                group.check()
+            if self._given_up and len(self._given_up) == len(self._groups):
+                raise UnavailableError(list(self._given_up.values())[-1])
+            unsaid = [self._given_up[group_id] for group_id in self._unsaid if group_id in self._given_up]
+            self._unsaid.clear()
+        for why in unsaid:
             self._say(f"{why}; the other groups go on")
-        self._num_given_up = len(given_up)
+
+    def _note_given_up(self, group_id: int, why: str) -> None:
+        with self._lock:
+            if group_id in self._groups:
+                self._given_up[group_id] = why
+                self._unsaid.append(group_id)
 
     def stop(self) -> None:
         """Begins nothing more; what runs is not waited for."""
-        for group in self._groups.values():
-            group.stop()
+        with self._lock:
+            for group in self._groups.values():
+                group.stop()
 
 
 class _GroupRecovery:
@@ -99,9 +136,10 @@ class _GroupRecovery:
         make_request: Callable[[int], engine_pb2.AddGroupRequest],
         say: Callable[[str], None],
         policy: RestartPolicy,
+        on_given_up: Callable[[int, str], None],
     ) -> None:
         self.epoch = 0  # of the last failure taken
-        self.given_up = ""  # why, once it is
+        self._on_given_up = on_given_up
         self._group_id = group_id
         self._ranks, self._control, self._make_request, self._say = ranks, control, make_request, say
         self._policy = policy
@@ -120,6 +158,10 @@ class _GroupRecovery:
 
     def stop(self) -> None:
         self._stopping.set()
+
+    def wait(self) -> None:
+        """Until nothing of it runs."""
+        self._thread.shutdown(wait=True)
 
     def _recover(self, failure: engine_pb2.GroupFailure, failed_at: float) -> None:
         try:
@@ -173,7 +215,7 @@ class _GroupRecovery:
         within = f"{self._policy.num_failures} time(s) within {WINDOW_S / 60:.0f} minutes"
         why = f"worker group {self._group_id} failed {within} and is given up; the last time: {reason}"
         self._control.abandon_group(self._group_id)
-        self.given_up = why
+        self._on_given_up(self._group_id, why)
 
     def _describe(self, failure: engine_pb2.GroupFailure, replaced: Sequence[int], duration_s: float) -> str:
         ranks = f"started rank {', '.join(map(str, replaced))} anew" if replaced else "kept all ranks"
