@@ -26,10 +26,11 @@ async def scale(address: str, request: admin_pb2.ScaleRequest) -> AsyncGenerator
     if not address:
         raise FailedPreconditionError("this server cannot be scaled: no launcher watches over its groups")
     async with grpc.aio.insecure_channel(address) as channel:
+        call = launcher_pb2_grpc.LauncherStub(channel).Scale(request)
         try:
-            async for progress in launcher_pb2_grpc.LauncherStub(channel).Scale(request):
+            async for progress in call:
                 yield progress
         except grpc.aio.AioRpcError as error:
-            if (status := await rpc_status.aio.from_call(error)) is not None:
+            if (status := await rpc_status.aio.from_call(call)) is not None:
                 raise RefusedByLauncherError(rpc_status.to_status(status)) from error
             raise UnavailableError("the launcher does not answer, or is ending; see octavo status") from error

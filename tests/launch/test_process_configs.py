@@ -67,6 +67,8 @@ def test_the_gateways(resolved):
     assert (settings.max_model_len, settings.vocab_size, settings.eos_token_ids) == (1024, 128, (5, 6))
     assert settings.model_path == Path(config.model).resolve()
     assert settings.shutdown_timeout_s == 7.5
+    assert settings.launcher_address == ""
+    assert check_config(gateway_config(config, model, "unix:/e", "unix:/g", "unix:/l")).launcher_address == "unix:/l"
 
 
 def test_no_seed_is_drawn_by_the_gateway(resolved):
