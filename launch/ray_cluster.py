@@ -61,6 +61,7 @@ class RayCluster:
         self._groups: dict[int, RankGroup] = {}
         self._lock = threading.Lock()  # of these two, and of what begins to run
         self._is_stopping = False
+        self._freed_at = -_FREED_S  # when a group ended last
         self._processes = RayProcesses()
         self._is_ending = False  # Ray ends its processes
         self._is_ended = False
@@ -107,8 +108,7 @@ class RayCluster:
     def num_free_ranks(self, device: str, wanted: int) -> int:
         """More that Ray has room for. Where that is less than `wanted`, places that a group has just left may still
         become free: that is waited for."""
-        deadline = time.monotonic() + _FREED_S
-        while (num_free := _num_that_fit(_bundle(device))) < wanted and time.monotonic() < deadline:
+        while (num_free := _num_that_fit(_bundle(device))) < wanted and time.monotonic() < self._freed_at + _FREED_S:
             time.sleep(_POLL_S)
         return num_free
 
@@ -160,6 +160,7 @@ class RayCluster:
             is_stopping = self._is_stopping
         if group is not None and not is_stopping:
             group.end_orderly(_ACTOR_STOP_TIMEOUT_S)
+            self._freed_at = time.monotonic()
 
     def _require_going_on(self) -> None:
         """An actor that begins after Ray has ended would start another Ray."""

@@ -164,12 +164,12 @@ class Scaler:
             make()
             return None
         except OctavoError as error:
-            self._show(f"the change of scale failed: {error}")
-            return error
-        except Exception as error:  # of whatever breaks while the server ends; otherwise a fault of ours, and said
-            if not self._is_stopping:
-                self._show(f"the change of scale failed by a fault of ours: {type(error).__name__}: {error}")
-            return InternalError(f"the change of scale broke off: {type(error).__name__}")
+            failure = error
+        except Exception as error:  # a fault of ours, unless the server is ending
+            failure = InternalError(f"a fault of ours: {type(error).__name__}: {error}")
+        if not self._is_stopping:
+            self._show(f"the change of scale failed: {failure}")
+        return failure
 
     # The change
 

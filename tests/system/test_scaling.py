@@ -6,7 +6,7 @@ import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import grpc
 import psutil
@@ -80,8 +80,12 @@ def scale(client, *size):
 
 
 def rank_processes(server):
-    family = psutil.Process(server.process.pid).children(recursive=True)
-    return [process for process in family if "RankActor" in " ".join(process.cmdline())]
+    found = []
+    for process in psutil.Process(server.process.pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # Ray's come and go
+            if "RankActor" in " ".join(process.cmdline()):
+                found.append(process)
+    return found
 
 
 def check_nothing_is_left_but(server, client, num_ranks):
