@@ -241,7 +241,7 @@ def _bundle(device: str) -> dict[str, float]:
 
 def _num_that_fit(bundle: dict[str, float]) -> int:
     free = ray.available_resources()
-    return min(int(free.get(name, 0) / amount) for name, amount in bundle.items())
+    return min(int(free.get(name, 0) / amount + 1e-6) for name, amount in bundle.items())
 
 
 def _place(bundle: dict[str, float], num_ranks: int) -> PlacementGroup:
