@@ -19,6 +19,7 @@ GROUP_STATES = {
     admin_pb2.GROUP_STATE_READY: "ready",
     admin_pb2.GROUP_STATE_FAILED: "failed",
     admin_pb2.GROUP_STATE_REBUILDING: "rebuilding",
+    admin_pb2.GROUP_STATE_DRAINING: "draining",
 }
 
 
@@ -27,7 +28,7 @@ class BlockReport:
     """One group, now and on average over its steps."""
 
     group_id: int
-    state: str  # "starting", "ready", "failed", "rebuilding"
+    state: str  # "starting", "ready", "failed", "rebuilding", "draining"
     block_size: int
     num_blocks: int
     num_used: int

@@ -30,6 +30,7 @@ class GatewaySettings:
     skip_tokenizer_init: bool
     shutdown_timeout_s: float
     max_outage_s: float
+    launcher_address: str
 
 
 def load_config(path: Path) -> GatewaySettings:
@@ -80,6 +81,7 @@ def check_config(config: gateway_pb2.GatewayConfig) -> GatewaySettings:
         skip_tokenizer_init=config.skip_tokenizer_init,
         shutdown_timeout_s=config.shutdown_timeout_s,
         max_outage_s=config.max_outage_s,
+        launcher_address=config.launcher_address,
     )
 
 

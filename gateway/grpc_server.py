@@ -43,7 +43,7 @@ def build_grpc_server(settings: GatewaySettings, service: GenerationService, rea
     """A server that is bound and not started. Raises FailedPreconditionError if an address cannot be had."""
     server = grpc.aio.server(options=_OPTIONS, interceptors=[MalformedRequestInterceptor()])
     generation_pb2_grpc.add_GenerationServicer_to_server(GenerationServicer(service), server)
-    admin_pb2_grpc.add_AdminServicer_to_server(AdminServicer(service), server)
+    admin_pb2_grpc.add_AdminServicer_to_server(AdminServicer(service, settings.launcher_address), server)
     health_pb2_grpc.add_HealthServicer_to_server(readiness.servicer, server)
     reflection.enable_server_reflection((*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     if settings.grpc_port:

@@ -11,6 +11,7 @@ from ..errors import InvalidArgumentError
 from ..proto import admin_pb2, admin_pb2_grpc, generation_pb2, generation_pb2_grpc
 from .errors import to_grpc_status
 from .generation import CheckedRequest, GenerationService, RequestOptions
+from .launcher_client import RefusedByLauncherError, scale
 from .logprobs import Logprob, PositionLogprobs
 from .output import OutputDelta, RequestDelta
 from .samples import StreamField
@@ -224,12 +225,25 @@ class _ResponseBuilder:
 
 
 class AdminServicer(admin_pb2_grpc.AdminServicer):
-    """Hands the coordinator's status on."""
+    """Hands on the coordinator's status, and changes of scale to the launcher."""
 
-    def __init__(self, service: GenerationService) -> None:
-        self._service = service
+    def __init__(self, service: GenerationService, launcher_address: str) -> None:
+        self._service, self._launcher_address = service, launcher_address
 
     async def GetStatus(  # noqa: N802
         self, request: admin_pb2.GetStatusRequest, context: grpc.aio.ServicerContext
     ) -> admin_pb2.GetStatusResponse:
         return await _unary(context, self._service.engine.get_status())
+
+    async def Scale(  # noqa: N802
+        self, request: admin_pb2.ScaleRequest, context: grpc.aio.ServicerContext
+    ) -> None:
+        try:
+            refuse_unknown_fields(request)
+            async with aclosing(scale(self._launcher_address, request)) as news:
+                async for progress in news:
+                    await context.write(progress)
+        except RefusedByLauncherError as refusal:
+            await context.abort_with_status(refusal.status)
+        except Exception as error:
+            await abort(context, error)

@@ -44,6 +44,7 @@ def build_app() -> typer.Typer:
     app.command("generate")(_generate)
     app.command("chat")(_chat)
     app.command("status")(_status)
+    app.command("scale")(_scale)
     app.command("profile")(_profile)
     app.command("version")(_version)
     if importlib.util.find_spec("octavo.benchmarks.cli") is not None:
@@ -123,6 +124,22 @@ def _status(
 
     with Client(address) as client:
         (print_blocks if blocks else print_status)(client.status(), Console())
+
+
+def _scale(
+    address: Address = DEFAULT_ADDRESS,
+    num_groups: Annotated[int | None, typer.Option(help="Worker groups.", show_default="as many as now")] = None,
+    tensor_parallel_size: Annotated[
+        int | None, typer.Option(help="Ranks of each; another number builds all groups anew.", show_default="as now")
+    ] = None,
+) -> None:
+    """Change how many worker groups a running server has; requests go on."""
+    for name, value in (("num_groups", num_groups), ("tensor_parallel_size", tensor_parallel_size)):
+        if value is not None and not 1 <= value < 1 << 32:
+            raise InvalidArgumentError(f"{name} must be at least 1, got {value}; Ctrl-C in its terminal ends a server")
+    with Client(address) as client:
+        for progress in client.scale(num_groups or 0, tensor_parallel_size or 0):
+            print(progress.message, flush=True)
 
 
 def _profile(

@@ -94,6 +94,14 @@ class Client:
         status: admin_pb2.GetStatusResponse = self._unary(self._admin.GetStatus, admin_pb2.GetStatusRequest())
         return status
 
+    def scale(self, num_groups: int = 0, tensor_parallel_size: int = 0) -> Iterator[admin_pb2.ScaleProgress]:
+        """Changes how many worker groups there are, or how many ranks each has (0: as now), while requests run.
+        Progress until it is done; the change goes on without its caller."""
+        self._connect()
+        request = admin_pb2.ScaleRequest(num_groups=num_groups, tensor_parallel_size=tensor_parallel_size)
+        with self._translated_errors():
+            yield from self._admin.Scale(request)
+
     def _unary(self, method: Callable[..., T], request: object) -> T:
         self._connect()
         with self._translated_errors():

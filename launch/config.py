@@ -36,6 +36,13 @@ class ServeConfig:
         default=1, metadata=_help("Ranks that hold the model together, sharded by attention head.")
     )
     num_groups: int = field(default=1, metadata=_help("Worker groups; each holds the whole model."))
+    min_num_groups: int = field(
+        default=1, metadata=_help("Fewest worker groups that autoscaling leaves; see max_num_groups.")
+    )
+    max_num_groups: int | None = field(
+        default=None,
+        metadata=_help("Have the number of groups follow the load, from min_num_groups to so many.", "it does not"),
+    )
     num_gateways: int = field(default=1, metadata=_help("Gateway processes that share the public ports."))
     device: Device = field(
         default="auto", metadata=_help("Where the ranks run; auto: GPUs if Ray has enough free ones, else the CPU.")
@@ -139,6 +146,7 @@ class ServeConfig:
         for name, (low, high) in _RANGES.items():
             _require_in_range(name, values[name], low, high)
         _require_ports(self.port, self.grpc_port)
+        _require_bounds(self.num_groups, self.min_num_groups, self.max_num_groups)
         if not (math.isfinite(self.gpu_memory_utilization) and 0 < self.gpu_memory_utilization <= 1):
             raise _refusal("gpu_memory_utilization", f"must be in (0, 1], got {self.gpu_memory_utilization}")
         if not (math.isfinite(self.itl_target_ms) and self.itl_target_ms >= 0):
@@ -170,6 +178,8 @@ _MAX_SWAP_SPACE = 1 << 20  # GiB
 _RANGES: dict[str, tuple[int, int]] = {
     "tensor_parallel_size": (1, 1024),
     "num_groups": (1, 1024),
+    "min_num_groups": (1, 1024),
+    "max_num_groups": (1, 1024),
     "num_gateways": (1, 1024),
     "block_size": (1, _MAX_UINT16),
     "max_model_len": (2, _MAX_INT32),
@@ -189,6 +199,19 @@ def _refusal(name: str, reason: str) -> InvalidArgumentError:
 def _require_in_range(name: str, value: int | None, low: int, high: int) -> None:
     if value is not None and not low <= value <= high:
         raise _refusal(name, f"must be in [{low}, {high}], got {value}")
+
+
+def _require_bounds(num_groups: int, least: int, most: int | None) -> None:
+    if most is None:
+        if least != 1:
+            raise _refusal("min_num_groups", f"({least}) is for autoscaling; give max_num_groups too, or leave it out")
+        return
+    if least > most:
+        raise _refusal("min_num_groups", f"({least}) must be at most max_num_groups ({most})")
+    if not least <= num_groups <= most:
+        raise _refusal(
+            "num_groups", f"must be in [min_num_groups, max_num_groups] = [{least}, {most}], got {num_groups}"
+        )
 
 
 def _require_ports(port: int, grpc_port: int) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import grpc
 
-from ..errors import OctavoError, UnavailableError
+from ..errors import FailedPreconditionError, OctavoError, UnavailableError
 from ..proto import admin_pb2, engine_pb2, engine_pb2_grpc
 
 _START_TIMEOUT_S = 60.0
@@ -89,6 +89,20 @@ class EngineControl:
             self._stub.AbandonGroup(engine_pb2.AbandonGroupRequest(group_id=group_id), timeout=_STATUS_TIMEOUT_S)
         except grpc.RpcError as error:
             raise _to_error(error, f"worker group {group_id} could not be given up") from error
+
+    def remove_group(self, group_id: int, report: Callable[[int], None]) -> None:
+        """Until what the group runs has gone on elsewhere and nothing of it is left; `report(num_running)` meanwhile.
+
+        Raises FailedPreconditionError for one that does not serve or is the last, UnavailableError if the coordinator
+        does not answer.
+        """
+        try:
+            for progress in self._stub.RemoveGroup(engine_pb2.RemoveGroupRequest(group_id=group_id)):
+                report(progress.num_running)
+        except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
+                raise FailedPreconditionError(str(error.details())) from error
+            raise _to_error(error, f"worker group {group_id} could not be removed") from error
 
     def status(self) -> admin_pb2.GetStatusResponse:
         """Raises UnavailableError if the coordinator does not answer."""

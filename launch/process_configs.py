@@ -1,6 +1,7 @@
 """What each process is told, from the options: EngineConfig, GatewayConfig, AddGroupRequest."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from ..proto import engine_pb2, gateway_pb2
@@ -45,12 +46,21 @@ def engine_config(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class GatewayAddresses:
+    """Of a gateway's own door, and of those whom it calls."""
+
+    local: str
+    engine: str
+    launcher: str = ""  # who scales the server; empty: nobody
+
+
 def gateway_config(
-    config: ServeConfig, model: ServedModel, engine_address: str, local_address: str, keeps_coordinator: bool = False
+    config: ServeConfig, model: ServedModel, addresses: GatewayAddresses, keeps_coordinator: bool = False
 ) -> gateway_pb2.GatewayConfig:
     """`keeps_coordinator`: whether another follows one that dies."""
     gateway = gateway_pb2.GatewayConfig(
-        engine_address=engine_address,
+        engine_address=addresses.engine,
         host=config.host,
         http_port=config.port,
         grpc_port=config.grpc_port,
@@ -59,10 +69,11 @@ def gateway_config(
         max_model_len=model.max_model_len,
         vocab_size=model.config.vocab_size,
         eos_token_ids=model.config.eos_token_ids,
-        local_address=local_address,
+        local_address=addresses.local,
         skip_tokenizer_init=config.skip_tokenizer_init,
         shutdown_timeout_s=config.shutdown_timeout,
         max_outage_s=_MAX_OUTAGE_S if keeps_coordinator else 0.0,
+        launcher_address=addresses.launcher,
     )
     if config.seed is not None:
         gateway.seed = config.seed

@@ -72,6 +72,15 @@ class RankGroup:
                 return rank, "does not answer"
         return None
 
+    def end_orderly(self, timeout_s: float) -> None:
+        """Lets the ranks end their own work; a process that does not is killed."""
+        stops = [actor.stop.remote() for actor in self.actors]
+        ended, _ = ray.wait(stops, num_returns=len(stops), timeout=timeout_s)
+        self.end()
+        for endpoint, stop in zip(self.endpoints, stops, strict=False):  # one that never started listens nowhere
+            if stop not in ended:
+                self._kill_process(endpoint)
+
     def end(self) -> None:
         """Without a goodbye."""
         for actor in self.actors:

@@ -5,7 +5,6 @@ Ray places and starts the ranks; what they say to each other and to the coordina
 
 import atexit
 import contextlib
-import itertools
 import logging
 import os
 import signal
@@ -32,10 +31,16 @@ from .rank_probe import RankLoss, find_lost_ranks
 from .ray_processes import RayProcesses
 
 # Read by a Ray that starts here. Its workers would run at nice 15, and wait for every other process of the machine.
-_RAY_SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+# Ranks need an environment of their own, so none would begin in a process that Ray starts beforehand.
+_RAY_SETTINGS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",
+    "RAY_prestart_worker_first_driver": "0",
+}
 _OBJECT_STORE_BYTES = 80 * 1024 * 1024  # about Ray's minimum; nothing of ours goes through it
 _PLACEMENT_TIMEOUT_S = 30.0
 _STRICT_PLACEMENT_TIMEOUT_S = 5.0
+_FREED_S = 3.0  # in which places that a group has just left are free
 _ACTOR_STOP_TIMEOUT_S = 3.0
 # An orderly end takes one to three seconds; a Ray that is broken would wait for a minute.
 _SHUTDOWN_TIMEOUT_S = 10.0
@@ -43,16 +48,20 @@ _POLL_S = 0.1
 
 
 class RayCluster:
-    """A Ray that this process started, or joined; and the actors that it placed there."""
+    """A Ray that this process started, or joined; and the actors that it placed there, by worker group. Groups may be
+    started, ended and mended by several threads at once, each by one."""
 
     def __init__(self, address: str | None, num_ranks: int, device: str, temp_dir: Path) -> None:
-        """Joins the cluster at `address`; starts a local one of `num_ranks` places if there is none.
+        """Joins the cluster at `address`; starts a local one with room for `num_ranks` if there is none.
 
         A local one keeps its files under `temp_dir`. Raises UnavailableError if the cluster does not answer.
         """
         self.is_local = address is None
-        self._placements: list[PlacementGroup] = []
-        self._groups: list[RankGroup] = []
+        self._placements: list[PlacementGroup] = []  # in which no group has begun yet
+        self._groups: dict[int, RankGroup] = {}
+        self._lock = threading.Lock()  # of these two, and of what begins to run
+        self._is_stopping = False
+        self._freed_at = -_FREED_S  # when a group ended last
         self._processes = RayProcesses()
         self._is_ending = False  # Ray ends its processes
         self._is_ended = False
@@ -72,7 +81,7 @@ class RayCluster:
         try:
             ray.init(
                 address="local",
-                num_cpus=num_ranks,
+                num_cpus=max(num_ranks, len(os.sched_getaffinity(0))),  # groups may come
                 num_gpus=0 if device == "cpu" else None,
                 include_dashboard=False,
                 logging_level=logging.ERROR,
@@ -96,29 +105,71 @@ class RayCluster:
     def num_free_gpus(self) -> int:
         return int(ray.available_resources().get("GPU", 0))
 
-    def start_groups(self, num_groups: int, num_ranks: int, device: str) -> list[list[RankEndpoint]]:
-        """Places and starts `num_ranks` ranks for each group; where they listen, by group and rank.
+    def num_free_ranks(self, device: str, wanted: int) -> int:
+        """More that Ray has room for. Where that is less than `wanted`, places that a group has just left may still
+        become free: that is waited for."""
+        while (num_free := _num_that_fit(_bundle(device))) < wanted and time.monotonic() < self._freed_at + _FREED_S:
+            time.sleep(_POLL_S)
+        return num_free
+
+    def start_groups(self, group_ids: Sequence[int], num_ranks: int, device: str) -> None:
+        """Places and starts `num_ranks` ranks for each group. Nothing is left of them where one does not start.
 
         Raises FailedPreconditionError if the cluster has no room, UnavailableError if a rank's process does not start.
         """
-        bundle = {"GPU": 1.0} if device == "cuda" else {"CPU": CPUS_PER_CPU_RANK}
-        _require_room(bundle, num_groups * num_ranks)
-        for _ in range(num_groups):
-            self._placements.append(_place(bundle, num_ranks))
-        nodes = [placement_group_table(placement)["bundles_to_node_id"] for placement in self._placements]
-        num_on_node = Counter(node for group in nodes for node in group.values())
-        for placement, group in zip(self._placements, nodes, strict=True):
-            num_ranks_on_node = [num_on_node[group[rank]] for rank in range(num_ranks)]
-            self._groups.append(RankGroup(placement, device, num_ranks_on_node, self.is_local))
-        started = iter(await_endpoints([actor for group in self._groups for actor in group.actors], self.require_alive))
-        for group_of_ranks in self._groups:
-            group_of_ranks.endpoints = list(itertools.islice(started, num_ranks))
+        bundle = _bundle(device)
+        _require_room(bundle, len(group_ids) * num_ranks)
+        try:
+            for _ in group_ids:
+                self._placements.append(_place(bundle, num_ranks))
+            groups = self._begin_groups(group_ids, device)
+            started = await_endpoints([actor for group in groups for actor in group.actors], self.require_alive)
+        except OctavoError:
+            self._forget_start(group_ids)
+            raise
+        for index, group in enumerate(groups):
+            group.endpoints = started[index * num_ranks :][:num_ranks]
         self._processes.note_descendants()
-        return [group_of_ranks.endpoints for group_of_ranks in self._groups]
+
+    def _begin_groups(self, group_ids: Sequence[int], device: str) -> list[RankGroup]:
+        """In the places that were found. Raises UnavailableError when the server is ending."""
+        nodes = [placement_group_table(placement)["bundles_to_node_id"] for placement in self._placements]
+        num_on_node = self._num_ranks_on_nodes()
+        num_on_node.update(node for group in nodes for node in group.values())
+        with self._lock:
+            self._require_going_on()
+            for group_id, group in zip(group_ids, nodes, strict=True):
+                num_beside = [num_on_node[group[rank]] for rank in range(len(group))]
+                self._groups[group_id] = RankGroup(self._placements.pop(0), device, num_beside, self.is_local)
+            return [self._groups[group_id] for group_id in group_ids]
+
+    def _num_ranks_on_nodes(self) -> Counter[str]:
+        with self._lock:
+            return Counter(endpoint.node_id for group in self._groups.values() for endpoint in group.endpoints)
+
+    def _forget_start(self, group_ids: Sequence[int]) -> None:
+        for group_id in group_ids:
+            self.end_group(group_id)
+        while self._placements:
+            remove_placement_group(self._placements.pop())
+
+    def end_group(self, group_id: int) -> None:
+        """Ends a group's ranks and frees their places. There need not be such a group."""
+        with self._lock:
+            group = self._groups.pop(group_id, None)
+            is_stopping = self._is_stopping
+        if group is not None and not is_stopping:
+            group.end_orderly(_ACTOR_STOP_TIMEOUT_S)
+            self._freed_at = time.monotonic()
+
+    def _require_going_on(self) -> None:
+        """An actor that begins after Ray has ended would start another Ray."""
+        if self._is_stopping:
+            raise UnavailableError("the server is ending")
 
     def endpoints(self, group_id: int) -> Sequence[RankEndpoint]:
         """Where the ranks of a group listen now."""
-        return self._groups[group_id].endpoints
+        return list(self._groups[group_id].endpoints)
 
     def find_lost(self, group_id: int) -> dict[int, RankLoss]:
         """The group's ranks that give no sign of life."""
@@ -130,16 +181,19 @@ class RayCluster:
 
     def replace(self, group_id: int, lost: Mapping[int, RankLoss]) -> None:
         """Has new processes take the places of a group's lost ranks. Raises UnavailableError if one does not start."""
+        self._require_going_on()
         self._groups[group_id].replace(lost, self.require_alive)
         self._processes.note_descendants()
 
     def require_alive(self) -> None:
-        """Raises UnavailableError if a process of the Ray that we started has ended: its calls would only wait."""
+        """Raises UnavailableError if a process of the Ray that we started has ended, or ends: its calls would only
+        wait."""
+        self._require_going_on()
         self._processes.require_alive()
 
     def find_dead_rank(self) -> str | None:
         """Which rank's process has ended, and why, in one line; None if all answer."""
-        for group_id, group in enumerate(self._groups):
+        for group_id, group in list(self._groups.items()):
             if dead := group.find_dead_rank():
                 rank, how = dead
                 return f"rank {rank} of group {group_id} {how}"
@@ -150,6 +204,8 @@ class RayCluster:
 
         What a broken Ray leaves is killed: never waits longer than a few seconds.
         """
+        with self._lock:
+            self._is_stopping = True
         orderly = threading.Thread(target=self._shut_down_orderly, args=(hurry,), name="ray shutdown", daemon=True)
         deadline = time.monotonic() + _SHUTDOWN_TIMEOUT_S
         if self._processes.is_intact:
@@ -161,13 +217,14 @@ class RayCluster:
         self._processes.kill()
 
     def _shut_down_orderly(self, hurry: threading.Event) -> None:
-        actors = [actor for group in self._groups for actor in group.actors]
+        groups = list(self._groups.values())
+        actors = [actor for group in groups for actor in group.actors]
         if actors and not hurry.is_set():
             stops = [actor.stop.remote() for actor in actors]
             ray.wait(stops, num_returns=len(stops), timeout=_ACTOR_STOP_TIMEOUT_S)
-        for group in self._groups:
+        for group in groups:
             group.end()
-        for placement in self._placements[len(self._groups) :]:  # where no group began to start
+        for placement in list(self._placements):
             remove_placement_group(placement)
         self._groups.clear()
         self._placements.clear()
@@ -175,6 +232,16 @@ class RayCluster:
         if self._owns_connection:
             ray.shutdown()
         self._is_ended = True
+
+
+def _bundle(device: str) -> dict[str, float]:
+    """What one rank claims."""
+    return {"GPU": 1.0} if device == "cuda" else {"CPU": CPUS_PER_CPU_RANK}
+
+
+def _num_that_fit(bundle: dict[str, float]) -> int:
+    free = ray.available_resources()
+    return min(int(free.get(name, 0) / amount + 1e-6) for name, amount in bundle.items())
 
 
 def _place(bundle: dict[str, float], num_ranks: int) -> PlacementGroup:
@@ -197,8 +264,7 @@ def _fits(node: dict[str, Any], bundle: dict[str, float], num_ranks: int) -> boo
 
 
 def _require_room(bundle: dict[str, float], num_ranks: int) -> None:
-    free = ray.available_resources()
-    if any(free.get(name, 0) < amount * num_ranks for name, amount in bundle.items()):
+    if _num_that_fit(bundle) < num_ranks:
         raise _no_room(bundle, num_ranks)
 
 

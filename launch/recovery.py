@@ -56,7 +56,7 @@ class _Cause:
 
 class Recovery:
     """Owner of the attempts to rebuild groups. One thread at a time calls `take`, `restore` and `check`; nothing blocks
-    it."""
+    it. Any other may add and remove groups meanwhile."""
 
     def __init__(
         self,
@@ -64,27 +64,55 @@ class Recovery:
         control: Control,
         make_request: Callable[[int], engine_pb2.AddGroupRequest],
         say: Callable[[str], None],
-        group_ids: Sequence[int],
         max_restarts: int,
     ) -> None:
         """`make_request(group_id)` is for the ranks as they are now. `say` shows a line; any thread calls it."""
-        self._say = say
-        self._num_given_up = 0
+        self._ranks, self._control, self._make_request, self._say = ranks, control, make_request, say
+        self._max_restarts = max_restarts
+        self._lock = threading.Lock()  # of what follows
+        self._groups: dict[int, _GroupRecovery] = {}
+        self._given_up: dict[int, str] = {}  # why, in the order of time
+        self._unsaid: list[int] = []  # of those
         self._restores: list[Future[None]] = []
-        self._groups = {
-            group_id: _GroupRecovery(group_id, ranks, control, make_request, say, RestartPolicy(max_restarts))
-            for group_id in group_ids
-        }
+        self._strays: set[int] = set()  # epochs of groups that were removed before they failed
+
+    def add(self, group_id: int) -> None:
+        """Has a group rebuilt when it fails. Comes before the group serves, so that no failure comes before it."""
+        policy = RestartPolicy(self._max_restarts)
+        group = _GroupRecovery(
+            group_id, self._ranks, self._control, self._make_request, self._say, policy, self._note_given_up
+        )
+        with self._lock:
+            self._groups[group_id] = group
+
+    def remove(self, group_id: int) -> None:
+        """Has it rebuilt no more. An attempt that runs is waited for."""
+        with self._lock:
+            group = self._groups.pop(group_id)
+            self._given_up.pop(group_id, None)
+        group.stop()
+        group.wait()
+
+    @property
+    def given_up(self) -> Collection[int]:
+        """Groups that are given up, and not removed since."""
+        with self._lock:
+            return list(self._given_up)
 
     @property
     def known_epochs(self) -> Collection[int]:
         """Of the failures that were taken, the last of each group."""
-        return [group.epoch for group in self._groups.values()]
+        with self._lock:
+            return [*(group.epoch for group in self._groups.values()), *self._strays]
 
     def take(self, failures: Sequence[engine_pb2.GroupFailure]) -> None:
         """Has each group rebuilt."""
-        for failure in failures:
-            self._groups[failure.group_id].take(failure)
+        with self._lock:
+            for failure in failures:
+                if group := self._groups.get(failure.group_id):
+                    group.take(failure)
+                else:
+                    self._strays.add(failure.epoch)
 
     def restore(self, wait_until_up: Callable[[], None]) -> None:
         """Has another coordinator take over every group that is not given up, with the ranks that it has; attempts that
@@ -92,28 +120,39 @@ class Recovery:
 
         `wait_until_up` returns when the coordinator answers, and raises UnavailableError if it never will.
         """
-        self._restores = [group.restore(wait_until_up) for group in self._groups.values()]
+        with self._lock:
+            self._restores = [group.restore(wait_until_up) for group in self._groups.values()]
 
     @property
     def is_restored(self) -> bool:
         """Whether the coordinator has heard of every group, and one of them serves under it."""
-        return all(restore.done() for restore in self._restores) and any(g.serves for g in self._groups.values())
+        with self._lock:
+            groups = list(self._groups.values())
+        return all(restore.done() for restore in self._restores) and any(group.serves for group in groups)
 
     def check(self) -> None:
         """Raises UnavailableError when every group is given up, or if an attempt failed by a fault of ours."""
-        for group in self._groups.values():
-            group.check()
-        given_up = [group.given_up for group in self._groups.values() if group.given_up]
-        if len(given_up) == len(self._groups):
-            raise UnavailableError(given_up[-1])
-        for why in given_up[self._num_given_up :]:
+        with self._lock:
+            for group in self._groups.values():
+                group.check()
+            if self._given_up and len(self._given_up) == len(self._groups):
+                raise UnavailableError(list(self._given_up.values())[-1])
+            unsaid = [self._given_up[group_id] for group_id in self._unsaid if group_id in self._given_up]
+            self._unsaid.clear()
+        for why in unsaid:
             self._say(f"{why}; the other groups go on")
-        self._num_given_up = len(given_up)
+
+    def _note_given_up(self, group_id: int, why: str) -> None:
+        with self._lock:
+            if group_id in self._groups:
+                self._given_up[group_id] = why
+                self._unsaid.append(group_id)
 
     def stop(self) -> None:
         """Begins nothing more; what runs is not waited for."""
-        for group in self._groups.values():
-            group.stop()
+        with self._lock:
+            for group in self._groups.values():
+                group.stop()
 
 
 class _GroupRecovery:
@@ -127,12 +166,14 @@ class _GroupRecovery:
         make_request: Callable[[int], engine_pb2.AddGroupRequest],
         say: Callable[[str], None],
         policy: RestartPolicy,
+        on_given_up: Callable[[int, str], None],
     ) -> None:
         self.epoch = 0  # of the last failure taken
-        self.given_up = ""  # why, once it is
+        self._on_given_up = on_given_up
         self._group_id = group_id
         self._ranks, self._control, self._make_request, self._say = ranks, control, make_request, say
         self._policy = policy
+        self._is_given_up = False
         self._has_failed_to_rebuild = False  # since it last served
         self._num_coordinators = 1  # what was begun for an earlier one ends
         self._serves_under = 1  # which of them
@@ -158,6 +199,10 @@ class _GroupRecovery:
     def stop(self) -> None:
         self._stopping.set()
 
+    def wait(self) -> None:
+        """Until nothing of it runs."""
+        self._thread.shutdown(wait=True)
+
     def _is_over(self, coordinator: int) -> bool:
         """Whether nobody waits any more for what was begun for that coordinator, the first or another of the server."""
         return self._stopping.is_set() or coordinator != self._num_coordinators
@@ -182,7 +227,7 @@ class _GroupRecovery:
 
     def _restore(self, cause: _Cause, coordinator: int, wait_until_up: Callable[[], None]) -> None:
         """A group has not failed with its coordinator: the first attempt is for none of its own failures."""
-        if self.given_up or self._is_over(coordinator):
+        if self._is_given_up or self._is_over(coordinator):
             return
         self._has_failed_to_rebuild = False  # if it did, it may have been for want of the coordinator
         try:
@@ -245,11 +290,10 @@ class _GroupRecovery:
     def _give_up(self, reason: str) -> None:
         within = f"{self._policy.num_failures} time(s) within {WINDOW_S / 60:.0f} minutes"
         why = f"worker group {self._group_id} failed {within} and is given up; the last time: {reason}"
-        with contextlib.suppress(
-            UnavailableError
-        ):  # a coordinator that has died needs no word of it; the next gets none
+        with contextlib.suppress(UnavailableError):  # the next coordinator is told nothing of the group
             self._control.abandon_group(self._group_id)
-        self.given_up = why
+        self._is_given_up = True
+        self._on_given_up(self._group_id, why)
 
     def _describe(self, cause: _Cause, replaced: Sequence[int], duration_s: float) -> str:
         ranks = f"started rank {', '.join(map(str, replaced))} anew" if replaced else "kept all ranks"

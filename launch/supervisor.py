@@ -4,7 +4,6 @@ Once the server is ready, what dies comes back (launch/keeper.py) where that is 
 ends the server with one clear line. Nothing is left behind: processes, sockets, files.
 """
 
-import concurrent.futures
 import contextlib
 import threading
 import time
@@ -17,22 +16,23 @@ from google.protobuf import json_format
 from google.protobuf.message import Message
 
 from ..errors import UnavailableError
-from ..proto import admin_pb2, engine_pb2
+from ..proto import admin_pb2
 from .child_process import ChildProcess
 from .config import ServeConfig
-from .engine_control import EngineControl, GroupBlocks
+from .engine_control import EngineControl
 from .gateway_health import gateway_serves
+from .groups import GroupSettings, WorkerGroups
 from .keeper import Keeper
 from .kept_process import KeptProcess
-from .process_configs import add_group_request, engine_config, gateway_config
+from .process_configs import GatewayAddresses, engine_config, gateway_config
 from .recovery import Recovery
 from .resolve import Placement, ServedModel, check_ports, check_ray_address, resolve_model, resolve_placement
 from .restart_policy import RestartPolicy
 from .run_dir import RunDir
+from .scaling import Scaling
 from .start_display import StartDisplay
 
 if TYPE_CHECKING:
-    from .rank_actor import RankEndpoint
     from .ray_cluster import RayCluster
 
 _GATEWAY_START_TIMEOUT_S = 60.0
@@ -47,8 +47,10 @@ class Supervisor:
     """Owner of a server's processes. `start`, then `watch` or nothing, then `stop`, which is safe at any point."""
 
     def __init__(self, config: ServeConfig, display: StartDisplay, rebuilds_groups: bool = False) -> None:
-        """`rebuilds_groups`: whether `watch` will run, and what dies come back, so far as the options allow."""
+        """`rebuilds_groups`: whether `watch` will run, what dies come back, so far as the options allow, and groups
+        come and go."""
         self._config = config
+        self._is_served = rebuilds_groups
         self._rebuilds_groups = rebuilds_groups and config.max_restarts > 0
         self._display = display
         self._run_dir: RunDir | None = None
@@ -56,7 +58,9 @@ class Supervisor:
         self._coordinator: ChildProcess | None = None
         self._cluster: RayCluster | None = None
         self._control: EngineControl | None = None
+        self._groups: WorkerGroups | None = None
         self._keeper: Keeper | None = None
+        self._scaling: Scaling | None = None
         self._num_coordinators = 0
         self._is_ready = False
 
@@ -78,15 +82,18 @@ class Supervisor:
         self._start_gateways(model)  # they load the tokenizer while Ray starts
         placement = self._start_ray(model)
         self._coordinator = self._start_coordinator(model, placement)
-        groups = self._start_ranks(placement)
-        self._load_model(model, placement, groups)
+        groups = self._start_ranks(GroupSettings(self._config, model, placement))
+        self._load_model(placement, groups)
         with self._display.step("gateways", "Waiting for the gateways") as step:
             self._await_gateways()
             step.detail = f"{len(self._gateways)} ready"
         self._is_ready = True
-        if self._rebuilds_groups:
-            self._keeper = self._make_keeper(model, placement)
+        recovery = self._make_recovery(groups) if self._rebuilds_groups else None
+        if recovery is not None:
+            self._keeper = self._make_keeper(model, placement, recovery)
             self._keeper.start()
+        if self._is_served:
+            self._scaling = self._begin_scaling(groups, recovery)
         return model
 
     def _start_gateways(self, model: ServedModel) -> None:
@@ -94,8 +101,9 @@ class Supervisor:
             self._gateways.append(self._start_gateway(model, index))
 
     def _start_gateway(self, model: ServedModel, index: int) -> ChildProcess:
-        addresses = self._socket("engine"), self.local_addresses[index]
-        config = gateway_config(self._config, model, *addresses, self._rebuilds_groups)
+        launcher = self._socket("launcher") if self._is_served else ""
+        addresses = GatewayAddresses(self.local_addresses[index], self._socket("engine"), launcher)
+        config = gateway_config(self._config, model, addresses, self._rebuilds_groups)
         return self._spawn(f"gateway {index}", "octavo.gateway", config)
 
     def _start_ray(self, model: ServedModel) -> Placement:
@@ -104,8 +112,9 @@ class Supervisor:
             from .ray_cluster import RayCluster  # half a second, and not needed before
 
             num_ranks = self._config.num_groups * self._config.tensor_parallel_size
+            most = (self._config.max_num_groups or self._config.num_groups) * self._config.tensor_parallel_size
             temp_dir = self._directory / "ray"
-            self._cluster = RayCluster(self._config.ray_address, num_ranks, self._config.device, temp_dir)
+            self._cluster = RayCluster(self._config.ray_address, most, self._config.device, temp_dir)
             placement = resolve_placement(self._config, model.config, self._cluster.num_free_gpus)
             step.detail = (
                 f"{'local' if self._cluster.is_local else 'joined'}, {num_ranks} rank(s) on {placement.device}"
@@ -121,56 +130,27 @@ class Supervisor:
             self._control.renew()
         return self._spawn("coordinator", "octavo.coordinator", config)
 
-    def _start_ranks(self, placement: Placement) -> "list[list[RankEndpoint]]":
+    def _start_ranks(self, settings: GroupSettings) -> WorkerGroups:
         assert self._cluster is not None
         assert self._coordinator is not None
         with self._display.step("ranks", "Starting the ranks and the coordinator") as step:
             config = self._config
-            groups = self._cluster.start_groups(config.num_groups, config.tensor_parallel_size, placement.device)
             self._control = EngineControl(self._socket("engine"))
+            groups = self._groups = WorkerGroups(self._cluster, self._control, settings)
+            groups.start_ranks(config.num_groups, config.tensor_parallel_size)
             self._control.wait_until_up(self._require_children)
             step.detail = f"{config.num_groups} group(s) of {config.tensor_parallel_size}"
         return groups
 
-    def _load_model(self, model: ServedModel, placement: Placement, groups: "list[list[RankEndpoint]]") -> None:
+    def _load_model(self, placement: Placement, groups: WorkerGroups) -> None:
         with self._display.step("groups", "Loading the model") as step:
-            requests = [
-                add_group_request(group_id, self._config, model, placement, ranks)
-                for group_id, ranks in enumerate(groups)
-            ]
-            blocks = min(self._add_groups(requests))
+            blocks = min(groups.add_all(self._report_stage, self._require_children))
             num_tokens = blocks.num_blocks * self._config.block_size
             on_host = f", {blocks.num_host_blocks} more in host memory" if blocks.num_host_blocks else ""
             step.detail = f"{placement.dtype}, {blocks.num_blocks} KV blocks ({num_tokens} tokens) a group{on_host}"
 
-    def _add_groups(self, requests: list[engine_pb2.AddGroupRequest]) -> list[GroupBlocks]:
-        """All at once. Raises the first group's error, with the cause that Ray knows if a rank died."""
-        pool = concurrent.futures.ThreadPoolExecutor(len(requests), "add group")
-        try:
-            adding = [pool.submit(self._add_group, request) for request in requests]
-            while concurrent.futures.wait(adding, _WATCH_S, concurrent.futures.FIRST_EXCEPTION).not_done:
-                self._require_children()
-                if any(future.done() and future.exception() for future in adding):
-                    break
-            return [future.result() for future in sorted(adding, key=lambda future: not future.done())]
-        except UnavailableError as error:
-            raise self._named(error) from error
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-
-    def _add_group(self, request: engine_pb2.AddGroupRequest) -> GroupBlocks:
-        assert self._control is not None
-
-        def report(stage: str, duration_s: float) -> None:
-            self._display.report(f"  group {request.group_id}", stage, duration_s)
-
-        return self._control.add_group(request, report)
-
-    def _named(self, error: UnavailableError) -> UnavailableError:
-        assert self._cluster is not None
-        self._cluster.require_alive()
-        cause = self._cluster.find_dead_rank()
-        return UnavailableError(cause) if cause else error
+    def _report_stage(self, group_id: int, stage: str, duration_s: float) -> None:
+        self._display.report(f"  group {group_id}", stage, duration_s)
 
     def _await_gateways(self) -> None:
         deadline = time.monotonic() + _GATEWAY_START_TIMEOUT_S
@@ -183,22 +163,19 @@ class Supervisor:
 
     # Run
 
-    def _make_recovery(self, model: ServedModel, placement: Placement) -> Recovery:
-        cluster, control, config = self._cluster, self._control, self._config
-        assert cluster is not None
-        assert control is not None
+    def _make_recovery(self, groups: WorkerGroups) -> Recovery:
+        assert self._cluster is not None
+        assert self._control is not None
+        recovery = Recovery(self._cluster, self._control, groups.request, self._display.show, self._config.max_restarts)
+        for group_id in groups.sizes:
+            recovery.add(group_id)
+        return recovery
 
-        def make_request(group_id: int) -> engine_pb2.AddGroupRequest:
-            return add_group_request(group_id, config, model, placement, cluster.endpoints(group_id))
-
-        group_ids = range(config.num_groups)
-        return Recovery(cluster, control, make_request, self._display.show, group_ids, config.max_restarts)
-
-    def _make_keeper(self, model: ServedModel, placement: Placement) -> Keeper:
+    def _make_keeper(self, model: ServedModel, placement: Placement, recovery: Recovery) -> Keeper:
         assert self._cluster is not None
         assert self._control is not None
         assert self._coordinator is not None
-        recovery, say = self._make_recovery(model, placement), self._display.show
+        say = self._display.show
         coordinator = KeptProcess(
             self._coordinator,
             partial(self._start_coordinator, model, placement),
@@ -217,6 +194,10 @@ class Supervisor:
     def _new_policy(self) -> RestartPolicy:
         return RestartPolicy(self._config.max_restarts)
 
+    def _begin_scaling(self, groups: WorkerGroups, recovery: Recovery | None) -> Scaling:
+        assert self._control is not None
+        return Scaling(self._socket("launcher"), self._config, groups, self._control, recovery, self._display.show)
+
     def watch(self) -> None:
         """Returns never: raises UnavailableError when a process of the server fails that does not come back."""
         while self._keeper is None:
@@ -227,10 +208,11 @@ class Supervisor:
     def check(self) -> None:
         """Raises UnavailableError, naming the cause, if a process or a rank has failed."""
         assert self._control is not None
+        assert self._groups is not None
         self._require_children()
         for group in self._control.status().groups:
             if group.state == admin_pb2.GROUP_STATE_FAILED:
-                raise self._named(UnavailableError(f"worker group {group.group_id} failed: {group.failure}"))
+                raise self._groups.named(UnavailableError(f"worker group {group.group_id} failed: {group.failure}"))
 
     def _require_children(self) -> None:
         if self._cluster is not None:
@@ -268,6 +250,7 @@ class Supervisor:
             last_to_first.callback(self._stop_cluster, hurry)
             last_to_first.callback(self._stop_coordinator, hurry)
             last_to_first.callback(self._stop_keeper)
+            last_to_first.callback(self._stop_scaling)
             self._stop_gateways(hurry)
 
     def _stop_keeper(self) -> None:
@@ -294,6 +277,12 @@ class Supervisor:
     def _has_lost_engine(self) -> bool:
         """Whether no request could go on."""
         return self._keeper is not None and self._keeper.has_lost_engine
+
+    def _stop_scaling(self) -> None:
+        """After the gateways: what they still run may need a change that is under way."""
+        scaling, self._scaling = self._scaling, None
+        if scaling is not None:
+            scaling.stop()
 
     def _stop_coordinator(self, hurry: threading.Event) -> None:
         if self._control is not None:

@@ -101,7 +101,8 @@ class EngineServicer:
 
     def RemoveGroup(self, request, context):
         """A group that serves is to leave: it takes no more work, what it runs moves to other groups where they have room, or ends.
-        Progress until nothing of it is left. FAILED_PRECONDITION for a group that does not serve, and for the last one that does.
+        Progress until nothing of it is left. A group that has failed is forgotten at once. FAILED_PRECONDITION for any other that does not
+        serve, and for the last one that does, also when it becomes the last meanwhile: then it serves on.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -19,7 +19,7 @@ from .script import FAULT_KINDS, RANK_FAULTS, Fault, Shape, check_script, parse_
 from .verdict import add_tables, require_kept
 
 DEFAULT_FAULTS = ",".join((*RANK_FAULTS, "drain"))
-_MAX_GROUP_RESTARTS = 1_000_000  # a group that is killed again and again is not to be given up here
+_MAX_RESTARTS = 1_000_000  # a group that is killed again and again is not to be given up here
 
 ScriptOption = Annotated[
     Path | None, typer.Option(help="Faults, one a line: at SECONDS KIND name=number ...", show_default="random faults")
@@ -51,7 +51,7 @@ def bench_chaos(
     check_json_path(json)
     check_json_path(save_script)
     served: dict[str, Any] = {"model": model or str(DEFAULT_MODEL), "step_timeout_s": step_timeout_s} | given
-    config = ServeConfig(**served, max_group_restarts=_MAX_GROUP_RESTARTS)
+    config = ServeConfig(**served, max_restarts=_MAX_RESTARTS)
     _check(config, duration, num_streams, num_requests)
     shape = Shape(config.num_groups, config.tensor_parallel_size, config.num_gateways)
     wanted = RandomFaults(tuple(faults.split(",")), duration, interval, step_timeout_s, seed)

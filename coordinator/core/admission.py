@@ -4,6 +4,7 @@ from collections.abc import Collection, Iterable
 
 from ...errors import InvalidArgumentError, OctavoError
 from .block_manager import num_blocks_for
+from .placement import could_hold
 from .scheduler_config import SchedulerConfig
 from .sequence import RequestKey
 from .sequence_group import SequenceGroup
@@ -11,7 +12,8 @@ from .worker_group import WorkerGroup
 
 
 def check_fits(samples: SequenceGroup, config: SchedulerConfig, groups: Collection[WorkerGroup]) -> None:
-    """Raises InvalidArgumentError, naming the field, for a request that could never run to its end."""
+    """Raises InvalidArgumentError, naming the field, for a request that could never run to its end on `groups`; without
+    any, they are not asked."""
     limit = config.max_model_len
     num_prompt_tokens = len(samples.request.prompt_token_ids)
     if not 0 < num_prompt_tokens < limit:
@@ -58,9 +60,11 @@ def find_misfits(
     requests: Iterable[SequenceGroup], config: SchedulerConfig, groups: Collection[WorkerGroup]
 ) -> dict[RequestKey, OctavoError]:
     """Which of `requests` could never run to their ends, and why: accepted for a group that is gone, or while there was
-    none. By the key of the first open output."""
+    none. One that any group can hold, and be it the only one, goes on there. By the key of the first open output."""
     misfits: dict[RequestKey, OctavoError] = {}
     for samples in requests:
+        if any(could_hold(group, samples) for group in groups):
+            continue
         try:
             check_fits(samples, config, groups)
         except InvalidArgumentError as error:

@@ -1,12 +1,13 @@
 """Which worker groups there are, in which incarnation, and whether requests may hope for one. Pure.
 
     (none) -> STARTING -> READY -> FAILED -> REBUILDING -> READY
-                  |                   ^           |
-                  v                   +-----------+
-               (none)
+                  |         |         ^           |
+                  v         v         +-----------+
+               (none)   DRAINING -> (none)
 
 A group is started and rebuilt by one call, `begin`, which gives it a new epoch: what the ranks of an older one still
-say or compute counts for nothing. One that served under an earlier coordinator begins as REBUILDING.
+say or compute counts for nothing. One that served under an earlier coordinator begins as REBUILDING. One that drains is
+to leave: it is gone when nothing of it is left, or when it fails; and it stays if it is all that there is.
 """
 
 import itertools
@@ -27,6 +28,7 @@ class GroupState(Enum):
     READY = 2
     FAILED = 3
     REBUILDING = 4
+    DRAINING = 5
 
 
 @dataclass(slots=True)
@@ -61,7 +63,7 @@ class Membership:
 
     @property
     def has_prospects(self) -> bool:
-        """Whether a request may still be served: by a group that is there, or by one that may come back."""
+        """Whether a request may still be served: by a group that is there to stay, or by one that may come back."""
         return any(self._may_serve(group) for group in self.groups.values())
 
     @property
@@ -108,13 +110,44 @@ class Membership:
         group.failure = ""
 
     def fail(self, group_id: int, why: str) -> None:
-        """A rank of it died, hangs or failed. A group that never was ready is forgotten, and may be tried again."""
+        """A rank of it died, hangs or failed. A group that never was ready is forgotten, and may be tried again; one
+        that was to leave is gone."""
         group = self.groups[group_id]
-        if group.state is GroupState.STARTING:
+        if group.state in (GroupState.STARTING, GroupState.DRAINING):
             del self.groups[group_id]
             return
         group.become(GroupState.FAILED, GroupState.READY, GroupState.REBUILDING)
         group.failure = why
+
+    def drain(self, group_id: int) -> None:
+        """It is to leave. Raises FailedPreconditionError for one that does not serve, and for the last that does."""
+        group = self._of(group_id)
+        if group.state is not GroupState.READY:
+            raise FailedPreconditionError(f"group {group_id} does not serve: it is {group.state.name.lower()}")
+        if not any(other.state is GroupState.READY for other in self.groups.values() if other is not group):
+            raise FailedPreconditionError(f"group {group_id} is the last one that serves")
+        group.become(GroupState.DRAINING, GroupState.READY)
+
+    def cancel_drains(self) -> list[int]:
+        """Those that were to leave serve on, since they are all that there is; which ones."""
+        kept = [group for group in self.groups.values() if group.state is GroupState.DRAINING]
+        for group in kept:
+            group.become(GroupState.READY, GroupState.DRAINING)
+        return [group.group_id for group in kept]
+
+    def remove(self, group_id: int) -> None:
+        """Nothing of it is left: of one that drained, or that failed and that nobody rebuilds now."""
+        assert self.groups[group_id].state in (GroupState.DRAINING, GroupState.FAILED)
+        del self.groups[group_id]
+
+    def state(self, group_id: int) -> GroupState:
+        """Raises FailedPreconditionError for a group that there is not."""
+        return self._of(group_id).state
+
+    def _of(self, group_id: int) -> GroupMember:
+        if group_id not in self.groups:
+            raise FailedPreconditionError(f"there is no group {group_id}")
+        return self.groups[group_id]
 
     def abandon(self, group_id: int) -> None:
         """It will not be rebuilt. Raises FailedPreconditionError for one that has not failed."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from .block_manager import num_blocks_for
 from .sequence import Sequence
+from .sequence_group import SequenceGroup
 from .worker_group import WorkerGroup
 
 # What one more running sequence costs a group, in prompt tokens: each of some hundred steps takes as much longer as two
@@ -26,9 +27,10 @@ def belongs(sequence: Sequence, group: WorkerGroup, groups: Collection[WorkerGro
     A share, so that a group fills itself in one step while others are busy, and leaves as much to them. What a group's
     cache has of the sequence counts against its load. One of the groups with room always qualifies.
     """
-    if not has_room(group, sequence):
+    takers = [each for each in groups if takes(each, sequence, groups)]
+    if group not in takers or not has_room(group, sequence):
         return False
-    candidates = [each for each in groups if each is group or has_room(each, sequence)]
+    candidates = [each for each in takers if each is group or has_room(each, sequence)]
     if len(candidates) == 1:
         return True
     loads = {each.group_id: _load(each, sequence, queue.max_num_batched_tokens) for each in candidates}
@@ -43,12 +45,19 @@ def _load(group: WorkerGroup, sequence: Sequence, max_num_batched_tokens: int) -
     return len(group.running) + (backlog - num_hit_tokens) / _TOKENS_PER_SEQUENCE
 
 
+def takes(group: WorkerGroup, sequence: Sequence, groups: Collection[WorkerGroup]) -> bool:
+    """Whether `sequence` may go to `group` at all: to one that is to leave only if no other could ever hold it."""
+    return not group.is_draining or not any(
+        could_hold(other, sequence.samples) for other in groups if not other.is_draining
+    )
+
+
 def has_room(group: WorkerGroup, sequence: Sequence) -> bool:
     """For all its known tokens, beside what those that run there will need; for beams, for all of them together."""
     beams = sequence.samples.beams
     if group.num_free_slots < (1 if beams is None else beams.num_beams):
         return False
-    if beams is not None and not _could_hold_beams(group, sequence, beams.num_beams):
+    if not could_hold(group, sequence.samples):
         return False
     together = [sequence] if beams is None else sequence.samples.sequences
     # Of beams each is counted as if it were alone: how much they will share hangs on what is cached when they come.
@@ -56,6 +65,9 @@ def has_room(group: WorkerGroup, sequence: Sequence) -> bool:
     return needed + group.num_spare_blocks <= group.blocks.num_free_blocks
 
 
-def _could_hold_beams(group: WorkerGroup, sequence: Sequence, num_beams: int) -> bool:
-    """To their end, were it empty: a group that joined late may be too small for what was accepted before."""
-    return num_beams * num_blocks_for(sequence.max_num_tokens - 1, group.blocks.block_size) <= group.blocks.num_blocks
+def could_hold(group: WorkerGroup, samples: SequenceGroup) -> bool:
+    """A sample, or all beams together, to the end, were the group empty: groups differ in size, and one that joined
+    late may be too small for what was accepted before."""
+    num_together = 1 if samples.beams is None else samples.beams.num_beams
+    needed = num_together * num_blocks_for(samples.max_num_tokens - 1, group.blocks.block_size)
+    return needed <= group.blocks.num_blocks

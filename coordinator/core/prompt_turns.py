@@ -1,6 +1,7 @@
 """Who of a step's sequences gets prompt tokens, in which order, and how many there are for all."""
 
 from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
 
 from .batch_plan import BatchPlan
 from .chunk_budget import ChunkBudget, counted_tokens, paced_num_tokens
@@ -11,12 +12,20 @@ from .step_time import StepCosts
 from .worker_group import WorkerGroup
 
 
+@dataclass(frozen=True, slots=True)
+class Takers:
+    """Who else takes prompts, and whose."""
+
+    num_groups: int  # that share the queue
+    first_mover: Sequence | None = None  # runs in a group that is to leave, and may come here
+
+
 class PromptTurns:
     """Of one step of a group: those that run and have several tokens to compute, and the queue behind them."""
 
-    def __init__(self, group: WorkerGroup, waiting: WaitingQueue, num_groups: int, config: SchedulerConfig) -> None:
+    def __init__(self, group: WorkerGroup, waiting: WaitingQueue, takers: Takers, config: SchedulerConfig) -> None:
         self._unfinished = [sequence for sequence in group.running if _has_chunk(sequence, group)]
-        self._group, self._waiting, self._num_groups, self._config = group, waiting, num_groups, config
+        self._group, self._waiting, self._takers, self._config = group, waiting, takers, config
 
     def budget(self, plan: BatchPlan) -> ChunkBudget:
         """For the step's prompt tokens: what it has room for; beside decodes, what leaves them their pace."""
@@ -24,18 +33,24 @@ class PromptTurns:
         num_tokens = config.max_num_batched_tokens - plan.num_tokens
         if not (config.itl_target_ms and plan.decode_slots and self._group.step_time.is_fitted):
             return ChunkBudget(num_tokens)
-        if not (unfinished or self._waiting):
+        next_ones = [*unfinished, *self._newcomers]
+        if not next_ones:
             return ChunkBudget(0)
         num_decodes = len(plan.decode_slots)
         costs = self._group.step_time.costs(num_decodes)
-        next_ones = [*unfinished, self._waiting.first()] if self._waiting else unfinished
         longest = max(sequence.num_tokens for sequence in next_ones)
         price = paced_num_tokens(config.itl_target_ms, costs, num_decodes, self._num_backlog_tokens(costs), longest)
         return ChunkBudget(num_tokens, costs, price, num_decodes)
 
+    @property
+    def _newcomers(self) -> list[Sequence]:
+        """The first of those who wait, and of those who run elsewhere and are to move."""
+        movers = [self._takers.first_mover] if self._takers.first_mover is not None else []
+        return [self._waiting.first(), *movers] if self._waiting else movers
+
     def _num_backlog_tokens(self, costs: StepCosts) -> int:
         """What the group has to compute before nothing waits for it: of its own, and its share of the queue's."""
-        share = -(-self._waiting.num_counted_tokens // self._num_groups)
+        share = -(-self._waiting.num_counted_tokens // self._takers.num_groups)
         prices = (costs.price(sequence.num_pending_tokens, sequence.num_sent_tokens) for sequence in self._unfinished)
         return share + sum(map(counted_tokens, prices))
 

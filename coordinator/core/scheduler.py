@@ -1,16 +1,17 @@
 """The scheduler: which tokens each step computes. Pure: events in, plans and outputs out, replayable."""
 
 from collections.abc import Collection
-from dataclasses import dataclass
 
 from ...errors import InvalidArgumentError, OctavoError, ResourceExhaustedError
 from .admission import check_fits, check_resumed, find_misfits
 from .batch_plan import BatchPlan, ScheduledRow
 from .chunk_budget import ChunkBudget, counted_tokens
+from .drain import first_mover, is_drained, next_to_move
 from .ordered_sequences import WaitingQueue
 from .placement import Queue, belongs
-from .prompt_turns import PromptTurns
+from .prompt_turns import PromptTurns, Takers
 from .scheduler_config import SchedulerConfig
+from .scheduler_counters import SchedulerCounters
 from .sequence import FinishReason, Request, RequestKey, Sequence, SequenceStatus
 from .sequence_group import BeamOutput, SequenceGroup
 from .step_outcome import AcceptedScores, PromptScores, SampledToken, StepOutcome, StepReport
@@ -19,18 +20,6 @@ from .worker_group import GroupMemory, WorkerGroup
 _RETRY_AFTER_S = 1.0
 # Known tokens of the sequences that one plan has join: 4 MiB. Many samples of a long prompt come in several.
 _MAX_JOINED_TOKENS = 1 << 20
-
-
-@dataclass(slots=True)
-class SchedulerCounters:
-    """Totals since the start."""
-
-    num_requests: int = 0
-    num_finished: int = 0
-    num_cancelled: int = 0
-    num_preemptions: int = 0
-    num_prompt_tokens: int = 0
-    num_output_tokens: int = 0
 
 
 class Scheduler:
@@ -56,6 +45,24 @@ class Scheduler:
                 self._preempt(sequence, f"group {group_id} is gone")
         del self.groups[group_id]
 
+    def drain_group(self, group_id: int, is_draining: bool = True) -> None:
+        """The group is to leave, or is not: what runs there moves to others where they have room, and nothing new comes
+        unless it fits no other. When it is drained, it may be removed."""
+        self.groups[group_id].is_draining = is_draining
+
+    def is_drained(self, group_id: int) -> bool:
+        return is_drained(self.groups[group_id], self.groups.values(), self.waiting)
+
+    @property
+    def _lasting_groups(self) -> Collection[WorkerGroup]:
+        """Those that do not drain; all, where all do."""
+        return [group for group in self.groups.values() if not group.is_draining] or self.groups.values()
+
+    @property
+    def has_newcomers(self) -> bool:
+        """Whether a sequence may begin in some group: one that waits, or one whose group is to leave."""
+        return bool(self.waiting) or any(group.is_draining for group in self.groups.values())
+
     def add(self, request: Request) -> None:
         """Accepts `request`, or raises InvalidArgumentError or ResourceExhaustedError and forgets it.
 
@@ -64,7 +71,7 @@ class Scheduler:
         """
         config = self.config
         samples = SequenceGroup(request, self.counters.num_requests, config.block_size, config.max_model_len)
-        check_fits(samples, config, () if request.resumed else self.groups.values())
+        check_fits(samples, config, () if request.resumed else self._lasting_groups)
         check_resumed(samples)
         if len(self.waiting) >= config.max_num_waiting and not request.resumed:
             raise ResourceExhaustedError(
@@ -130,7 +137,8 @@ class Scheduler:
             self._preempt(group.running.last(), "to be saved before blocks run out")
         plan = group.begin_step()
         preempted = self._schedule_decodes(group, plan)
-        turns = PromptTurns(group, self.waiting, len(self.groups), self.config)
+        takers = Takers(len(self._lasting_groups), first_mover(group, self.groups.values()))
+        turns = PromptTurns(group, self.waiting, takers, self.config)
         budget, (first, last) = turns.budget(plan), turns.order(plan.step_id)
         self._schedule_chunks(group, first, plan, budget)
         if not preempted:
@@ -230,11 +238,16 @@ class Scheduler:
             self._add_chunk(sequence, group, budget, plan)
 
     def _admit_waiting(self, group: WorkerGroup, plan: BatchPlan, budget: ChunkBudget) -> None:
-        """Slots and blocks to waiting sequences, strictly in order: one that does not fit holds the others back."""
-        while self.waiting and not budget.is_spent and plan.num_joined_tokens < _MAX_JOINED_TOKENS:
+        """Slots and blocks to waiting sequences, strictly in order: one that does not fit holds the others back. What a
+        draining group runs comes in its order, too."""
+        while not budget.is_spent and plan.num_joined_tokens < _MAX_JOINED_TOKENS:
+            queue, groups = Queue(len(self.waiting), self.config.max_num_batched_tokens), self.groups.values()
+            if moving := next_to_move(group, groups, self.waiting.first() if self.waiting else None, queue):
+                self._preempt(moving, f"to group {group.group_id}, as its own is to leave")
+            if not self.waiting:
+                break
             sequence = self.waiting.first()
-            queue = Queue(len(self.waiting), self.config.max_num_batched_tokens)
-            if not belongs(sequence, group, self.groups.values(), queue):
+            if not moving and not belongs(sequence, group, groups, queue):
                 break
             self.waiting.remove(sequence)
             together = [sequence] if sequence.samples.beams is None else [sequence, *sequence.samples.take_held()]

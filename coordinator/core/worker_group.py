@@ -44,6 +44,7 @@ class WorkerGroup:
 
     def __init__(self, group_id: int, memory: GroupMemory, block_size: int, max_num_seqs: int) -> None:
         self.group_id = group_id
+        self.is_draining = False  # it is to leave; only the Scheduler says so
         self.blocks = BlockManager(memory.num_blocks, block_size, memory.num_host_blocks)
         self.running = OrderedSequences()
         self.inflight: deque[BatchPlan] = deque()
@@ -63,6 +64,11 @@ class WorkerGroup:
     @property
     def num_free_slots(self) -> int:
         return len(self._free_slots) - sum(self._reserved_slots.values())
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing runs here, and nothing is on its way."""
+        return not (len(self.running) or self.inflight or self.blocks.transfers.last_step)
 
     @property
     def num_used_blocks(self) -> int:
@@ -229,7 +235,7 @@ class WorkerGroup:
 
     def save_blocks(self) -> None:
         """Has the host keep what free blocks hold, while they are; enough stay free for the next step."""
-        if self.moves_pay:
+        if self.moves_pay and not self.is_draining:
             room = self.blocks.num_free_blocks - self._num_blocks_of_steps(1)
             most = max(1, _MAX_SAVED_TOKENS // self.blocks.block_size) - self.blocks.transfers.num_blocks
             self.blocks.save(max(0, min(room, most)))

@@ -11,7 +11,7 @@ from typing import Any
 from ...errors import FailedPreconditionError, InternalError, OctavoError, UnavailableError
 from ...proto import admin_pb2, engine_pb2, worker_pb2
 from ..core.block_manager import num_blocks_for
-from ..core.membership import Membership
+from ..core.membership import GroupState, Membership
 from ..core.scheduler import Scheduler
 from ..core.scheduler_config import SchedulerConfig
 from ..core.sequence import RequestKey, Sequence
@@ -53,6 +53,7 @@ class Engine:
         self._started_at = time.monotonic()
         self._serving = asyncio.Event()
         self._failed = asyncio.Event()  # for those who wait for the next failure
+        self._stirred = asyncio.Event()  # likewise for anything that may empty a group
 
     # Worker groups
 
@@ -126,15 +127,55 @@ class Engine:
         self._membership.abandon(group_id)
         self._settle_requests()
 
+    async def remove_group(self, group_id: int, report: Callable[[int], Any]) -> None:
+        """Has what a group runs go on elsewhere; forgets the group when nothing of it is left, or when it fails
+        meanwhile; one that has failed already, at once. `report(num_running)` when that number has changed.
+
+        Raises FailedPreconditionError for a group that neither serves nor has failed, and for the last one that serves,
+        also when it becomes the last while it drains: then it serves on. Without the caller the group goes on
+        draining, and the next call waits for it.
+        """
+        state = self._membership.state(group_id)
+        if state is GroupState.FAILED:
+            self._membership.remove(group_id)
+            self._settle_requests()
+        elif state is not GroupState.DRAINING:
+            self._membership.drain(group_id)
+            self.scheduler.drain_group(group_id)
+            self._wake_groups()
+        await self._until_drained(group_id, report)
+        if runner := self._runners.pop(group_id, None):
+            await runner.close()
+
+    async def _until_drained(self, group_id: int, report: Callable[[int], Any]) -> None:
+        num_reported = -1
+        while member := self._membership.groups.get(group_id):
+            if member.state is not GroupState.DRAINING:
+                raise FailedPreconditionError(
+                    f"group {group_id} serves on: it is the last one, since the others failed"
+                )
+            group = self.scheduler.groups[group_id]
+            if self.scheduler.is_drained(group_id):  # its runner is closed before it runs again
+                self.scheduler.remove_group(group_id)
+                self._membership.remove(group_id)
+                return
+            if len(group.running) != num_reported:
+                num_reported = len(group.running)
+                report(num_reported)
+            await self._stirred.wait()
+
     def _settle_requests(self) -> None:
         """What has become of the groups decides what becomes of the requests."""
+        if not self._membership.has_prospects:
+            for group_id in self._membership.cancel_drains():
+                self.scheduler.drain_group(group_id, is_draining=False)
         if self._membership.has_prospects:
             if self._membership.is_settled:
                 self._fail_misfits()
-            self._wake_groups()
-            return
-        self._serving.clear()
-        self._fail_all(UnavailableError("the workers failed; no group is left to serve this request"))
+        else:
+            self._serving.clear()
+            self._fail_all(UnavailableError("the workers failed; no group is left to serve this request"))
+        self._wake_groups()
 
     def _tell_failure(self) -> None:
         self._failed.set()
@@ -169,6 +210,8 @@ class Engine:
     def _wake_groups(self) -> None:
         for runner in self._runners.values():
             runner.wake()
+        self._stirred.set()
+        self._stirred = asyncio.Event()
 
     async def copy_sequence_blocks(self, sequence: Sequence, from_group: int, to_group: int) -> int:
         """As BlockCopier.copy_sequence_blocks: before a sequence is moved, while it runs on."""
@@ -243,7 +286,7 @@ class Engine:
             _log.error("group %d: a request ended, since no score for its next token was finite", group_id)
             self._fail_request(key, InternalError(_NO_SCORE))
         self._flush()
-        if self.scheduler.waiting:  # one that this group preempted may belong in another, which may be idle
+        if self.scheduler.has_newcomers:  # one that this group preempted may belong in another, which may be idle
             self._wake_groups()
 
     def _flush(self) -> None:

@@ -74,6 +74,22 @@ class EngineService(engine_pb2_grpc.EngineServicer):
             await context.abort(_STATUS_CODES[error.grpc_code], str(error))
         return engine_pb2.AbandonGroupResponse()
 
+    async def RemoveGroup(  # noqa: N802
+        self, request: engine_pb2.RemoveGroupRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[engine_pb2.RemoveGroupProgress]:
+        counts: asyncio.Queue[int | None] = asyncio.Queue()
+        removing = asyncio.create_task(self._engine.remove_group(request.group_id, counts.put_nowait))
+        removing.add_done_callback(lambda _: counts.put_nowait(None))
+        try:
+            while (num_running := await counts.get()) is not None:
+                yield engine_pb2.RemoveGroupProgress(num_running=num_running)
+            await removing
+            yield engine_pb2.RemoveGroupProgress(num_running=0)
+        except OctavoError as error:
+            await context.abort(_STATUS_CODES[error.grpc_code], str(error))
+        finally:
+            removing.cancel()
+
     async def GetStatus(  # noqa: N802
         self, request: admin_pb2.GetStatusRequest, context: grpc.aio.ServicerContext
     ) -> admin_pb2.GetStatusResponse:

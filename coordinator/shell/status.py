@@ -4,7 +4,8 @@ import time
 
 from ...proto import admin_pb2, engine_pb2
 from ..core.membership import GroupMember
-from ..core.scheduler import Scheduler, SchedulerCounters
+from ..core.scheduler import Scheduler
+from ..core.scheduler_counters import SchedulerCounters
 from ..core.worker_group import WorkerGroup
 from .group_runner import GroupRunner
 

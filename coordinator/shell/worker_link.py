@@ -176,3 +176,4 @@ class WorkerLink:
             stream.cancel()
         await asyncio.gather(*self._readers, return_exceptions=True)
         await asyncio.gather(*(channel.close() for channel in self._channels))
+        self._streams.clear()  # each holds its connection, which would notice when the rank ends

@@ -31,7 +31,7 @@ NUM_BLOCKS = 1024
 class ScriptedScheduler:
     """Runs commands against a Scheduler and describes what it decided.
 
-    config KEY=N...            first line; keys of SchedulerConfig, and blocks=N, groups=N
+    config KEY=N...            first line; keys of SchedulerConfig, and blocks=N[,N...] (of each group), groups=N
     add NAME prompt=N [max=N] [min=N] [stop=T,T] [priority=N] [n=N] [beams=N] [salt=S]
                                tokens 0, 1, 2 ...; requests of the same salt share blocks; output i > 0 is NAME.i
     cancel NAME
@@ -42,6 +42,7 @@ class ScriptedScheduler:
                                the one given, with a log probability of -1, and those after it, each 1 less likely.
                                `nan` for a token: the row has no score to sample from
     lose GROUP                 a group is gone
+    drain GROUP                a group is to leave
     state                      what runs and what waits
     """
 
@@ -62,8 +63,9 @@ class ScriptedScheduler:
 
     def do_config(self, blocks: str, groups: str = "1", host: str = "0", **options: str) -> str:
         self.scheduler = Scheduler(SchedulerConfig(**{key: int(value) for key, value in options.items()}))
-        for group_id in range(int(groups)):
-            self.scheduler.add_group(group_id, GroupMemory(int(blocks), int(host)))
+        sizes = blocks.split(",") if "," in blocks else [blocks] * int(groups)
+        for group_id, num_blocks in enumerate(sizes):
+            self.scheduler.add_group(group_id, GroupMemory(int(num_blocks), int(host)))
         return ""
 
     def do_add(self, name, prompt, max="16", min="0", stop="", **options: str) -> str:  # noqa: A002
@@ -118,6 +120,10 @@ class ScriptedScheduler:
 
     def do_lose(self, group: str) -> str:
         self.scheduler.remove_group(int(group))
+        return ""
+
+    def do_drain(self, group: str) -> str:
+        self.scheduler.drain_group(int(group))
         return ""
 
     def do_state(self) -> str:

@@ -106,3 +106,64 @@ def test_a_group_that_served_under_an_earlier_coordinator_is_a_hope_and_may_fail
     assert membership.groups[0].state is GroupState.READY
     with pytest.raises(FailedPreconditionError, match="group 0 exists already, and is ready"):
         membership.begin(0, has_served=True)
+
+
+def of_two() -> Membership:
+    membership = of_one()
+    membership.begin(1)
+    membership.admit(1)
+    return membership
+
+
+def test_a_group_drains_and_is_gone_and_its_id_may_come_again():
+    membership = of_two()
+    membership.drain(1)
+    membership.check_invariants()
+    assert membership.state(1) is GroupState.DRAINING
+    assert (membership.has_prospects, membership.is_settled) == (True, True)
+    with pytest.raises(FailedPreconditionError, match="group 1 exists already, and is draining"):
+        membership.begin(1)
+    membership.remove(1)
+    assert list(membership.groups) == [0]
+
+
+def test_only_a_group_that_serves_beside_another_may_drain():
+    membership = of_two()
+    membership.begin(2)
+    membership.drain(1)
+    for group_id, why in (
+        (0, "group 0 is the last one"),
+        (1, "it is draining"),
+        (2, "it is starting"),
+        (3, "no group 3"),
+    ):
+        with pytest.raises(FailedPreconditionError, match=why):
+            membership.drain(group_id)
+
+
+def test_one_that_fails_while_it_drains_is_gone_and_nobody_is_to_rebuild_it():
+    membership = of_two()
+    membership.drain(1)
+    membership.fail(1, "it broke")
+    assert list(membership.groups) == [0]
+    assert membership.awaiting_rebuild == []
+
+
+def test_one_that_drains_is_no_prospect_and_serves_on_where_there_is_no_other():
+    membership = of_two()
+    membership.drain(1)
+    membership.fail(0, "it broke")
+    assert membership.has_prospects  # group 0 may come back
+    membership.abandon(0)
+    assert not membership.has_prospects
+    assert membership.cancel_drains() == [1]
+    assert membership.has_prospects
+    membership.check_invariants()
+
+
+def test_one_that_failed_may_be_forgotten():
+    membership = of_two()
+    membership.fail(1, "it broke")
+    membership.remove(1)
+    with pytest.raises(AssertionError):
+        membership.remove(0)

@@ -62,12 +62,10 @@ class Trace:
 
     def __init__(self, config: SchedulerConfig, num_groups: int, num_blocks: int, num_host_blocks: int = 0) -> None:
         self.scheduler = Scheduler(config)
-        for group_id in range(num_groups):
-            self.scheduler.add_group(group_id, GroupMemory(num_blocks, num_host_blocks))
-        self.workers = [
-            ShadowWorker(config.block_size, num_blocks, num_host_blocks, self.sample) for _ in range(num_groups)
-        ]
-        self.results: list[deque[ShadowResult]] = [deque() for _ in range(num_groups)]  # of the steps in flight
+        self.workers: list[ShadowWorker] = []
+        self.results: list[deque[ShadowResult]] = []  # of the steps in flight
+        for _ in range(num_groups):
+            self.add_group(num_blocks, num_host_blocks)
         self.woken: set[int] = set()  # as Engine and GroupRunner wake groups
         self.stop_at: dict[RequestKey, int] = {}
         self.received: dict[RequestKey, list[int]] = defaultdict(list)
@@ -79,10 +77,16 @@ class Trace:
         self.lags: Iterator[int] = repeat(0)  # steps by which word of transfers is late
         self.durations_us: Iterator[int] = repeat(0)  # of the steps to come, as their workers measure them
 
+    def add_group(self, num_blocks: int, num_host_blocks: int = 0) -> None:
+        self.scheduler.add_group(len(self.workers), GroupMemory(num_blocks, num_host_blocks))
+        self.workers.append(ShadowWorker(self.scheduler.config.block_size, num_blocks, num_host_blocks, self.sample))
+        self.results.append(deque())
+
     def replay(self, events: list[tuple]) -> None:
         for name, *arguments in events:
             if name in ("schedule", "result", "fail"):
-                getattr(self, name)(arguments[0] % len(self.scheduler.groups))
+                group_ids = list(self.scheduler.groups)
+                getattr(self, name)(group_ids[arguments[0] % len(group_ids)])
             else:
                 getattr(self, name)(*arguments)
             self.scheduler.check_invariants()
@@ -165,7 +169,7 @@ class Trace:
         for key in outcome.failed:
             self.note_cancelled(key)
         self.woken.add(group_id)
-        if self.scheduler.waiting:
+        if self.scheduler.has_newcomers:
             self.wake_all()
 
     def take(self, key: RequestKey, token_ids, reason: FinishReason | None) -> None:

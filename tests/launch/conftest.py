@@ -15,6 +15,7 @@ class FakeServer(generation_pb2_grpc.GenerationServicer, admin_pb2_grpc.AdminSer
 
     answer: object = None
     status: admin_pb2.GetStatusResponse = field(default_factory=admin_pb2.GetStatusResponse)
+    scaling: list = field(default_factory=list)  # messages; an error ends them
     requests: list = field(default_factory=list)
     address: str = ""
 
@@ -37,6 +38,13 @@ class FakeServer(generation_pb2_grpc.GenerationServicer, admin_pb2_grpc.AdminSer
 
     def GetStatus(self, request, context):
         return self.status
+
+    def Scale(self, request, context):
+        self.requests.append(request)
+        for word in self.scaling:
+            if isinstance(word, Exception):
+                context.abort_with_status(to_grpc_status(word))
+            yield admin_pb2.ScaleProgress(message=word)
 
 
 @pytest.fixture

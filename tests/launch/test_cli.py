@@ -8,7 +8,7 @@ from dataclasses import fields
 from importlib.metadata import version
 
 import pytest
-from octavo.errors import NotFoundError
+from octavo.errors import FailedPreconditionError, NotFoundError
 from octavo.launch.cli import run
 from octavo.launch.config import ServeConfig
 from octavo.proto import admin_pb2
@@ -29,7 +29,7 @@ def test_version(capsys):
 def test_help_lists_the_commands(capsys):
     assert run(["--help"]) == 0
     out = capsys.readouterr().out
-    assert all(command in out for command in ("serve", "generate", "chat", "status", "version"))
+    assert all(command in out for command in ("serve", "generate", "chat", "status", "scale", "version"))
 
 
 def test_serve_offers_every_option(capsys):
@@ -60,6 +60,10 @@ def test_serve_offers_every_option(capsys):
         (["generate", "hi", "--num-beams", "2", "--n", "3"], 1, "at least n"),
         (["generate", "hi", "--num-beams", "2", "--temperature", "1"], 1, "--temperature"),
         (["generate", "hi", "--num-beams", "2", "--seed", "1"], 1, "--seed"),
+        (["scale", "--num-groups", "0"], 1, "num_groups must be at least 1, got 0"),
+        (["scale", "--tensor-parallel-size", "-1"], 1, "tensor_parallel_size must be at least 1, got -1"),
+        (["scale", "--num-groups", "x"], 2, "--num-groups"),
+        (["scale", "--num-groups", "2", "--address", "unix:/no/such.sock"], 1, "no server answers"),
     ],
 )
 def test_an_error_is_one_line(capsys, arguments, status, reason):
@@ -151,13 +155,26 @@ def test_status_shows_groups_ranks_and_counters(capsys, fake_server):
         assert shown in out
 
 
+def test_scale_says_what_happens_and_then_what_went_wrong(capsys, fake_server):
+    fake_server.scaling = ["starting 1 group(s)", FailedPreconditionError("no room")]
+    assert run(["scale", "--num-groups", "2", "--tensor-parallel-size", "4", "--address", fake_server.address]) == 1
+    captured = capsys.readouterr()
+    assert captured.out.splitlines() == ["starting 1 group(s)"]
+    assert captured.err.splitlines() == ["octavo: no room"]
+    [request] = fake_server.requests
+    assert (request.num_groups, request.tensor_parallel_size) == (2, 4)
+    fake_server.scaling = ["done"]
+    assert run(["scale", "--tensor-parallel-size", "4", "--address", fake_server.address]) == 0
+    assert fake_server.requests[1].num_groups == 0
+
+
 def test_status_of_a_group_that_starts(capsys, fake_server):
     fake_server.status.groups.add(group_id=0, state=admin_pb2.GROUP_STATE_STARTING)
     fake_server.status.groups.add(group_id=1, state=admin_pb2.GROUP_STATE_REBUILDING)
+    fake_server.status.groups.add(group_id=2, state=admin_pb2.GROUP_STATE_DRAINING)
     assert run(["status", "--address", fake_server.address]) == 0
     out = capsys.readouterr().out
-    assert "starting" in out
-    assert "rebuilding" in out
+    assert all(state in out for state in ("starting", "rebuilding", "draining"))
 
 
 def test_status_shows_what_blocks_hold(capsys, fake_server):

@@ -57,6 +57,19 @@ def test_no_ports_is_fine_and_equal_ports_are_not():
         ServeConfig(port=9, grpc_port=9)
 
 
+def test_bounds_of_autoscaling():
+    assert ServeConfig(num_groups=2, min_num_groups=2, max_num_groups=2).max_num_groups == 2
+    for options, reason in (
+        ({"max_num_groups": 0}, r"max_num_groups must be in \[1, 1024\], got 0"),
+        ({"min_num_groups": 2}, "min_num_groups .2. is for autoscaling; give max_num_groups too"),
+        ({"min_num_groups": 3, "max_num_groups": 2}, "min_num_groups .3. must be at most max_num_groups .2."),
+        ({"max_num_groups": 2, "num_groups": 3}, r"num_groups must be in .* = \[1, 2\], got 3"),
+        ({"max_num_groups": 2, "min_num_groups": 2}, r"num_groups must be in .* = \[2, 2\], got 1"),
+    ):
+        with pytest.raises(InvalidArgumentError, match=reason):
+            ServeConfig(**options)
+
+
 def test_a_first_request_needs_the_tokenizer():
     with pytest.raises(InvalidArgumentError, match="tokenizer"):
         ServeConfig(first_request="hello", skip_tokenizer_init=True)

@@ -7,7 +7,16 @@ from octavo.errors import InvalidArgumentError, NotFoundError
 
 @pytest.mark.parametrize(
     "option",
-    ["port", "grpc_port", "host", "first_request", "served_model_name", "max_restarts", "no_such_option"],
+    [
+        "port",
+        "grpc_port",
+        "host",
+        "first_request",
+        "served_model_name",
+        "max_restarts",
+        "max_num_groups",
+        "no_such_option",
+    ],
 )
 def test_an_option_that_is_not_for_offline_use_is_refused(option):
     with pytest.raises(InvalidArgumentError, match=option) as refusal:

@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 from octavo.gateway.config import check_config
 from octavo.launch.config import ServeConfig
-from octavo.launch.process_configs import add_group_request, engine_config, gateway_config
+from octavo.launch.process_configs import GatewayAddresses, add_group_request, engine_config, gateway_config
 from octavo.launch.resolve import resolve_model, resolve_placement
+
+ADDRESSES = GatewayAddresses("unix:/g", "unix:/e")
 
 
 @dataclass
@@ -52,7 +54,7 @@ def test_whether_groups_are_rebuilt_follows_from_who_starts_it(resolved, rebuild
 @pytest.mark.parametrize("keeps_coordinator", [True, False])
 def test_requests_wait_for_another_coordinator_only_where_one_follows(resolved, keeps_coordinator):
     config, model, _ = resolved()
-    settings = check_config(gateway_config(config, model, "unix:/e", "unix:/g", keeps_coordinator))
+    settings = check_config(gateway_config(config, model, ADDRESSES, keeps_coordinator))
     assert (settings.max_outage_s > 0) is keeps_coordinator
 
 
@@ -67,18 +69,23 @@ def test_the_gateways(resolved):
         host="0.0.0.0", port=81, grpc_port=82, seed=4, served_model_name=("a", "b"), skip_tokenizer_init=True,
         shutdown_timeout=7.5,
     )  # fmt: skip
-    settings = check_config(gateway_config(config, model, "unix:/e", "unix:/g"))
+    settings = check_config(gateway_config(config, model, ADDRESSES))
     assert (settings.engine_address, settings.local_address) == ("unix:/e", "unix:/g")
     assert (settings.host, settings.http_port, settings.grpc_port, settings.seed) == ("0.0.0.0", 81, 82, 4)
     assert (settings.served_model_names, settings.skip_tokenizer_init) == (("a", "b"), True)
     assert (settings.max_model_len, settings.vocab_size, settings.eos_token_ids) == (1024, 128, (5, 6))
     assert settings.model_path == Path(config.model).resolve()
     assert settings.shutdown_timeout_s == 7.5
+    assert settings.launcher_address == ""
+    assert (
+        check_config(gateway_config(config, model, replace(ADDRESSES, launcher="unix:/l"))).launcher_address
+        == "unix:/l"
+    )
 
 
 def test_no_seed_is_drawn_by_the_gateway(resolved):
     config, model, _ = resolved()
-    assert check_config(gateway_config(config, model, "unix:/e", "unix:/g")).seed is None
+    assert check_config(gateway_config(config, model, ADDRESSES)).seed is None
 
 
 def test_a_groups(resolved):

@@ -71,7 +71,7 @@ class Control:
 
 
 class Scene:
-    def __init__(self, max_restarts=5) -> None:
+    def __init__(self, max_restarts=5, num_groups=2) -> None:
         self.ranks, self.control, self.said = Ranks(), Control(), []
         self.heard = threading.Semaphore(0)
         self.recovery = Recovery(
@@ -79,9 +79,10 @@ class Scene:
             self.control,
             lambda group_id: engine_pb2.AddGroupRequest(group_id=group_id),
             self.say,
-            group_ids=[0, 1],
             max_restarts=max_restarts,
         )
+        for group_id in range(num_groups):
+            self.recovery.add(group_id)
 
     def say(self, line):
         self.said.append(line)
@@ -141,11 +142,68 @@ def test_ranks_that_do_not_start_are_tried_again_and_hold_up_no_other_group(scen
     scene.recovery.check()
 
 
+def wait_until_given_up(scene, num_groups):
+    while len(scene.recovery.given_up) < num_groups:
+        threading.Event().wait(0.01)
+
+
+def test_groups_that_are_given_up_are_told_of_in_the_order_of_time():
+    scene = Scene(max_restarts=0, num_groups=3)
+    for num_given_up, group_id in enumerate([2, 0], start=1):
+        scene.fail(group_id, epoch=num_given_up)
+        wait_until_given_up(scene, num_given_up)
+        scene.recovery.check()
+        assert scene.said[-1].startswith(f"worker group {group_id} failed")
+    assert len(scene.said) == 2
+    scene.recovery.stop()
+
+
+def test_groups_come_and_go(scene):
+    scene.recovery.add(2)
+    scene.fail(2, epoch=1)
+    scene.wait()
+    assert scene.control.added == [2]
+    scene.recovery.remove(2)
+    assert 1 not in scene.recovery.known_epochs
+    scene.fail(2, epoch=2)  # a late word of one that has left
+    assert 2 in scene.recovery.known_epochs  # or the coordinator would say it again at once
+    scene.recovery.check()
+    assert scene.control.added == [2]
+
+
+def test_a_group_that_is_removed_is_not_rebuilt_behind_the_back_of_who_removed_it():
+    scene = Scene()
+    begun, goes_on = threading.Event(), threading.Event()
+
+    def find_lost(group_id):
+        begun.set()
+        goes_on.wait(5)
+        return {}
+
+    scene.ranks.find_lost = find_lost
+    scene.fail(0, epoch=1)
+    begun.wait(5)
+    threading.Timer(0.2, goes_on.set).start()
+    scene.recovery.remove(0)
+    assert goes_on.is_set()
+    assert scene.control.added == []
+    scene.recovery.stop()
+
+
+def test_a_group_that_was_given_up_and_removed_no_longer_counts():
+    scene = Scene(max_restarts=0)
+    scene.fail(0, epoch=1)
+    wait_until_given_up(scene, 1)
+    scene.recovery.remove(0)
+    assert list(scene.recovery.given_up) == []
+    scene.recovery.check()
+    scene.recovery.stop()
+
+
 def test_a_group_is_given_up_alone_and_the_last_one_ends_the_server():
     scene = Scene(max_restarts=0)
     scene.fail(0, epoch=1)
-    while not scene.control.abandoned:
-        threading.Event().wait(0.01)
+    wait_until_given_up(scene, 1)
     scene.recovery.check()
     scene.recovery.check()
     assert scene.said == [
@@ -153,8 +211,8 @@ def test_a_group_is_given_up_alone_and_the_last_one_ends_the_server():
         "the last time: rank 1: its stream broke off; the other groups go on"
     ]
     scene.fail(1, epoch=2)
-    while len(scene.control.abandoned) < 2:
-        threading.Event().wait(0.01)
+    wait_until_given_up(scene, 2)
+    assert scene.control.abandoned == [0, 1]
     with pytest.raises(UnavailableError, match=r"worker group . failed 1 time.s. within 10 minutes and is given up"):
         scene.recovery.check()
     assert scene.control.added == []

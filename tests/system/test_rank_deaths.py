@@ -46,9 +46,10 @@ class Server:
         self.seen_states: set[int] = set()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        self._channel = grpc.insecure_channel(f"localhost:{port}")
+        self.address = f"localhost:{port}"
+        self._channel = grpc.insecure_channel(self.address)
         self.generation = generation_pb2_grpc.GenerationStub(self._channel)
-        self._admin = admin_pb2_grpc.AdminStub(self._channel)
+        self.admin = admin_pb2_grpc.AdminStub(self._channel)
 
     def _read(self) -> None:
         with self.process.stdout as lines:
@@ -63,7 +64,10 @@ class Server:
         return said[-1]
 
     def groups(self) -> list[admin_pb2.GroupStatus]:
-        return list(self._admin.GetStatus(admin_pb2.GetStatusRequest()).groups)
+        return list(self.admin.GetStatus(admin_pb2.GetStatusRequest()).groups)
+
+    def counters(self) -> admin_pb2.EngineCounters:
+        return self.admin.GetStatus(admin_pb2.GetStatusRequest()).counters
 
     def process_of(self, group: int, rank: int) -> psutil.Process:
         port = int(self.groups()[group].ranks[rank].address.rpartition(":")[2])
@@ -161,13 +165,15 @@ def ask_all(server: Server) -> list:
         return list(pool.map(lambda index: ask(server, index), range(NUM_STREAMS)))
 
 
-def check_same(found, expected) -> None:
-    for index, ((outputs, logprobs), (expected_outputs, expected_logprobs)) in enumerate(
-        zip(found, expected, strict=True)
-    ):
-        assert outputs == expected_outputs, request_of(index)
-        numbers, expected_numbers = flat(logprobs), flat(expected_logprobs)
-        assert numbers == pytest.approx(expected_numbers, abs=1e-3), request_of(index)
+def check_all_same(found, expected) -> None:
+    for index, answers in enumerate(zip(found, expected, strict=True)):
+        check_same(index, *answers)
+
+
+def check_same(index, found, expected) -> None:
+    (outputs, logprobs), (expected_outputs, expected_logprobs) = found, expected
+    assert outputs == expected_outputs, request_of(index)
+    assert flat(logprobs) == pytest.approx(flat(expected_logprobs), abs=1e-3), request_of(index)
 
 
 def flat(logprobs) -> list[float]:
@@ -185,7 +191,7 @@ def streams_beside(server: Server, expected):
         time.sleep(0.5)
         assert not asked.done(), "the streams were over before anything could happen beside them"
         yield
-        check_same(asked.result(60), expected)
+        check_all_same(asked.result(60), expected)
     assert all(group.num_free_blocks == group.num_blocks for group in server.groups())
 
 

@@ -1,0 +1,15 @@
+"""What the scheduler counts."""
+
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class SchedulerCounters:
+    """Totals since the start."""
+
+    num_requests: int = 0
+    num_finished: int = 0
+    num_cancelled: int = 0
+    num_preemptions: int = 0
+    num_prompt_tokens: int = 0
+    num_output_tokens: int = 0
