@@ -43,11 +43,6 @@ class TensorParallel:
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum of `tensor` over the ranks. Its own memory may be what holds the sum."""
-        total = self.all_reduce_transient(tensor)
-        return total.clone() if total is not tensor else total
-
-    def all_reduce_transient(self, tensor: torch.Tensor) -> torch.Tensor:
-        """As all_reduce, for a sum that is used up before the next one: faster, because that may overwrite it."""
         if self.size == 1:
             return tensor
         if self.symmetric_memory is not None and self.symmetric_memory.takes(tensor):

@@ -1,7 +1,8 @@
 """Sums over the ranks of a host through memory that its GPUs share over NVLink. No multicast is used.
 
 Sums on the way to a norm are fused with it: small ones by kernels/ll_all_reduce.py, larger ones by kernels/two_shot.py.
-Others go through torch's kernels. Sampled candidates meet here too, in kernels/ll_take_tokens.py.
+The former sums a few rows without a norm too. Sampled candidates meet here as well, in kernels/ll_take_tokens.py. No
+kernel of torch's is used: those wait for a peer that is gone without end, and nothing would free the GPU of them.
 """
 
 import logging
@@ -11,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed._symmetric_memory as symm_mem
 
-from ..kernels.ll_all_reduce import MAX_SPLITS, LLInbox, ll_add_rms_norm
+from ..kernels.ll_all_reduce import MAX_SPLITS, LLInbox, ll_add_rms_norm, ll_sum
 from ..kernels.ll_take_tokens import KeyInbox, ll_take_tokens
 from ..kernels.peer_wait import PeerWait
 from ..kernels.two_shot import TwoShotBuffers, two_shot_add_rms_norm
@@ -20,13 +21,7 @@ _log = logging.getLogger(__name__)
 
 Tensor = torch.Tensor
 
-_BUFFER_BYTES = 8 * 1024 * 1024
-_DTYPES = (torch.float32, torch.bfloat16)
-_ALIGNMENT_BYTES = 16  # of each rank's part
-# Without a norm, up to here every rank sums all of it; above, a part each, which is then handed round.
-_MAX_ONE_SHOT_BYTES = 64 * 1024
-_MAX_TWO_SHOT_BYTES = 4 * 1024 * 1024  # above, NCCL is as fast
-# With a norm, up to here (what all ranks sum, taken together) every rank sends all of its part to every other.
+# Up to here (what all ranks sum, taken together) every rank sends all of its part to every other.
 _MAX_LL_BYTES = 1024 * 1024
 _MAX_LL_ROWS = 64
 _MAX_LL_WORDS = 4096  # of a row, 4 bytes each
@@ -42,8 +37,6 @@ class SymmetricMemory:
         """All ranks at once. Raises RuntimeError where GPUs cannot reach each other's memory."""
         self._group, self._device = group, device
         self._rank, self._size = group.rank(), group.size()
-        self._name = group.group_name
-        self._buffer, _ = self._allocate((_BUFFER_BYTES,), torch.uint8)
         self._wait = PeerWait.on(device)
         self._ll_inbox = self._make_ll_inbox()
         self._two_shot = self._make_two_shot_buffers()
@@ -53,24 +46,17 @@ class SymmetricMemory:
         """Whether a rank has waited for another beyond reason. Sums are worthless from then on."""
         return self._wait.has_failed()
 
+    def abandon(self) -> None:
+        """The epoch is over: no kernel waits for another rank any more. For any thread."""
+        self._wait.abandon()
+
     def takes(self, tensor: Tensor) -> bool:
         """Whether `all_reduce` can sum it, and faster than NCCL."""
-        return (
-            tensor.dtype in _DTYPES
-            and tensor.is_contiguous()
-            and 0 < tensor.nbytes <= _MAX_TWO_SHOT_BYTES
-            and tensor.nbytes % (_ALIGNMENT_BYTES * self._size) == 0
-        )
+        return 0 < tensor.dim() <= 2 and self._is_small(_rows(tensor))
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
-        """The sum over the ranks, in memory that the next call overwrites."""
-        mine = self._buffer[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-        if tensor.nbytes <= _MAX_ONE_SHOT_BYTES:
-            total: Tensor = torch.ops.symm_mem.one_shot_all_reduce_copy(mine, tensor, "sum", self._name)
-            return total
-        mine.copy_(tensor)
-        torch.ops.symm_mem.two_shot_all_reduce_(mine, "sum", self._name)
-        return mine
+        """The sum over the ranks: a new tensor."""
+        return ll_sum(_rows(tensor), self._ll_inbox).view(tensor.shape)
 
     def takes_norm(self, partial: Tensor) -> bool:
         """Whether `all_reduce_add_rms_norm` can sum it, and faster than NCCL."""
@@ -138,6 +124,11 @@ class SymmetricMemory:
         # A view of one's own memory is no second owner, so `mine` stands for it.
         peers = (mine if rank == self._rank else handle.get_buffer(rank, shape, dtype) for rank in range(self._size))
         return mine, tuple(peers)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """A number for each row makes a column."""
+    return tensor.unsqueeze(1) if tensor.dim() == 1 else tensor
 
 
 def open_symmetric_memory(group: dist.ProcessGroup, device: torch.device) -> SymmetricMemory | None:

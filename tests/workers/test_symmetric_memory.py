@@ -87,7 +87,7 @@ def test_a_wait_that_was_given_up_is_seen(make_memory, num_rows):
     _sum(memory, torch.empty(num_rows, 4096, dtype=torch.bfloat16))
     assert not memory.has_failed()
     _, (*_, buffers) = calls[0]
-    buffers.wait.seen_by_host.fill_(1)
+    buffers.wait.host_failed.fill_(1)
     assert memory.has_failed()
 
 
@@ -101,5 +101,5 @@ def test_candidates_of_all_rows_of_a_step_meet(make_memory, num_rows, is_taken):
         assert calls[0][0] == "ll_take_tokens"
         assert not memory.has_failed()
         _, (_, _, inbox, *_) = calls[0]
-        inbox.wait.seen_by_host.fill_(1)
+        inbox.wait.host_failed.fill_(1)
         assert memory.has_failed()
