@@ -1,6 +1,7 @@
 """One rank of a worker group, from rendezvous to a runner that takes plans."""
 
 import gc
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -15,6 +16,7 @@ from .graph_recorder import GraphRecorder
 from .host_memory import check_swap_space, num_host_blocks
 from .host_tier import HostTier
 from .kv_cache import FP8, BlockBudget, KVCache, num_blocks_that_fit
+from .meeting import Meeting
 from .model_config import DTYPES
 from .model_loader import check_model, load_model
 from .model_runner import ModelRunner
@@ -76,15 +78,16 @@ def build_rank(
     store: dist.Store | None,
     num_ranks_on_host: int = 1,
     loaded: LoadedModel | None = None,
+    is_over: threading.Event | None = None,
 ) -> Iterator[Stage]:
     """Builds one rank, stage by stage, on the calling thread. `store` is this process's own, if it holds one; `loaded`
-    what it has of an earlier epoch, used if it is what `request` describes.
+    what it has of an earlier epoch, used if it is what `request` describes. `is_over` ends its waits for other ranks.
 
     Raises FailedPreconditionError (a GPU or its software too old), ResourceExhaustedError (too little memory),
     UnavailableError (ranks that do not meet), and the errors of load_model.
     """
     try:
-        yield from _stages(request, device, store, num_ranks_on_host, loaded)
+        yield from _stages(request, device, store, num_ranks_on_host, loaded, is_over or threading.Event())
     except torch.OutOfMemoryError as error:
         raise ResourceExhaustedError(
             f"{device} is out of memory; lower --gpu-memory-utilization or --max-num-batched-tokens, use more ranks "
@@ -98,10 +101,11 @@ def _stages(
     store: dist.Store | None,
     num_ranks_on_host: int,
     kept: LoadedModel | None,
+    is_over: threading.Event,
 ) -> Iterator[Stage]:
     config = request.config
     check_swap_space(config.swap_space_bytes, num_ranks_on_host)
-    joined = _connect(request, device, store)
+    joined = _connect(request, device, store, is_over)
     yield Stage("connect")
     if kept is not None and kept.is_of(request):
         kept.tp.rejoin(joined)
@@ -134,7 +138,9 @@ def _stages(
         yield Stage("warm-up", runner=runner, num_host_blocks=tier.num_blocks, host_block_us=block_us)
 
 
-def _connect(request: worker_pb2.ConfigureRequest, device: torch.device, store: dist.Store | None) -> TensorParallel:
+def _connect(
+    request: worker_pb2.ConfigureRequest, device: torch.device, store: dist.Store | None, is_over: threading.Event
+) -> TensorParallel:
     has_fp8_cache = request.config.kv_cache_dtype == "fp8"
     if device.type == "cuda":
         GpuSupport.of(device).check(has_fp8_cache)
@@ -144,7 +150,7 @@ def _connect(request: worker_pb2.ConfigureRequest, device: torch.device, store: 
     if request.tensor_parallel_size == 1:
         return TensorParallel(0, 1, device)
     store = store or connect_store(request.config.store_address)
-    return join_group(store, request.epoch, request.rank, request.tensor_parallel_size, device)
+    return join_group(Meeting(store, request.epoch, request.rank, request.tensor_parallel_size, is_over), device)
 
 
 def _load(config: engine_pb2.WorkerConfig, tp: TensorParallel, num_ranks_on_host: int) -> Model:

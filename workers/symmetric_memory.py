@@ -11,11 +11,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed._symmetric_memory as symm_mem
+from torch._C import _distributed_c10d as c10d
 
 from ..kernels.ll_all_reduce import MAX_SPLITS, LLInbox, ll_add_rms_norm, ll_sum
 from ..kernels.ll_take_tokens import KeyInbox, ll_take_tokens
 from ..kernels.peer_wait import PeerWait
 from ..kernels.two_shot import TwoShotBuffers, two_shot_add_rms_norm
+from .meeting import ExchangeStore, Meeting
 
 _log = logging.getLogger(__name__)
 
@@ -33,10 +35,11 @@ _MAX_KEY_ROWS = 2048  # above, NCCL merges candidates
 class SymmetricMemory:
     """Buffers that all ranks of a group have, and reach on each other's GPUs. Used by one stream."""
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
-        """All ranks at once. Raises RuntimeError where GPUs cannot reach each other's memory."""
-        self._group, self._device = group, device
-        self._rank, self._size = group.rank(), group.size()
+    def __init__(self, meeting: Meeting, device: torch.device) -> None:
+        """All ranks at once. Raises RuntimeError where GPUs cannot reach each other's memory, and UnavailableError if
+        the epoch ends meanwhile."""
+        self._device, self._rank, self._size = device, meeting.rank, meeting.size
+        self._exchange = _Exchange(meeting)
         self._wait = PeerWait.on(device)
         self._ll_inbox = self._make_ll_inbox()
         self._two_shot = self._make_two_shot_buffers()
@@ -120,7 +123,7 @@ class SymmetricMemory:
         mine = symm_mem.empty(shape, dtype=dtype, device=self._device).zero_()
         # Ranks meet in the rendezvous, and write to each other's memory only behind it.
         torch.cuda.synchronize(self._device)
-        handle: Any = symm_mem.rendezvous(mine, self._group)
+        handle = self._exchange.rendezvous(mine)
         # A view of one's own memory is no second owner, so `mine` stands for it.
         peers = (mine if rank == self._rank else handle.get_buffer(rank, shape, dtype) for rank in range(self._size))
         return mine, tuple(peers)
@@ -131,10 +134,34 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor.unsqueeze(1) if tensor.dim() == 1 else tensor
 
 
-def open_symmetric_memory(group: dist.ProcessGroup, device: torch.device) -> SymmetricMemory | None:
+class _Exchange:
+    """How ranks tell each other where their memory is: a process group without collectives, over a store of its own.
+
+    Not the group that sums: its store has keys that a rank which was started anew does not share with the others.
+    """
+
+    def __init__(self, meeting: Meeting) -> None:
+        self._name = f"symmetric memory of epoch {meeting.epoch}"
+        self._store = ExchangeStore(meeting)  # held: torch keeps only the part of it that is C++
+        self._rank, self._size = meeting.rank, meeting.size
+        group = dist.ProcessGroup(self._store, meeting.rank, meeting.size)
+        c10d._register_process_group(self._name, group)
+
+    def rendezvous(self, mine: Tensor) -> Any:  # noqa: ANN401 (a handle of torch's)
+        try:
+            return c10d._SymmetricMemory.rendezvous(mine, self._name)
+        except RuntimeError as error:
+            if "no group info" not in str(error):
+                raise
+        # Torch releases that do not look groups up by their names.
+        c10d._SymmetricMemory.set_group_info(self._name, self._rank, self._size, self._store)
+        return c10d._SymmetricMemory.rendezvous(mine, self._name)
+
+
+def open_symmetric_memory(meeting: Meeting, device: torch.device) -> SymmetricMemory | None:
     """None, said once in the log, where the GPUs cannot reach each other's memory: NCCL then sums everything."""
     try:
-        return SymmetricMemory(group, device)
+        return SymmetricMemory(meeting, device)
     except RuntimeError as error:
         _log.warning("no memory is shared between the GPUs, so NCCL sums everything: %s", str(error).splitlines()[0])
         return None
