@@ -1,5 +1,5 @@
 """A small sum over ranks, the residual added and normed, in one kernel without a barrier ("LL", as NCCL calls its
-low-latency protocol).
+low-latency protocol). Or the sum alone.
 
     sum = round(residual + x_0 + x_1 + ...);  normed = sum / sqrt(mean(sum^2) + eps) * weight
 
@@ -90,15 +90,15 @@ def _pack(first: tl.tensor, second: tl.tensor, paired: tl.constexpr) -> tl.tenso
 def _ll_add_rms_norm_kernel(
     x_ptr: tl.tensor,  # [num_rows, num_words] int32, and so all the next but the weight
     residual_ptr: tl.tensor,  # if there is one
-    weight_ptr: tl.tensor,  # [num_words] int32
-    normed_ptr: tl.tensor,
+    weight_ptr: tl.tensor,  # [num_words] int32, if there is a norm
+    normed_ptr: tl.tensor,  # likewise
     sum_ptr: tl.tensor,
     inboxes: tl.tuple,  # of every rank: [2, max_rows, world_size, max_words] int64
     inbox_ptr: tl.tensor,  # this rank's
     num_calls_ptr: tl.tensor,  # [max_rows, max_splits] int64
     squares_ptr: tl.tensor,  # [max_rows, max_splits] int64
     failed_ptr: tl.tensor,
-    seen_by_host_ptr: tl.tensor,
+    host_failed_ptr: tl.tensor,
     max_polls: tl.tensor,
     eps: tl.tensor,
     rank: tl.constexpr,
@@ -108,6 +108,7 @@ def _ll_add_rms_norm_kernel(
     splits: tl.constexpr,
     paired: tl.constexpr,
     has_residual: tl.constexpr,
+    has_norm: tl.constexpr,
     max_rows: tl.constexpr,
     max_words: tl.constexpr,
     max_splits: tl.constexpr,
@@ -117,7 +118,7 @@ def _ll_add_rms_norm_kernel(
     part = tl.program_id(0) % splits
     columns = part * part_words + tl.arange(0, part_words)
     mask = columns < num_words
-    weight_first, weight_second = _unpack(tl.load(weight_ptr + columns, mask, other=0), paired)
+    weight_first, weight_second = _unpack(tl.load(weight_ptr + columns, mask & has_norm, other=0), paired)
     wait_for_earlier_kernels(pdl)
 
     # Send.
@@ -139,24 +140,25 @@ def _ll_add_rms_norm_kernel(
     # Receive.
     senders = tl.arange(0, world_size)[:, None] * max_words
     places = inbox_ptr + buffer + senders + columns[None, :]
-    data = await_words(places, mask[None, :], epoch, failed_ptr, seen_by_host_ptr, max_polls)
+    data = await_words(places, mask[None, :], epoch, failed_ptr, host_failed_ptr, max_polls)
     first, second = _unpack(data, paired)
     total = _pack(tl.sum(first, axis=0) + residual_first, tl.sum(second, axis=0) + residual_second, paired)
     tl.store(sum_ptr + cells, total, mask)
 
-    # Norm: what the next layer adds to is what is normed.
-    first, second = _unpack(total, paired)
-    squares = tl.sum(first * first + second * second)
-    if splits > 1:
-        parts = squares_ptr + row * max_splits + tl.arange(0, splits)
-        word = make_words(squares.to(tl.int32, bitcast=True), epoch)
-        tl.store(squares_ptr + row * max_splits + part, word, cache_modifier=".wt")
-        data = await_words(parts, tl.arange(0, splits) < splits, epoch, failed_ptr, seen_by_host_ptr, max_polls)
-        squares = tl.sum(data.to(tl.float32, bitcast=True))
-    width: tl.constexpr = num_words * (2 if paired else 1)
-    scale = tl.rsqrt(squares / width + eps)
-    normed = _pack(first * scale * weight_first, second * scale * weight_second, paired)
-    tl.store(normed_ptr + cells, normed, mask)
+    if has_norm:
+        # Norm: what the next layer adds to is what is normed.
+        first, second = _unpack(total, paired)
+        squares = tl.sum(first * first + second * second)
+        if splits > 1:
+            parts = squares_ptr + row * max_splits + tl.arange(0, splits)
+            word = make_words(squares.to(tl.int32, bitcast=True), epoch)
+            tl.store(squares_ptr + row * max_splits + part, word, cache_modifier=".wt")
+            data = await_words(parts, tl.arange(0, splits) < splits, epoch, failed_ptr, host_failed_ptr, max_polls)
+            squares = tl.sum(data.to(tl.float32, bitcast=True))
+        width: tl.constexpr = num_words * (2 if paired else 1)
+        scale = tl.rsqrt(squares / width + eps)
+        normed = _pack(first * scale * weight_first, second * scale * weight_second, paired)
+        tl.store(normed_ptr + cells, normed, mask)
     # Together a row's programs count in every column, each where no other does: the next call may be split otherwise.
     for column in tl.static_range(0, max_splits, splits):
         tl.store(num_calls_ptr + row * max_splits + column + part, num_calls + 1)
@@ -179,19 +181,45 @@ def ll_add_rms_norm(
     """
     _check(x, residual, weight, inbox)
     normed, total = torch.empty_like(x), torch.empty_like(x)
+    _launch(x, residual, weight, normed, total, eps, inbox, splits)
+    return normed, total
+
+
+def ll_sum(x: torch.Tensor, inbox: LLInbox, splits: int | None = None) -> torch.Tensor:
+    """The ranks' x added up, rounded to x's dtype: a new tensor.
+
+    As ll_add_rms_norm without residual and norm.
+    """
+    _check_rows("ll_sum", x, inbox)
+    total = torch.empty_like(x)
+    _launch(x, None, None, None, total, 0.0, inbox, splits)
+    return total
+
+
+def _launch(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    normed: torch.Tensor | None,
+    total: torch.Tensor,
+    eps: float,
+    inbox: LLInbox,
+    splits: int | None,
+) -> None:
     _, max_rows, world_size, max_words = inbox.words[0].shape
     num_words = x.shape[1] * x.itemsize // _WORD_BYTES
     block = triton.next_power_of_2(num_words)
     splits = min(splits or _DEFAULT_SPLITS, block)
     pdl = has_pdl(x.device)
+    tensors = (x, residual, weight, normed, total)
     _ll_add_rms_norm_kernel[(len(x) * splits,)](
-        *(tensor.view(torch.int32) for tensor in (x, x if residual is None else residual, weight, normed, total)),
+        *((x if tensor is None else tensor).view(torch.int32) for tensor in tensors),
         inbox.words,
         inbox.words[inbox.rank],
         inbox.num_calls,
         inbox.squares,
         inbox.wait.failed,
-        inbox.wait.seen_by_host,
+        inbox.wait.host_failed,
         inbox.wait.max_polls,
         eps,
         rank=inbox.rank,
@@ -201,6 +229,7 @@ def ll_add_rms_norm(
         splits=splits,
         paired=x.itemsize < _WORD_BYTES,
         has_residual=residual is not None,
+        has_norm=normed is not None,
         max_rows=max_rows,
         max_words=max_words,
         max_splits=MAX_SPLITS,
@@ -209,12 +238,15 @@ def ll_add_rms_norm(
         maxnreg=_NUM_REGISTERS,
         launch_pdl=pdl,
     )
-    return normed, total
 
 
 def _check(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, inbox: LLInbox) -> None:
-    if not inbox.takes(x):
-        raise ValueError(f"ll_add_rms_norm: rows [{list(x.shape)}, {x.dtype}, strides {x.stride()}] do not fit")
+    _check_rows("ll_add_rms_norm", x, inbox)
     check_residual("ll_add_rms_norm", x, residual)
     if weight.shape != x.shape[1:] or weight.dtype != x.dtype or not weight.is_contiguous():
         raise ValueError(f"ll_add_rms_norm: the weight {list(weight.shape)}, {weight.dtype} does not fit x")
+
+
+def _check_rows(what: str, x: torch.Tensor, inbox: LLInbox) -> None:
+    if not inbox.takes(x):
+        raise ValueError(f"{what}: rows [{list(x.shape)}, {x.dtype}, strides {x.stride()}] do not fit")

@@ -59,7 +59,7 @@ def _ll_take_kernel(
     inbox_ptr: tl.tensor,  # this rank's
     num_calls_ptr: tl.tensor,  # [max_rows] int64
     failed_ptr: tl.tensor,
-    seen_by_host_ptr: tl.tensor,
+    host_failed_ptr: tl.tensor,
     max_polls: tl.tensor,
     vocab_size: tl.tensor,
     num_parts: tl.tensor,
@@ -89,7 +89,7 @@ def _ll_take_kernel(
     # Receive.
     columns = 2 * tl.arange(0, world_size)[:, None] + halves[None, :]
     places, mask = inbox_ptr + buffer + columns, columns >= 0
-    data = await_words(places, mask, epoch, failed_ptr, seen_by_host_ptr, max_polls).to(tl.int64)
+    data = await_words(places, mask, epoch, failed_ptr, host_failed_ptr, max_polls).to(tl.int64)
     keys = tl.sum(tl.where(halves[None, :] == 0, data & 0xFFFFFFFF, data << 32), axis=1)
     hand_out_token(tl.max(keys, axis=0), row, token_ids_ptr, token_table_ptr, cells_ptr, vocab_size, has_table)
     tl.store(num_calls_ptr + row, num_calls + 1)
@@ -122,7 +122,7 @@ def ll_take_tokens(
         inbox.words[inbox.rank],
         inbox.num_calls,
         inbox.wait.failed,
-        inbox.wait.seen_by_host,
+        inbox.wait.host_failed,
         inbox.wait.max_polls,
         vocab_size,
         num_parts,

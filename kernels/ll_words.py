@@ -7,7 +7,7 @@ with the right epoch has its data, and whoever awaits it polls the word itself.
 import triton
 import triton.language as tl
 
-from .peer_wait import report_missing
+from .peer_wait import report_missing, wait_state
 
 
 @triton.jit
@@ -17,8 +17,8 @@ def make_words(data: tl.tensor, epoch: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def _any_missing(words: tl.tensor, mask: tl.tensor, epoch: tl.tensor) -> tl.tensor:
-    return tl.max((((words >> 32).to(tl.int32) != epoch) & mask).to(tl.int32))
+def _is_missing(words: tl.tensor, mask: tl.tensor, epoch: tl.tensor) -> tl.tensor:
+    return ((words >> 32).to(tl.int32) != epoch) & mask
 
 
 @triton.jit
@@ -27,16 +27,16 @@ def await_words(
     mask: tl.tensor,
     epoch: tl.tensor,
     failed_ptr: tl.tensor,
-    seen_by_host_ptr: tl.tensor,
+    host_failed_ptr: tl.tensor,
     max_polls: tl.tensor,
 ) -> tl.tensor:
     """The data, int32, of words that others store at `places`, when all are there."""
     # Volatile loads of 64-bit elements read each word whole, two in an instruction.
     words = tl.load(places, mask, other=0, volatile=True)
-    missing = _any_missing(words, mask, epoch)
-    while (missing > 0) & (max_polls > 0):
+    state = wait_state(_is_missing(words, mask, epoch), max_polls, host_failed_ptr, looks=False)
+    while (state > 1) & (max_polls > 0):
         words = tl.load(places, mask, other=0, volatile=True)
-        missing = _any_missing(words, mask, epoch)
         max_polls -= 1
-    report_missing(missing, failed_ptr, seen_by_host_ptr)
+        state = wait_state(_is_missing(words, mask, epoch), max_polls, host_failed_ptr, looks=True)
+    report_missing(state, failed_ptr, host_failed_ptr)
     return words.to(tl.int32)

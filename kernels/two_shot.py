@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from .norm import check_residual
-from .peer_wait import PeerWait, polls_allowed, report_missing
+from .peer_wait import PeerWait, polls_allowed, report_missing, wait_state
 
 _DTYPES = (torch.float32, torch.bfloat16)
 _VECTOR_BYTES = 16
@@ -79,15 +79,15 @@ def _await_flags(
     flags: tl.tensor,  # [world_size] pointers to this rank's memory
     value: tl.tensor,
     failed_ptr: tl.tensor,
-    seen_by_host_ptr: tl.tensor,
+    host_failed_ptr: tl.tensor,
     max_polls: tl.tensor,
     on_gpu: tl.constexpr,
 ) -> None:
-    missing = tl.max((_read_flags(flags, on_gpu) != value).to(tl.int32))
-    while (missing > 0) & (max_polls > 0):
-        missing = tl.max((_read_flags(flags, on_gpu) != value).to(tl.int32))
+    state = wait_state(_read_flags(flags, on_gpu) != value, max_polls, host_failed_ptr, looks=False)
+    while (state > 1) & (max_polls > 0):
         max_polls -= 1
-    report_missing(missing, failed_ptr, seen_by_host_ptr)
+        state = wait_state(_read_flags(flags, on_gpu) != value, max_polls, host_failed_ptr, looks=True)
+    report_missing(state, failed_ptr, host_failed_ptr)
     tl.debug_barrier()  # each thread goes on behind all flags
 
 
@@ -110,7 +110,7 @@ def _two_shot_add_rms_norm_kernel(
     flag_addresses_ptr: tl.tensor,  # [world_size] int64
     num_calls_ptr: tl.tensor,  # [max_programs] int32
     failed_ptr: tl.tensor,
-    seen_by_host_ptr: tl.tensor,
+    host_failed_ptr: tl.tensor,
     max_polls: tl.tensor,
     num_rows: tl.tensor,
     eps: tl.tensor,
@@ -137,7 +137,7 @@ def _two_shot_add_rms_norm_kernel(
     tl.store(peer_flags, count, cache_modifier=".wt")
     weight = tl.load(weight_ptr + columns, columns < width, other=0.0).to(tl.float32)
     residual = tl.load(residual_ptr + cells, mask & has_residual, other=0.0).to(tl.float32)
-    _await_flags(own_flags, count, failed_ptr, seen_by_host_ptr, max_polls, on_gpu)
+    _await_flags(own_flags, count, failed_ptr, host_failed_ptr, max_polls, on_gpu)
 
     total = tl.zeros([block], tl.float32)
     for peer in tl.static_range(world_size):
@@ -155,7 +155,7 @@ def _two_shot_add_rms_norm_kernel(
 
     _release(on_gpu)
     tl.store(peer_flags + world_size, count, cache_modifier=".wt")
-    _await_flags(own_flags + world_size, count, failed_ptr, seen_by_host_ptr, max_polls, on_gpu)
+    _await_flags(own_flags + world_size, count, failed_ptr, host_failed_ptr, max_polls, on_gpu)
     tl.store(num_calls_ptr + program, count)
 
 
@@ -190,7 +190,7 @@ def two_shot_add_rms_norm(
         buffers.flag_addresses,
         buffers.num_calls,
         buffers.wait.failed,
-        buffers.wait.seen_by_host,
+        buffers.wait.host_failed,
         buffers.wait.max_polls,
         len(x),
         eps,

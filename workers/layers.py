@@ -138,7 +138,7 @@ class RMSNorm:
         memory = self._tp.symmetric_memory
         if memory is not None and memory.takes_norm(share):
             return memory.all_reduce_add_rms_norm(share, residual, self.weight, self.eps)
-        return self.add_sum(self._tp.all_reduce_transient(share), residual)
+        return self.add_sum(self._tp.all_reduce(share), residual)
 
     def add_sum(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The norm of x + residual, and that sum, x being summed over the ranks already."""

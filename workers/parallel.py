@@ -32,6 +32,16 @@ class TensorParallel:
     process_group: "dist.ProcessGroup | None" = None
     symmetric_memory: "SymmetricMemory | None" = None  # of GPUs that reach each other's memory
 
+    def abandon(self) -> None:
+        """The epoch is over: frees the device of kernels that wait for other ranks. For any thread but the device's,
+        which may be waiting for those kernels. NCCL's take until the graphs that they are part of are gone; gloo's
+        waits nobody can end: they end with the peer.
+        """
+        if self.symmetric_memory is not None:
+            self.symmetric_memory.abandon()
+        if self.process_group is not None and self.device.type == "cuda":
+            self.process_group.abort()
+
     def leave(self) -> None:
         """Drops what the group is made of: it is over."""
         self.process_group = self.symmetric_memory = None
@@ -43,11 +53,6 @@ class TensorParallel:
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum of `tensor` over the ranks. Its own memory may be what holds the sum."""
-        total = self.all_reduce_transient(tensor)
-        return total.clone() if total is not tensor else total
-
-    def all_reduce_transient(self, tensor: torch.Tensor) -> torch.Tensor:
-        """As all_reduce, for a sum that is used up before the next one: faster, because that may overwrite it."""
         if self.size == 1:
             return tensor
         if self.symmetric_memory is not None and self.symmetric_memory.takes(tensor):

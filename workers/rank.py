@@ -2,8 +2,9 @@
 
 import gc
 import logging
+import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,7 @@ from .graph_recorder import GraphRecorder
 from .host_memory import check_swap_space, num_host_blocks
 from .host_tier import HostTier
 from .kv_cache import FP8, BlockBudget, KVCache, num_blocks_that_fit
+from .meeting import Meeting
 from .model_config import DTYPES
 from .model_loader import check_model, load_model, make_model
 from .model_runner import ModelRunner
@@ -31,6 +33,17 @@ _log = logging.getLogger(__name__)
 
 # Fills a model from the rank that a request names as its source. Raises UnavailableError; the model is worthless then.
 FetchWeights = Callable[[worker_pb2.ConfigureRequest, Model], None]
+
+
+@dataclass(frozen=True, slots=True)
+class RankSite:
+    """Where a rank is built, and how it reaches others."""
+
+    device: torch.device
+    store: dist.Store | None = None  # this process's own, if it holds one
+    num_ranks_on_host: int = 1
+    fetch: FetchWeights | None = None  # for a request that names a source
+    is_over: threading.Event = field(default_factory=threading.Event)  # ends its waits for other ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,22 +101,16 @@ def check_request(request: worker_pb2.ConfigureRequest) -> None:
 
 
 def build_rank(
-    request: worker_pb2.ConfigureRequest,
-    device: torch.device,
-    store: dist.Store | None,
-    num_ranks_on_host: int = 1,
-    loaded: LoadedModel | None = None,
-    fetch: FetchWeights | None = None,
+    request: worker_pb2.ConfigureRequest, site: RankSite, loaded: LoadedModel | None = None
 ) -> Iterator[Stage]:
-    """Builds one rank, stage by stage, on the calling thread. `store` is this process's own, if it holds one; `loaded`
-    what it has of an earlier epoch, used if it is what `request` describes; `fetch` is there for a request that names
-    a source.
+    """Builds one rank, stage by stage, on the calling thread. `loaded`: what the process has of an earlier epoch, used
+    if it is what `request` describes.
 
     Raises FailedPreconditionError (a GPU or its software too old), ResourceExhaustedError (too little memory),
     UnavailableError (ranks that do not meet), and the errors of load_model.
     """
     try:
-        yield from _stages(request, device, store, num_ranks_on_host, loaded, fetch)
+        yield from _stages(request, site, loaded)
     except torch.OutOfMemoryError as error:
         raise ResourceExhaustedError(
             f"{device} is out of memory; lower --gpu-memory-utilization or --max-num-batched-tokens, use more ranks "
@@ -111,23 +118,17 @@ def build_rank(
         ) from error
 
 
-def _stages(
-    request: worker_pb2.ConfigureRequest,
-    device: torch.device,
-    store: dist.Store | None,
-    num_ranks_on_host: int,
-    kept: LoadedModel | None,
-    fetch: FetchWeights | None,
-) -> Iterator[Stage]:
+def _stages(request: worker_pb2.ConfigureRequest, site: RankSite, kept: LoadedModel | None) -> Iterator[Stage]:
+    device, num_ranks_on_host = site.device, site.num_ranks_on_host
     config = request.config
     check_swap_space(config.swap_space_bytes, num_ranks_on_host)
-    joined = _connect(request, device, store)
+    joined = _connect(request, site)
     yield Stage("connect")
     if kept is not None and kept.is_of(request):
         kept.tp.rejoin(joined)
         loaded = kept
     else:
-        loaded = _load(request, joined, num_ranks_on_host, fetch)
+        loaded = _load(request, joined, num_ranks_on_host, site.fetch)
     model, tp = loaded.model, loaded.tp
     # Ranks meet: a kernel that waits for another rank does so for some seconds only, and disks differ by more.
     tp.min_int(0)
@@ -154,7 +155,8 @@ def _stages(
         yield Stage("warm-up", runner=runner, num_host_blocks=tier.num_blocks, host_block_us=block_us)
 
 
-def _connect(request: worker_pb2.ConfigureRequest, device: torch.device, store: dist.Store | None) -> TensorParallel:
+def _connect(request: worker_pb2.ConfigureRequest, site: RankSite) -> TensorParallel:
+    device = site.device
     has_fp8_cache = request.config.kv_cache_dtype == "fp8"
     if device.type == "cuda":
         GpuSupport.of(device).check(has_fp8_cache)
@@ -163,8 +165,9 @@ def _connect(request: worker_pb2.ConfigureRequest, device: torch.device, store: 
         raise InvalidArgumentError(f"kv_cache_dtype fp8 is for GPUs, and device {device} is none", "kv_cache_dtype")
     if request.tensor_parallel_size == 1:
         return TensorParallel(0, 1, device)
-    store = store or connect_store(request.config.store_address)
-    return join_group(store, request.epoch, request.rank, request.tensor_parallel_size, device)
+    store = site.store or connect_store(request.config.store_address)
+    meeting = Meeting(store, request.epoch, request.rank, request.tensor_parallel_size, site.is_over)
+    return join_group(meeting, device)
 
 
 def _load(

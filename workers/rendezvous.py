@@ -10,29 +10,28 @@ import torch
 import torch.distributed as dist
 
 from ..errors import UnavailableError
+from .meeting import TIMEOUT, Meeting
 from .parallel import TensorParallel
 
-# Ranks meet within this time, also when one loads its weights more slowly than another.
-_TIMEOUT = timedelta(minutes=10)
 _GLOO_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
 
 def create_store(host: str) -> dist.TCPStore:
     """Rank 0's store, on a port that the system chooses."""
-    return dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=_TIMEOUT)
+    return dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=TIMEOUT)
 
 
-def join_group(store: dist.Store, epoch: int, rank: int, size: int, device: torch.device) -> TensorParallel:
+def join_group(meeting: Meeting, device: torch.device) -> TensorParallel:
     """Waits for all ranks. Raises UnavailableError if they do not meet."""
-    if size == 1:
-        return TensorParallel(rank, size, device)
+    rank, size = meeting.rank, meeting.size
     try:
+        meeting.await_all()  # first: what follows takes all to be there, and cannot be told that one is not
         dist.init_process_group(
             backend="nccl" if device.type == "cuda" else "gloo",
-            store=dist.PrefixStore(f"epoch-{epoch}", store),
+            store=meeting.own_store("group"),
             rank=rank,
             world_size=size,
-            timeout=_TIMEOUT,
+            timeout=TIMEOUT,
             device_id=device if device.type == "cuda" else None,
             pg_options=_nccl_options() if device.type == "cuda" else None,
         )
@@ -45,9 +44,15 @@ def join_group(store: dist.Store, epoch: int, rank: int, size: int, device: torc
         return tp
     from .symmetric_memory import open_symmetric_memory  # slow to import, and for GPUs alone
 
-    memory = open_symmetric_memory(group, device)
+    memory = open_symmetric_memory(meeting, device)
     # Ranks that sum in different ways would wait for each other for ever.
     return replace(tp, symmetric_memory=memory) if tp.min_int(int(memory is not None)) else tp
+
+
+def keep_process_on_lost_peer() -> None:
+    """Torch would end the process when NCCL meets an error: it has the weights that the next epoch goes on with. To be
+    called before the first group is joined: it is read from the environment, and from nowhere else."""
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
 
 
 def _nccl_options() -> "dist.ProcessGroupNCCL.Options":
@@ -56,7 +61,7 @@ def _nccl_options() -> "dist.ProcessGroupNCCL.Options":
     return options
 
 
-def connect_store(address: str, timeout_s: float = _TIMEOUT.total_seconds()) -> dist.TCPStore:
+def connect_store(address: str, timeout_s: float = TIMEOUT.total_seconds()) -> dist.TCPStore:
     """Another rank's store, at "host:port". Raises UnavailableError."""
     host, port = address.rsplit(":", 1)
     try:

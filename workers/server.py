@@ -15,7 +15,7 @@ from ..internal_channel import CHANNEL_OPTIONS, read_on_waiting_threads
 from ..proto import worker_pb2_grpc
 from .copy_thread import CopySettings
 from .gpu_support import GpuSupport
-from .rendezvous import bind_collectives_to, create_store, leave_group
+from .rendezvous import bind_collectives_to, create_store, keep_process_on_lost_peer, leave_group
 from .service import WorkerService
 from .step_pipeline import StepPipeline
 
@@ -64,6 +64,7 @@ class WorkerServer:
         """Serves until `stop`. Raises FailedPreconditionError if no port can be had."""
         read_on_waiting_threads()
         bind_collectives_to(self._host)
+        keep_process_on_lost_peer()
         store = create_store(self._host) if self._create_store else None
         self._thread.start()
         service = WorkerService(self._copy_settings, store, self._pipeline, self._num_ranks_on_host, self._end_process)

@@ -3,8 +3,10 @@
 import asyncio
 import gc
 import logging
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -19,7 +21,7 @@ from .copy_thread import CopySettings
 from .model_runner import ModelRunner
 from .models.registry import Model
 from .peer_sender import Holdings
-from .rank import FetchWeights, LoadedModel, Stage, build_rank, check_request
+from .rank import FetchWeights, LoadedModel, RankSite, Stage, build_rank, check_request
 from .rendezvous import leave_group
 from .step_pipeline import StepPipeline
 from .step_stream import StepStream
@@ -28,8 +30,10 @@ _log = logging.getLogger(__name__)
 
 _MAX_PROFILED_STEPS = 1000  # a trace of more is larger than its viewers read
 # How long the device may take to let go of an epoch. On a CPU a rank that waits for another is free as soon as that one
-# has left, or is gone; on a GPU kernels wait for each other for half a minute to a minute (kernels/peer_wait.py).
-_LEAVE_TIMEOUT_S = {"cpu": 5.0, "cuda": 90.0}
+# has left, or is gone. On a GPU kernels are told (kernels/peer_wait.py, NCCL) and end within milliseconds; what is left
+# is the end of the communicator and of a thousand graphs. One that takes longer is stuck: its place is sooner filled by
+# a new process than by waiting on.
+_LEAVE_TIMEOUT_S = {"cpu": 5.0, "cuda": 10.0}
 _START_TIMEOUT_S = 600.0  # the same, of a start that another one takes the place of
 
 
@@ -53,6 +57,8 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         self._loaded: LoadedModel | None = None
         self._runner: ModelRunner | None = None
         self._stream: StepStream | None = None
+        self._is_over = threading.Event()  # the epoch that the rank is in
+        self._freeing: set[asyncio.Future[None]] = set()
 
     async def Configure(  # noqa: N802
         self, request: worker_pb2.ConfigureRequest, context: grpc.aio.ServicerContext
@@ -60,9 +66,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         async with status_for_errors(context):
             check_request(request)
             await self._enter(request)
-            stages = build_rank(
-                request, self._device, self._store, self._num_ranks_on_host, self._loaded, self._fetcher()
-            )
+            stages = build_rank(request, self._site(), self._loaded)
             started_at = time.monotonic()
             while (stage := await self._next(stages)) is not None:
                 self._check_is_current(request)
@@ -72,6 +76,9 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             # What is there now stays: a collection that looked at it all would hold every thread up for long.
             gc.collect()
             gc.freeze()
+
+    def _site(self) -> RankSite:
+        return RankSite(self._device, self._store, self._num_ranks_on_host, self._fetcher(), self._is_over)
 
     async def _enter(self, request: worker_pb2.ConfigureRequest) -> None:
         """Leaves the epoch that the rank is in, if any, for a higher one."""
@@ -84,6 +91,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         if previous is not None:
             await self._leave(request.epoch)
             self._check_is_current(request)
+        self._is_over = threading.Event()
         if self._loaded is not None and not self._loaded.is_of(request):
             self._loaded = None
 
@@ -111,6 +119,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             self._stream.end(next_epoch)
             self._stream = None
         self._pipeline.end_steps()
+        self._free_device()
         await self._copies.end()
         # A stage of a start may take long and be well: weights, kernels. A step is not.
         is_starting = self._runner is None
@@ -123,13 +132,24 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             self._end_process()
             raise FailedPreconditionError("the device is stuck in the last epoch") from None
 
+    def _free_device(self) -> None:
+        """Nothing waits for other ranks any more: the epoch is over. On a thread of its own, since ends of groups take
+        a while, and the device's thread may be among what waits."""
+        self._is_over.set()
+        if self._loaded is not None:
+            this_group = replace(self._loaded.tp)  # the model's own will be another epoch's
+            freeing = asyncio.get_running_loop().run_in_executor(None, this_group.abandon)
+            self._freeing.add(freeing)
+            freeing.add_done_callback(self._freeing.discard)
+
     def _leave_group(self) -> None:
         self.release()
         leave_group()  # first: what is dropped next may wait for the device, and that for a peer that is gone
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # kernels read memory of the epoch until their end
         if self._loaded is not None:
             self._loaded.tp.leave()
         if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
             torch.cuda.empty_cache()
 
     def release(self) -> None:
@@ -199,7 +219,22 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
                 epoch = self._request.epoch
                 raise FailedPreconditionError(f"a stream has driven this worker already in epoch {epoch}")
             self._stream = StepStream(self._request, self._runner, self._pipeline, context)
-            await self._stream.run(plans)
+            request = self._request
+            try:
+                await self._stream.run(plans)
+            finally:
+                if self._request is request:  # an epoch has one stream: no other step will come
+                    self._free_device()
+                    self._pipeline.call(self._check_device)
+
+    def _check_device(self) -> None:
+        """After some errors a process can use its GPU no more; a new one can."""
+        if self._device.type == "cuda":
+            try:
+                torch.cuda.synchronize(self._device)
+            except RuntimeError:
+                _log.exception("the device is lost; this rank ends, to be replaced")
+                self._end_process()
 
     async def Profile(  # noqa: N802
         self, request: worker_pb2.ProfileRequest, context: grpc.aio.ServicerContext

@@ -1,7 +1,8 @@
 """Sums over the ranks of a host through memory that its GPUs share over NVLink. No multicast is used.
 
 Sums on the way to a norm are fused with it: small ones by kernels/ll_all_reduce.py, larger ones by kernels/two_shot.py.
-Others go through torch's kernels. Sampled candidates meet here too, in kernels/ll_take_tokens.py.
+The former sums a few rows without a norm too. Sampled candidates meet here as well, in kernels/ll_take_tokens.py. No
+kernel of torch's is used: those wait for a peer that is gone without end, and nothing would free the GPU of them.
 """
 
 import logging
@@ -10,23 +11,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed._symmetric_memory as symm_mem
+from torch._C import _distributed_c10d as c10d
 
-from ..kernels.ll_all_reduce import MAX_SPLITS, LLInbox, ll_add_rms_norm
+from ..kernels.ll_all_reduce import MAX_SPLITS, LLInbox, ll_add_rms_norm, ll_sum
 from ..kernels.ll_take_tokens import KeyInbox, ll_take_tokens
 from ..kernels.peer_wait import PeerWait
 from ..kernels.two_shot import TwoShotBuffers, two_shot_add_rms_norm
+from .meeting import ExchangeStore, Meeting
 
 _log = logging.getLogger(__name__)
 
 Tensor = torch.Tensor
 
-_BUFFER_BYTES = 8 * 1024 * 1024
-_DTYPES = (torch.float32, torch.bfloat16)
-_ALIGNMENT_BYTES = 16  # of each rank's part
-# Without a norm, up to here every rank sums all of it; above, a part each, which is then handed round.
-_MAX_ONE_SHOT_BYTES = 64 * 1024
-_MAX_TWO_SHOT_BYTES = 4 * 1024 * 1024  # above, NCCL is as fast
-# With a norm, up to here (what all ranks sum, taken together) every rank sends all of its part to every other.
+# Up to here (what all ranks sum, taken together) every rank sends all of its part to every other.
 _MAX_LL_BYTES = 1024 * 1024
 _MAX_LL_ROWS = 64
 _MAX_LL_WORDS = 4096  # of a row, 4 bytes each
@@ -38,12 +35,11 @@ _MAX_KEY_ROWS = 2048  # above, NCCL merges candidates
 class SymmetricMemory:
     """Buffers that all ranks of a group have, and reach on each other's GPUs. Used by one stream."""
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
-        """All ranks at once. Raises RuntimeError where GPUs cannot reach each other's memory."""
-        self._group, self._device = group, device
-        self._rank, self._size = group.rank(), group.size()
-        self._name = group.group_name
-        self._buffer, _ = self._allocate((_BUFFER_BYTES,), torch.uint8)
+    def __init__(self, meeting: Meeting, device: torch.device) -> None:
+        """All ranks at once. Raises RuntimeError where GPUs cannot reach each other's memory, and UnavailableError if
+        the epoch ends meanwhile."""
+        self._device, self._rank, self._size = device, meeting.rank, meeting.size
+        self._exchange = _Exchange(meeting)
         self._wait = PeerWait.on(device)
         self._ll_inbox = self._make_ll_inbox()
         self._two_shot = self._make_two_shot_buffers()
@@ -53,24 +49,17 @@ class SymmetricMemory:
         """Whether a rank has waited for another beyond reason. Sums are worthless from then on."""
         return self._wait.has_failed()
 
+    def abandon(self) -> None:
+        """The epoch is over: no kernel waits for another rank any more. For any thread."""
+        self._wait.abandon()
+
     def takes(self, tensor: Tensor) -> bool:
         """Whether `all_reduce` can sum it, and faster than NCCL."""
-        return (
-            tensor.dtype in _DTYPES
-            and tensor.is_contiguous()
-            and 0 < tensor.nbytes <= _MAX_TWO_SHOT_BYTES
-            and tensor.nbytes % (_ALIGNMENT_BYTES * self._size) == 0
-        )
+        return 0 < tensor.dim() <= 2 and self._is_small(_rows(tensor))
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
-        """The sum over the ranks, in memory that the next call overwrites."""
-        mine = self._buffer[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-        if tensor.nbytes <= _MAX_ONE_SHOT_BYTES:
-            total: Tensor = torch.ops.symm_mem.one_shot_all_reduce_copy(mine, tensor, "sum", self._name)
-            return total
-        mine.copy_(tensor)
-        torch.ops.symm_mem.two_shot_all_reduce_(mine, "sum", self._name)
-        return mine
+        """The sum over the ranks: a new tensor."""
+        return ll_sum(_rows(tensor), self._ll_inbox).view(tensor.shape)
 
     def takes_norm(self, partial: Tensor) -> bool:
         """Whether `all_reduce_add_rms_norm` can sum it, and faster than NCCL."""
@@ -134,16 +123,45 @@ class SymmetricMemory:
         mine = symm_mem.empty(shape, dtype=dtype, device=self._device).zero_()
         # Ranks meet in the rendezvous, and write to each other's memory only behind it.
         torch.cuda.synchronize(self._device)
-        handle: Any = symm_mem.rendezvous(mine, self._group)
+        handle = self._exchange.rendezvous(mine)
         # A view of one's own memory is no second owner, so `mine` stands for it.
         peers = (mine if rank == self._rank else handle.get_buffer(rank, shape, dtype) for rank in range(self._size))
         return mine, tuple(peers)
 
 
-def open_symmetric_memory(group: dist.ProcessGroup, device: torch.device) -> SymmetricMemory | None:
+def _rows(tensor: Tensor) -> Tensor:
+    """A number for each row makes a column."""
+    return tensor.unsqueeze(1) if tensor.dim() == 1 else tensor
+
+
+class _Exchange:
+    """How ranks tell each other where their memory is: a process group without collectives, over a store of its own.
+
+    Not the group that sums: its store has keys that a rank which was started anew does not share with the others.
+    """
+
+    def __init__(self, meeting: Meeting) -> None:
+        self._name = f"symmetric memory of epoch {meeting.epoch}"
+        self._store = ExchangeStore(meeting)  # held: torch keeps only the part of it that is C++
+        self._rank, self._size = meeting.rank, meeting.size
+        group = dist.ProcessGroup(self._store, meeting.rank, meeting.size)
+        c10d._register_process_group(self._name, group)
+
+    def rendezvous(self, mine: Tensor) -> Any:  # noqa: ANN401 (a handle of torch's)
+        try:
+            return c10d._SymmetricMemory.rendezvous(mine, self._name)
+        except RuntimeError as error:
+            if "no group info" not in str(error):
+                raise
+        # Torch releases that do not look groups up by their names.
+        c10d._SymmetricMemory.set_group_info(self._name, self._rank, self._size, self._store)
+        return c10d._SymmetricMemory.rendezvous(mine, self._name)
+
+
+def open_symmetric_memory(meeting: Meeting, device: torch.device) -> SymmetricMemory | None:
     """None, said once in the log, where the GPUs cannot reach each other's memory: NCCL then sums everything."""
     try:
-        return SymmetricMemory(group, device)
+        return SymmetricMemory(meeting, device)
     except RuntimeError as error:
         _log.warning("no memory is shared between the GPUs, so NCCL sums everything: %s", str(error).splitlines()[0])
         return None

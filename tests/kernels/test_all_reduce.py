@@ -11,8 +11,8 @@ from dataclasses import replace
 import pytest
 import torch
 from octavo.kernels import reference
-from octavo.kernels.ll_all_reduce import MAX_SPLITS, LLInbox, ll_add_rms_norm
-from octavo.kernels.peer_wait import PeerWait
+from octavo.kernels.ll_all_reduce import MAX_SPLITS, LLInbox, ll_add_rms_norm, ll_sum
+from octavo.kernels.peer_wait import MAX_POLLS, PeerWait
 from octavo.kernels.two_shot import TwoShotBuffers, two_shot_add_rms_norm
 
 _EPS = 1e-5
@@ -47,22 +47,29 @@ class _LLRanks:
 
     def add_rms_norm(self, partials, residual, weight, splits):
         """What each rank gets."""
-        for _ in ("words", "sums of squares"):
+        passes = "words", "sums of squares"
+        return self._in_passes(
+            passes, partials, lambda x, inbox: ll_add_rms_norm(x, residual, weight, _EPS, inbox, splits)
+        )
+
+    def sum(self, partials, splits):
+        """What each rank gets."""
+        return self._in_passes(("words",), partials, lambda x, inbox: ll_sum(x, inbox, splits))
+
+    def _in_passes(self, passes, partials, call):
+        for _ in passes:
             counts = [inbox.num_calls.clone() for inbox in self.inboxes]
-            self._one_pass(partials, residual, weight, splits)
+            self._one_pass(partials, call)
             for inbox, count in zip(self.inboxes, counts, strict=True):
                 inbox.num_calls.copy_(count)
                 inbox.wait.failed.zero_()
-                inbox.wait.seen_by_host.zero_()
-        results = self._one_pass(partials, residual, weight, splits)
+                inbox.wait.host_failed.zero_()
+        results = self._one_pass(partials, call)
         assert not _gave_up(self.inboxes)
         return results
 
-    def _one_pass(self, partials, residual, weight, splits):
-        return [
-            ll_add_rms_norm(partial, residual, weight, _EPS, inbox, splits)
-            for partial, inbox in zip(partials, self.inboxes, strict=True)
-        ]
+    def _one_pass(self, partials, call):
+        return [call(partial, inbox) for partial, inbox in zip(partials, self.inboxes, strict=True)]
 
 
 def _inputs(device, world_size, num_rows, width, dtype):
@@ -153,6 +160,61 @@ def test_ll_waits_for_words_that_come_late(device):
     _check([result], partials, residual, weight)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("world_size", "num_rows", "width", "splits"), [(2, 4, 100, 4), (4, 3, 2, None), (2, 1, 8, 1)])
+def test_ll_sum_alone_follows_sums_with_norms(world_size, num_rows, width, splits, dtype, device):
+    """Both count a row's calls, so either may come next."""
+    torch.manual_seed(0)
+    ranks = _LLRanks(device, world_size, 64 if width < 100 else 100)
+    for _ in range(2):
+        partials, residual, weight = _inputs(device, world_size, num_rows, width, dtype)
+        _check(ranks.add_rms_norm(partials, residual, weight, 2), partials, residual, weight)
+        totals = ranks.sum(partials, splits)
+        expected = sum(partial.float() for partial in partials).to(dtype)
+        for total in totals:
+            torch.testing.assert_close(total, expected, atol=_TOLERANCE[dtype], rtol=_TOLERANCE[dtype])
+            assert torch.equal(total, totals[0])
+
+
+def test_ll_sum_of_whole_numbers_is_exact(device):
+    """A histogram's; one number a row too."""
+    counts = [torch.arange(4.0, device=device).view(4, 1) * 4_000_001 + rank for rank in range(2)]
+    for total in _LLRanks(device, 2, 64).sum(counts, None):
+        assert torch.equal(total, counts[0] + counts[1])
+
+
+def test_ll_sum_refuses_rows_that_do_not_fit(device):
+    with pytest.raises(ValueError, match=r"ll_sum: rows .* do not fit"):
+        ll_sum(torch.ones(_MAX_ROWS + 1, 64), _LLRanks(device, 2, 64).inboxes[0])
+
+
+def _abandon_while(wait, call):
+    """Runs what waits for a peer that never comes, and has the host end that."""
+    later = threading.Timer(0.3, wait.abandon)
+    later.start()
+    call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    later.join()
+    assert wait.has_failed()
+    assert wait.failed.item() == 1  # so that no later kernel begins to wait
+
+
+def test_the_host_ends_a_wait_for_words(device):
+    """The kernel's own patience would not end within the test."""
+    ranks = _LLRanks(device, 2, 64)
+    inbox = replace(ranks.inboxes[0], wait=replace(ranks.inboxes[0].wait, max_polls=MAX_POLLS))
+    x = torch.ones(1, 64, device=device)
+    _abandon_while(inbox.wait, lambda: ll_add_rms_norm(x, x, x[0], _EPS, inbox, 1))
+
+
+def test_the_host_ends_a_wait_for_flags(device):
+    ranks = _TwoShotRanks(device, 2, 1, 4096)  # which owns memory that the kernel knows by address
+    mine = replace(ranks.buffers[0], wait=replace(ranks.buffers[0].wait, max_polls=MAX_POLLS))
+    x = torch.ones(1, 64, device=device)
+    _abandon_while(mine.wait, lambda: two_shot_add_rms_norm(x, x, x[0], _EPS, mine))
+
+
 def test_three_ranks_are_refused(device):
     assert not _LLRanks(device, 3, 64).inboxes[0].takes(torch.ones(1, 64))
     assert not _TwoShotRanks(device, 3, 2, 4096).buffers[0].takes(torch.ones(1, 64))
@@ -219,7 +281,7 @@ class _TwoShotRanks:
             self.normed[rank].fill_(255)  # NaN
             buffers.num_calls.copy_(counts[rank])
             buffers.wait.failed.zero_()
-            buffers.wait.seen_by_host.zero_()
+            buffers.wait.host_failed.zero_()
         results = self._one_pass(partials, residuals, weight)
         assert not _gave_up(self.buffers)
         for rank, (_, own) in enumerate(results):

@@ -36,7 +36,7 @@ class _Ranks:
         for inbox, count in zip(self.inboxes, counts, strict=True):
             inbox.num_calls.copy_(count)
             inbox.wait.failed.zero_()
-            inbox.wait.seen_by_host.zero_()
+            inbox.wait.host_failed.zero_()
         results = self._one_pass(keys, table, cells)
         assert not self.gave_up()
         return results

@@ -163,7 +163,7 @@ def main(device, model_path, kv_cache_dtype):
     with kernels_noted(is_real) as started:
         if is_real:
             request = worker_pb2.ConfigureRequest(epoch=1, rank=0, tensor_parallel_size=1, config=config)
-            *_, last = rank.build_rank(request, torch.device(device), None)
+            *_, last = rank.build_rank(request, rank.RankSite(torch.device(device)))
             runner = last.runner
         else:
             runner = start_here(config)

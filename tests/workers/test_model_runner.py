@@ -6,7 +6,7 @@ import torch
 from octavo.errors import FailedPreconditionError
 from octavo.proto import engine_pb2, sampling_pb2, worker_pb2
 from octavo.workers.plan import Join, Plan
-from octavo.workers.rank import build_rank
+from octavo.workers.rank import RankSite, build_rank
 from transformers import AutoModelForCausalLM
 
 NO_SLOTS = np.zeros(0, dtype=np.int64)
@@ -48,7 +48,7 @@ def runner(model_path):
         max_num_seqs=4, max_num_batched_tokens=64, gpu_memory_utilization=0.9, num_blocks_override=16,
     )  # fmt: skip
     request = worker_pb2.ConfigureRequest(config=config, rank=0, tensor_parallel_size=1, epoch=1)
-    return list(build_rank(request, torch.device("cpu"), None))[-1].runner
+    return list(build_rank(request, RankSite(torch.device("cpu"))))[-1].runner
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import torch
 from octavo.errors import FailedPreconditionError, ResourceExhaustedError
 from octavo.proto import engine_pb2, sampling_pb2, worker_pb2
 from octavo.workers.plan import decode_plan
-from octavo.workers.rank import build_rank
+from octavo.workers.rank import RankSite, build_rank
 from transformers import AutoModelForCausalLM
 
 DEVICES = [
@@ -81,7 +81,7 @@ def make_driver(make_llama):
             } | fields),
         )  # fmt: skip
         request = worker_pb2.ConfigureRequest(config=config, rank=0, tensor_parallel_size=1, epoch=1)
-        return Driver(list(build_rank(request, torch.device(device), None))[-1].runner)
+        return Driver(list(build_rank(request, RankSite(torch.device(device))))[-1].runner)
 
     return make
 

@@ -3,6 +3,7 @@
 import json
 import queue
 import threading
+import time
 
 import grpc
 import numpy as np
@@ -34,21 +35,20 @@ register_model("StuckLlamaForCausalLM", StuckLlama)
 class Rank:
     """A worker, and whether it has ended its process."""
 
-    def __init__(self) -> None:
+    def __init__(self, create_store=False) -> None:
         self.has_ended = threading.Event()
         self.server = WorkerServer(
-            "127.0.0.1", "cpu", create_store=False, num_threads=1, end_process=self.has_ended.set
+            "127.0.0.1", "cpu", create_store=create_store, num_threads=1, end_process=self.has_ended.set
         )
         self.channel = grpc.insecure_channel(self.server.start().address)
         self.stub = worker_pb2_grpc.WorkerStub(self.channel)
 
-    def configure(self, path, epoch, **fields):
+    def configure(self, path, epoch, num_ranks=1, **fields):
         sizes = {"block_size": 8, "max_model_len": 64, "max_num_seqs": 4, "max_num_batched_tokens": 64}
         options = {"load_format": "safetensors", "dtype": "float32", "gpu_memory_utilization": 0.9}
         config = engine_pb2.WorkerConfig(model_path=str(path), num_blocks_override=8, **(options | sizes | fields))
-        return list(
-            self.stub.Configure(worker_pb2.ConfigureRequest(config=config, tensor_parallel_size=1, epoch=epoch))
-        )
+        request = worker_pb2.ConfigureRequest(config=config, tensor_parallel_size=num_ranks, epoch=epoch)
+        return list(self.stub.Configure(request))
 
     def generate(self, epoch, num_tokens=6):
         results = self.stub.Steps(iter([first_plan(epoch), *(decode_plan(epoch, i) for i in range(2, num_tokens + 1))]))
@@ -171,3 +171,30 @@ def test_a_rank_whose_step_never_ends_ends_itself(rank, stuck_model, monkeypatch
     assert rank.has_ended.is_set()
     StuckLlama.let_go.set()
     plans.put(None)
+
+
+def test_a_rank_does_not_wait_for_one_that_died_before_they_met(make_llama):
+    """The epoch in which they were to meet is followed by another."""
+    rank = Rank(create_store=True)
+    path = make_llama(eos_token_id=None)
+    failures = queue.SimpleQueue()
+
+    def wait_for_a_peer():
+        try:
+            rank.configure(path, epoch=1, num_ranks=2)
+        except grpc.RpcError as error:
+            failures.put(error)
+
+    waiting = threading.Thread(target=wait_for_a_peer)
+    waiting.start()
+    while rank.stub.Ping(worker_pb2.PingRequest()).epoch != 1:
+        waiting.join(0.01)
+    waiting.join(0.3)
+    started = time.monotonic()
+    assert kept_weights(rank.configure(path, epoch=2)) == [False]
+    assert time.monotonic() - started < 20
+    waiting.join(20)
+    assert failures.get(timeout=20).code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.FAILED_PRECONDITION)
+    assert len(rank.generate(epoch=2)) == 6
+    rank.channel.close()
+    rank.server.stop()

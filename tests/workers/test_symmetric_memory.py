@@ -4,7 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from octavo.workers import symmetric_memory
+from octavo.workers.meeting import Meeting
 from octavo.workers.parallel import TensorParallel
 from octavo.workers.symmetric_memory import SymmetricMemory
 
@@ -13,18 +15,21 @@ from octavo.workers.symmetric_memory import SymmetricMemory
 def make_memory(monkeypatch):
     """make_memory(world_size) -> rank 0's memory, and the calls that it makes of its kernels: (name, arguments)."""
 
-    def rendezvous(mine, group):
-        return SimpleNamespace(get_buffer=lambda rank, shape, dtype: torch.zeros(shape, dtype=dtype))
+    class Exchange:
+        def __init__(self, meeting):
+            pass
+
+        def rendezvous(self, mine):
+            return SimpleNamespace(get_buffer=lambda rank, shape, dtype: torch.zeros(shape, dtype=dtype))
 
     def make(world_size):
         calls = []
         monkeypatch.setattr(symmetric_memory.symm_mem, "empty", torch.empty)
-        monkeypatch.setattr(symmetric_memory.symm_mem, "rendezvous", rendezvous)
+        monkeypatch.setattr(symmetric_memory, "_Exchange", Exchange)
         monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-        for name in ("ll_add_rms_norm", "two_shot_add_rms_norm", "ll_take_tokens"):
+        for name in ("ll_sum", "ll_add_rms_norm", "two_shot_add_rms_norm", "ll_take_tokens"):
             monkeypatch.setattr(symmetric_memory, name, lambda *args, name=name: calls.append((name, args)))
-        group = SimpleNamespace(rank=lambda: 0, size=lambda: world_size, group_name="")
-        return SymmetricMemory(group, torch.device("cpu")), calls
+        return SymmetricMemory(Meeting(dist.HashStore(), 1, 0, world_size), torch.device("cpu")), calls
 
     return make
 
@@ -87,7 +92,7 @@ def test_a_wait_that_was_given_up_is_seen(make_memory, num_rows):
     _sum(memory, torch.empty(num_rows, 4096, dtype=torch.bfloat16))
     assert not memory.has_failed()
     _, (*_, buffers) = calls[0]
-    buffers.wait.seen_by_host.fill_(1)
+    buffers.wait.host_failed.fill_(1)
     assert memory.has_failed()
 
 
@@ -101,5 +106,33 @@ def test_candidates_of_all_rows_of_a_step_meet(make_memory, num_rows, is_taken):
         assert calls[0][0] == "ll_take_tokens"
         assert not memory.has_failed()
         _, (_, _, inbox, *_) = calls[0]
-        inbox.wait.seen_by_host.fill_(1)
+        inbox.wait.host_failed.fill_(1)
         assert memory.has_failed()
+
+
+@pytest.mark.parametrize(
+    ("tensor", "is_taken"),
+    [
+        (torch.zeros(64), True),  # a number for each row
+        (torch.zeros(65), False),
+        (torch.zeros(64, 256), True),
+        (torch.zeros(2, dtype=torch.int64), False),
+        (torch.zeros(2, 3, dtype=torch.float16), False),
+        (torch.zeros(()), False),
+    ],
+)
+def test_few_rows_are_summed_without_a_norm(make_memory, tensor, is_taken):
+    memory, _ = make_memory(2)
+    assert memory.takes(tensor) == is_taken
+
+
+def test_all_waits_end_when_the_epoch_does(make_memory):
+    memory, calls = make_memory(2)
+    for num_rows in (1, 1000):
+        _sum(memory, torch.empty(num_rows, 4096, dtype=torch.bfloat16))
+    memory.take_tokens(torch.zeros(1, 3, dtype=torch.int64), 100, torch.zeros(1, dtype=torch.int64))
+    memory.abandon()
+    sides = [next(each for each in arguments if hasattr(each, "wait")) for _, arguments in calls]
+    assert len(sides) == 3
+    assert all(side.wait.has_failed() for side in sides)
+    assert memory.has_failed()
