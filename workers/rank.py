@@ -113,7 +113,7 @@ def build_rank(
         yield from _stages(request, site, loaded)
     except torch.OutOfMemoryError as error:
         raise ResourceExhaustedError(
-            f"{device} is out of memory; lower --gpu-memory-utilization or --max-num-batched-tokens, use more ranks "
+            f"{site.device} is out of memory; lower --gpu-memory-utilization or --max-num-batched-tokens, use more ranks "
             "(--tensor-parallel-size), or end what else uses it"
         ) from error
 
