@@ -14,7 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -52,12 +52,13 @@ class PeerGroup:
             self._group: Any = make(store, 1 - self._other)
         except (RuntimeError, dist.DistError) as error:
             raise UnavailableError("the two ranks did not meet") from error
-        # NCCL connects with the first piece.
-        token = torch.zeros(1, dtype=torch.uint8, device=device)
-        if is_source:
-            self.send([token])
-        else:
-            self.receive([token])
+        with beside_steps(device):
+            # NCCL connects with the first piece.
+            token = torch.zeros(1, dtype=torch.uint8, device=device)
+            if is_source:
+                self.send([token])
+            else:
+                self.receive([token])
 
     def send(self, tensors: Iterable[torch.Tensor]) -> None:
         """Sends contiguous tensors behind what the current stream has queued; returns when they are gone.
@@ -120,6 +121,15 @@ class PeerGroup:
             ended = torch.cuda.Event(blocking=True)
             ended.record()
             ended.synchronize()
+
+
+def beside_steps(device: torch.device) -> AbstractContextManager[object]:
+    """On a GPU a stream of its own, which begins behind what was queued before."""
+    if device.type != "cuda":
+        return nullcontext()
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.default_stream(device))
+    return torch.cuda.stream(stream)
 
 
 def _gloo_group(store: dist.Store, rank: int) -> Any:  # noqa: ANN401

@@ -3,8 +3,9 @@
 import asyncio
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
 import torch
@@ -59,6 +60,7 @@ class WorkerServer:
         self._thread = threading.Thread(target=self._loop.run_forever, name="grpc", daemon=True)
         self._server: grpc.aio.Server | None = None
         self._release: Callable[[], None] = lambda: None  # of what the service holds
+        self._end_copies: Callable[[], Coroutine[Any, Any, None]] | None = None
 
     def start(self) -> WorkerEndpoints:
         """Serves until `stop`. Raises FailedPreconditionError if no port can be had."""
@@ -68,7 +70,7 @@ class WorkerServer:
         store = create_store(self._host) if self._create_store else None
         self._thread.start()
         service = WorkerService(self._copy_settings, store, self._pipeline, self._num_ranks_on_host, self._end_process)
-        self._release = service.release
+        self._release, self._end_copies = service.release, service.end_copies
         port = asyncio.run_coroutine_threadsafe(self._serve(service), self._loop).result()
         return WorkerEndpoints(f"{self._host}:{port}", f"{self._host}:{store.port}" if store else "")
 
@@ -83,6 +85,8 @@ class WorkerServer:
 
     def stop(self) -> None:
         """Ends all calls and threads. Peers are not waited for: they may be gone."""
+        if self._end_copies is not None:
+            asyncio.run_coroutine_threadsafe(self._end_copies(), self._loop).result()
         if self._server is not None:
             asyncio.run_coroutine_threadsafe(self._server.stop(None), self._loop).result()
         if self._device.type == "cpu":

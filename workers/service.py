@@ -188,8 +188,13 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             return worker_pb2.ReceiveBlocksResponse(failure=str(error))
         return await self._copies.receive_blocks(request, runner)
 
+    async def end_copies(self) -> None:
+        """Breaks off what is copied from and to other ranks."""
+        await self._copies.end()
+
     def _held_model(self, wanted: worker_pb2.WeightsWanted) -> Model:
-        if self._loaded is None or not self._loaded.has(wanted):
+        # While it starts it measures what memory there is, and a copy takes some.
+        if self._runner is None or self._loaded is None or not self._loaded.has(wanted):
             raise FailedPreconditionError("this worker does not hold the weights wanted")
         return self._loaded.model
 

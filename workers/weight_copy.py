@@ -1,13 +1,12 @@
 """A rank's weights from a rank that holds the same: tensor by tensor, as its checkpoint would have given them."""
 
 import hashlib
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
 from .model_config import ModelConfig
 from .models.registry import Model
-from .peer_group import PeerGroup
+from .peer_group import PeerGroup, beside_steps
 
 
 def layout_of(model: Model) -> bytes:
@@ -20,7 +19,7 @@ def layout_of(model: Model) -> bytes:
 
 def send_weights(model: Model, group: PeerGroup, device: torch.device) -> None:
     """On the copy's thread, and on a stream of its own: steps go on. Raises UnavailableError."""
-    with _beside_steps(device):
+    with beside_steps(device):
         for parameter in model.parameters():
             group.send([parameter.dense()])
 
@@ -34,16 +33,7 @@ def receive_weights(model: Model, group: PeerGroup, device: torch.device) -> int
         group.receive([tensor])
         num_bytes += tensor.nbytes
 
-    with _beside_steps(device):
+    with beside_steps(device):
         for parameter in model.parameters():
             parameter.load(fill)
     return num_bytes
-
-
-def _beside_steps(device: torch.device) -> AbstractContextManager[object]:
-    """A stream of its own, which begins behind what the device was given before. None on a CPU."""
-    if device.type != "cuda":
-        return nullcontext()
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.default_stream(device))
-    return torch.cuda.stream(stream)

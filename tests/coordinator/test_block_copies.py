@@ -4,6 +4,7 @@ import random
 from array import array
 from collections import deque
 from dataclasses import dataclass, field
+from itertools import cycle
 
 import pytest
 from octavo.coordinator.core.block_copies import BlockCopies, BlockCopy
@@ -142,6 +143,7 @@ def run_trace(seed: int) -> CopyTrace:
     )  # fmt: skip
     num_blocks = draw.randint(60, 160) // config.block_size
     trace = CopyTrace(config, 2, num_blocks, num_host_blocks=draw.choice([0, 0, 10, 40]))
+    trace.lags = cycle([draw.randint(0, 3) for _ in range(5)])
     loss = draw.choice([0, 0, 0.1])
     for _ in range(300):
         kind = draw.choices(

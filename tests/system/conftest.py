@@ -38,10 +38,11 @@ def _nothing() -> None:
 class WorkerProcesses:
     """One process a rank, which calls `prepare` first."""
 
-    def __init__(self, num_ranks: int, device: str, prepare=_nothing) -> None:
+    def __init__(self, num_ranks: int, device: str, prepare=_nothing, first_device: int = 0) -> None:
         self._processes, self._pipes, self.endpoints = [], [], []
+        self._killed: set[int] = set()
         self.store_address = ""
-        devices = [device if device == "cpu" else f"{device}:{rank}" for rank in range(num_ranks)]
+        devices = [device if device == "cpu" else f"{device}:{first_device + rank}" for rank in range(num_ranks)]
         for rank in range(num_ranks):
             ours, theirs = _FORKSERVER.Pipe()
             arguments = (theirs, devices[rank], rank == 0, prepare)
@@ -55,12 +56,31 @@ class WorkerProcesses:
             self.endpoints.append(engine_pb2.WorkerEndpoint(address=address, device=devices[rank]))
             self.store_address = self.store_address or store_address
 
+    def kill(self, rank: int) -> None:
+        self._killed.add(rank)
+        self._processes[rank].kill()
+
     def close(self) -> None:
-        for pipe in self._pipes:
-            pipe.send("stop")
+        alive = [rank for rank in range(len(self._pipes)) if rank not in self._killed]
+        for rank in alive:
+            self._pipes[rank].send("stop")
         for process in self._processes:
             process.join(20)
-            assert process.exitcode == 0
+        assert all(self._processes[rank].exitcode == 0 for rank in alive)
+
+
+@pytest.fixture
+def worker_processes():
+    """worker_processes(num_ranks, device, ...) -> WorkerProcesses; they end with the test."""
+    started = []
+
+    def start(*arguments, **keywords) -> WorkerProcesses:
+        started.append(WorkerProcesses(*arguments, **keywords))
+        return started[-1]
+
+    yield start
+    for workers in started:
+        workers.close()
 
 
 @dataclass(frozen=True, slots=True)

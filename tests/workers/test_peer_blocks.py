@@ -15,6 +15,7 @@ from octavo.workers.block_copy import BlockStaging, pieces
 from octavo.workers.block_rows import BlockRows
 from octavo.workers.kv_cache import FP8, KVCache
 from octavo.workers.peer_group import PeerGroup
+from octavo.workers.rendezvous import bind_collectives_to
 
 from .rank_process import LocalRank, RankProcess
 
@@ -59,6 +60,7 @@ def test_rows_arrive_bit_by_bit_and_in_their_places_alone(dtype, staging_bytes, 
     expected = target.rows._words.cpu().view(-1, 20, target.rows._words.shape[1]).clone()
     theirs, ours = np.array([3, 19, 0, 7, 4], np.int32), np.array([5, 6, 18, 0, 9], np.int32)
     expected[:, ours] = source.rows._words.cpu().view(expected.shape)[:, theirs]
+    bind_collectives_to("127.0.0.1")
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     arrived = threading.Barrier(2)
 

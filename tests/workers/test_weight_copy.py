@@ -13,6 +13,7 @@ from octavo.workers import copies, peer_group
 from octavo.workers.model_loader import load_model, make_model
 from octavo.workers.parallel import TensorParallel
 from octavo.workers.peer_group import PeerGroup
+from octavo.workers.rendezvous import bind_collectives_to
 from octavo.workers.weight_copy import layout_of, receive_weights, send_weights
 from safetensors.torch import load_file, save_file
 
@@ -30,6 +31,7 @@ SHAPES = {
 
 def meet(source, receiver, devices=(CPU, CPU)):
     """source(group) and receiver(group) beside each other; what the latter returns."""
+    bind_collectives_to("127.0.0.1")
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     arrived = threading.Barrier(2)
 
