@@ -49,10 +49,12 @@ class PromptTurns:
         return [self._waiting.first(), *movers] if self._waiting else movers
 
     def _num_backlog_tokens(self, costs: StepCosts) -> int:
-        """What the group has to compute before nothing waits for it: of its own, and its share of the queue's."""
+        """What the group has to compute before nothing waits for it: of its own, its share of the queue's, and the next
+        that moves: those behind it run on meanwhile."""
         share = -(-self._waiting.num_counted_tokens // self._takers.num_groups)
         prices = (costs.price(sequence.num_pending_tokens, sequence.num_sent_tokens) for sequence in self._unfinished)
-        return share + sum(map(counted_tokens, prices))
+        mover = self._takers.first_mover
+        return share + sum(map(counted_tokens, prices)) + (counted_tokens(mover.num_tokens) if mover is not None else 0)
 
     def order(self, step_id: int) -> tuple[SequenceOf[Sequence], SequenceOf[Sequence]]:
         """Who gets prompt tokens before newcomers, and who behind them. In every other step a prompt that has more to

@@ -5,8 +5,9 @@ from itertools import cycle
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from octavo.coordinator.core.placement import could_hold
+from octavo.coordinator.core.scheduler_config import SchedulerConfig
 
-from .test_scheduler_invariants import Trace, configs, shaped_events
+from .test_scheduler_invariants import Trace, configs, durations_us, paced_configs, paced_events, shaped_events
 
 
 class DrainTrace(Trace):
@@ -46,9 +47,10 @@ class DrainTrace(Trace):
                 self.woken.discard(group_id)
 
 
-def run(config, sizes, num_host_blocks, lags, trace_events, when):
+def run(config, sizes, num_host_blocks, lags, trace_events, when, durations=(0,)):
     """The first group stays; the others leave after so many events."""
     trace = DrainTrace(config, sizes, num_host_blocks)
+    trace.durations_us = cycle(durations)
     trace.lags = cycle(lags)
     for index, event in enumerate(trace_events):
         for group_id, moment in enumerate(when, start=1):
@@ -80,6 +82,30 @@ def test_what_runs_moves_and_nothing_is_lost(config, num_blocks, num_leaving, nu
 @given(configs, st.lists(st.integers(1, 60), min_size=3, max_size=3), lags, shaped_events, moments)
 def test_groups_of_different_sizes_each_hold_what_no_other_can(config, sizes, lags, trace_events, when):
     run(config, sizes, 0, lags, trace_events, when)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(paced_configs, st.integers(64, 200), paced_events, moments, durations_us)
+def test_what_moves_keeps_the_pace_of_decodes_and_comes_all_the_same(config, size, trace_events, when, durations):
+    run(config, [size] * 3, 0, [0], trace_events, when, durations)
+
+
+def test_the_only_prompt_beside_decodes_may_be_one_that_moves():
+    config = SchedulerConfig(
+        16, 8, 2048, max_model_len=1024, max_num_waiting=12, num_inflight_steps=1, itl_target_ms=10.0
+    )
+    trace = DrainTrace(config, [200, 200], 0)
+    trace.durations_us = cycle([10_000, 20_000, 15_000])
+    for num_prompt in (100, 300, 200, 50, 400, 150):
+        trace.replay([("add", num_prompt, 60, 70, 0)])
+        for _ in range(6):
+            trace.replay([("schedule", 0), ("schedule", 1), ("result", 0), ("result", 1)])
+    assert all(group.step_time.is_fitted for group in trace.scheduler.groups.values())
+    assert all(group.running for group in trace.scheduler.groups.values())
+    trace.leave(1)
+    trace.drain()
+    assert list(trace.scheduler.groups) == [0]
+    trace.check_outputs()
 
 
 @settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
