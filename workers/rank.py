@@ -113,8 +113,8 @@ def build_rank(
         yield from _stages(request, site, loaded)
     except torch.OutOfMemoryError as error:
         raise ResourceExhaustedError(
-            f"{site.device} is out of memory; lower --gpu-memory-utilization or --max-num-batched-tokens, use more ranks "
-            "(--tensor-parallel-size), or end what else uses it"
+            f"{site.device} is out of memory; lower --gpu-memory-utilization or --max-num-batched-tokens, use more "
+            "ranks (--tensor-parallel-size), or end what else uses it"
         ) from error
 
 
