@@ -84,8 +84,7 @@ class DecodeGraphs:
                 self._write_inputs(size, _padding(size, self._spare_cell))
                 self._graphs[size] = self._capture(size)
             if not keeps_all:
-                times_ms = {size: self._time_ms(size) for size in self._sizes}
-                self._sizes = sizes_worth_having(times_ms, self._vocab.tp)
+                self._sizes = sizes_worth_having(self._sizes, self._time_ms, self._vocab.tp)
         self._graphs = {size: self._graphs[size] for size in self._sizes}
 
     def forward(self, rows: StepRows) -> DecodeOutput:
@@ -147,10 +146,10 @@ class DecodeGraphs:
         sampling, _ = self._recorder.record(partial(self._sample, size, logits))
         return _Graph(forward, sampling)
 
-    def _time_ms(self, size: int) -> float:
+    def _time_ms(self, size: int, num_times: int) -> float:
         """Of a step without a key to attend to: what attention takes does not hang on padding."""
         self._write_inputs(size, _padding(size, self._spare_cell))
-        return self._recorder.time_ms([self._graphs[size].forward])
+        return self._recorder.time_ms([self._graphs[size].forward], num_times)
 
     def _views(self, size: int) -> Iterator[torch.Tensor]:
         return iter(self._inputs[: _NUM_INPUTS * size].view(_NUM_INPUTS, size))

@@ -1,7 +1,6 @@
 """Work of the GPU recorded as CUDA graphs, which replay it with one launch, on the same memory each time."""
 
 import gc
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
@@ -10,8 +9,6 @@ from typing import Protocol
 import torch
 
 Tensors = tuple[torch.Tensor, ...]
-
-_LEAST_TIMED_MS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +26,7 @@ class Recorder(Protocol):
 
     def record(self, function: Callable[[], Tensors]) -> tuple[Recording, Tensors]: ...
 
-    def time_ms(self, recordings: Sequence[Recording]) -> float: ...
+    def time_ms(self, recordings: Sequence[Recording], num_times: int) -> float: ...
 
 
 class GraphRecorder:
@@ -71,24 +68,17 @@ class GraphRecorder:
         graph.capture_end()
         return Recording(graph.replay, tuple(_without_holding(output) for output in outputs)), outputs
 
-    def time_ms(self, recordings: Sequence[Recording]) -> float:
-        """How long replays of `recordings`, one after the other, take the device; within a session. Waits for it."""
-        once_ms = _time_ms(recordings, 1)
-        # Short ones again and again: ranks that wait for each other do not begin at the same moment.
-        num_times = math.ceil(_LEAST_TIMED_MS / max(once_ms, 0.01))
-        return min(once_ms, *(_time_ms(recordings, num_times) for _ in range(2)))
-
-
-def _time_ms(recordings: Sequence[Recording], num_times: int) -> float:
-    """The mean of so many replays of all."""
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    for _ in range(num_times):
-        for recording in recordings:
-            recording.replay()
-    end.record()
-    end.synchronize()
-    return float(start.elapsed_time(end)) / num_times
+    def time_ms(self, recordings: Sequence[Recording], num_times: int) -> float:
+        """How long the device takes for replays of `recordings`, one after the other: the mean of so many rounds.
+        Within a session. Waits for it."""
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(num_times):
+            for recording in recordings:
+                recording.replay()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / num_times
 
 
 @contextmanager

@@ -116,8 +116,10 @@ class SegmentGraphs:
                 # Kernels compile, and libraries make their workspaces, before the recording.
                 self._model.forward(token_ids, batch, kv_cache)
                 self._model.forward(token_ids, batch, kv_cache, _BucketRecorder(self.recorder, self._places, bucket))
-            times_ms = {bucket.size: self.recorder.time_ms(bucket.samples()) for bucket in self._buckets}
-            worth_having = sizes_worth_having(times_ms, self._tp)
+            samples = {bucket.size: bucket.samples() for bucket in self._buckets}
+            worth_having = sizes_worth_having(
+                list(samples), lambda size, num_times: self.recorder.time_ms(samples[size], num_times), self._tp
+            )
         self._buckets = [bucket for bucket in self._buckets if bucket.size in worth_having]
 
     def runner(self, num_tokens: int) -> SegmentRunner:

@@ -46,7 +46,7 @@ class Rerun:
 
         return Recording(replay, outputs), outputs
 
-    def time_ms(self, recordings):
+    def time_ms(self, recordings, num_times):
         """A bucket of 4 rows takes longer than one of 5."""
         (recording,) = recordings
         return {4: 9.0}.get(len(recording.outputs[0]), 1.0)

@@ -53,7 +53,7 @@ class Rerun:
 
         return Recording(replay, outputs), outputs
 
-    def time_ms(self, recordings):
+    def time_ms(self, recordings, num_times):
         return 9.0 if len(recordings[0].outputs[0]) == self.slow_size else 1.0
 
 
