@@ -124,6 +124,8 @@ class _GroupRecovery:
     def _recover(self, failure: engine_pb2.GroupFailure, failed_at: float) -> None:
         try:
             reason = failure.reason
+            if failure.is_explained:
+                self._policy.forgive()
             while (why := self._attempt(failure, failed_at, reason)) and not self._stopping.is_set():
                 reason = why
         except Exception as error:

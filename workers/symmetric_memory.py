@@ -141,7 +141,7 @@ class _Exchange:
     """
 
     def __init__(self, meeting: Meeting) -> None:
-        self._name = f"symmetric memory of epoch {meeting.epoch}"
+        self._name: Any = f"symmetric memory of epoch {meeting.epoch}"  # some releases have a type for such names
         self._store = ExchangeStore(meeting)  # held: torch keeps only the part of it that is C++
         self._rank, self._size = meeting.rank, meeting.size
         group = dist.ProcessGroup(self._store, meeting.rank, meeting.size)

@@ -33,6 +33,7 @@ class GroupMember:
     epoch: int
     state: GroupState = GroupState.STARTING
     failure: str = ""  # why it failed last; empty while it serves
+    is_explained: bool = False  # whether a request was the cause, which has ended
     num_restarts: int = 0
     is_abandoned: bool = False  # failed, and will not come back
     history: list[str] = field(default_factory=list)
@@ -98,14 +99,15 @@ class Membership:
         group.become(GroupState.READY, GroupState.STARTING, GroupState.REBUILDING)
         group.failure = ""
 
-    def fail(self, group_id: int, why: str) -> None:
-        """A rank of it died, hangs or failed. A group that never was ready is forgotten, and may be tried again."""
+    def fail(self, group_id: int, why: str, is_explained: bool = False) -> None:
+        """A rank of it died, hangs or failed; `is_explained`: by a request that has ended. A group that
+        never was ready is forgotten, and may be tried again."""
         group = self.groups[group_id]
         if group.state is GroupState.STARTING:
             del self.groups[group_id]
             return
         group.become(GroupState.FAILED, GroupState.READY, GroupState.REBUILDING)
-        group.failure = why
+        group.failure, group.is_explained = why, is_explained
 
     def abandon(self, group_id: int) -> None:
         """It will not be rebuilt. Raises FailedPreconditionError for one that has not failed."""

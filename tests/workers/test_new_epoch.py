@@ -157,7 +157,7 @@ def test_what_is_queued_behind_a_step_that_hangs_is_not_run_when_it_ends(rank, s
     threading.Timer(0.5, StuckLlama.let_go.set).start()
     assert kept_weights(rank.configure(stuck_model, epoch=2)) == [True]
     answers = [next(stream), next(stream)]
-    assert [(answer.step_id, answer.failure) for answer in answers] == [(1, ""), (0, "epoch 1 is over")]
+    assert [(answer.step_id, answer.failure) for answer in answers] == [(1, ""), (2, "epoch 1 is over")]
     plans.put(None)
     assert len(rank.generate(epoch=2)) == 6
     assert not rank.has_ended.is_set()
