@@ -141,11 +141,12 @@ class _Exchange:
     """
 
     def __init__(self, meeting: Meeting) -> None:
-        self._name: Any = f"symmetric memory of epoch {meeting.epoch}"  # some releases have a type for such names
+        self._name = f"symmetric memory of epoch {meeting.epoch}"
         self._store = ExchangeStore(meeting)  # held: torch keeps only the part of it that is C++
         self._rank, self._size = meeting.rank, meeting.size
         group = dist.ProcessGroup(self._store, meeting.rank, meeting.size)
-        c10d._register_process_group(self._name, group)
+        register: Any = c10d._register_process_group  # some releases have a type for such names
+        register(self._name, group)
 
     def rendezvous(self, mine: Tensor) -> Any:  # noqa: ANN401 (a handle of torch's)
         try:

@@ -101,8 +101,8 @@ class Streams:
     def __init__(self, group, epoch) -> None:
         self._epoch = epoch
         self._plans = [queue.SimpleQueue() for _ in group]
-        calls = [rank.stub.Steps(iter(plans.get, None)) for rank, plans in zip(group, self._plans, strict=True)]
-        self.results = calls[0]
+        self._calls = [rank.stub.Steps(iter(plans.get, None)) for rank, plans in zip(group, self._plans, strict=True)]
+        self.results = self._calls[0]
         self._step_id = 0
 
     def send(self) -> None:
