@@ -52,6 +52,7 @@ class _Cause:
     reason: str
     at: float
     is_failure: bool  # of the group itself: not if only its coordinator is another
+    is_explained: bool = False  # by a request that has ended: not the group's fault
 
 
 class Recovery:
@@ -184,7 +185,8 @@ class _GroupRecovery:
     def take(self, failure: engine_pb2.GroupFailure) -> None:
         self.epoch = failure.epoch
         what = f"failed: {failure.reason} (last heard of {failure.silent_s:.2f} s before)"
-        cause = _Cause(what, failure.reason, time.monotonic() - failure.age_s, is_failure=True)
+        at = time.monotonic() - failure.age_s
+        cause = _Cause(what, failure.reason, at, is_failure=True, is_explained=failure.is_explained)
         self._thread.submit(self._recover, cause, self._num_coordinators)
 
     def restore(self, wait_until_up: Callable[[], None]) -> "Future[None]":
@@ -210,6 +212,8 @@ class _GroupRecovery:
     def _recover(self, cause: _Cause, coordinator: int) -> None:
         try:
             reason = cause.reason
+            if cause.is_explained:
+                self._policy.forgive()
             while reason and not self._is_over(coordinator):
                 delay_s = self._policy.delay_s(time.monotonic())
                 if delay_s is None:

@@ -27,6 +27,10 @@ class RestartPolicy:
         """It was rebuilt."""
         self._served_from = now
 
+    def forgive(self) -> None:
+        """What the failures so far came from is gone. Delays stay: who sends such requests may send more."""
+        self._failed_at.clear()
+
     def delay_s(self, now: float) -> float | None:
         """It has failed now. How long to wait before it is rebuilt; None: it is given up.
 

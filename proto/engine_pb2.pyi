@@ -171,18 +171,20 @@ class AwaitFailureResponse(_message.Message):
     def __init__(self, failures: _Optional[_Iterable[_Union[GroupFailure, _Mapping]]] = ...) -> None: ...
 
 class GroupFailure(_message.Message):
-    __slots__ = ("group_id", "epoch", "reason", "age_s", "silent_s")
+    __slots__ = ("group_id", "epoch", "reason", "age_s", "silent_s", "is_explained")
     GROUP_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     AGE_S_FIELD_NUMBER: _ClassVar[int]
     SILENT_S_FIELD_NUMBER: _ClassVar[int]
+    IS_EXPLAINED_FIELD_NUMBER: _ClassVar[int]
     group_id: int
     epoch: int
     reason: str
     age_s: float
     silent_s: float
-    def __init__(self, group_id: _Optional[int] = ..., epoch: _Optional[int] = ..., reason: _Optional[str] = ..., age_s: _Optional[float] = ..., silent_s: _Optional[float] = ...) -> None: ...
+    is_explained: bool
+    def __init__(self, group_id: _Optional[int] = ..., epoch: _Optional[int] = ..., reason: _Optional[str] = ..., age_s: _Optional[float] = ..., silent_s: _Optional[float] = ..., is_explained: _Optional[bool] = ...) -> None: ...
 
 class AbandonGroupRequest(_message.Message):
     __slots__ = ("group_id",)

@@ -76,7 +76,8 @@ class ExchangeStore(dist.Store):
 
     # What c10d calls.
 
-    def set(self, key: str, value: bytes) -> None:
+    def set(self, key: str, value: str) -> None:
+        """`value`: bytes in truth, which torch's stores take; its types know text alone."""
         self._store.set(self._own(key), value)
 
     def get(self, key: str) -> bytes:

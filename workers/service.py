@@ -230,16 +230,16 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             finally:
                 if self._request is request:  # an epoch has one stream: no other step will come
                     self._free_device()
-                    self._pipeline.call(self._check_device)
+                    if self._device.type == "cuda":
+                        self._pipeline.call(self._check_gpu)
 
-    def _check_device(self) -> None:
+    def _check_gpu(self) -> None:
         """After some errors a process can use its GPU no more; a new one can."""
-        if self._device.type == "cuda":
-            try:
-                torch.cuda.synchronize(self._device)
-            except RuntimeError:
-                _log.exception("the device is lost; this rank ends, to be replaced")
-                self._end_process()
+        try:
+            torch.cuda.synchronize(self._device)
+        except RuntimeError:
+            _log.exception("the GPU can be used no more; this rank ends, to be replaced")
+            self._end_process()
 
     async def Profile(  # noqa: N802
         self, request: worker_pb2.ProfileRequest, context: grpc.aio.ServicerContext

@@ -28,6 +28,7 @@ class StepPipeline:
         self._waiter = ThreadPoolExecutor(1, "results")
         self._device = device
         self._num_ends = 0  # times that what was queued was dropped
+        self._failed_after_ends = -1  # how many there had been when a step last failed
         # On the device thread: who profiles, and who wants to know.
         self._profiling: tuple[StepProfiler, Future[worker_pb2.ProfileResponse]] | None = None
 
@@ -36,7 +37,8 @@ class StepPipeline:
         return self._launcher.submit(function)
 
     def step(self, runner: ModelRunner, message: worker_pb2.BatchPlan) -> "Future[worker_pb2.StepResult]":
-        """Queues a step; the future has its result. What a step behind a failed one gives means nothing."""
+        """Queues a step; the future has its result. Steps behind one that failed fail too, and do not run: the other
+        ranks may be at the failed one still, and would take this one's sums for its."""
         result: Future[worker_pb2.StepResult] = Future()
         self._launcher.submit(self._launch, self._num_ends, runner, message, result)
         return result
@@ -104,9 +106,13 @@ class StepPipeline:
         if num_ends != self._num_ends:
             result.set_exception(FailedPreconditionError(f"epoch {message.epoch} is over"))
             return
+        if num_ends == self._failed_after_ends:
+            result.set_exception(FailedPreconditionError("a step before this one failed"))
+            return
         try:
             pending = runner.execute(decode_plan(message))
         except Exception as error:  # whatever it is, it belongs to who asked for the step
+            self._failed_after_ends = num_ends
             result.set_exception(error)
         else:
             self._waiter.submit(_settle, pending.wait, message, result)

@@ -31,7 +31,7 @@ class StepStream:
         self._answers: bool = request.rank == 0
         self._runner: ModelRunner | None = runner
         self._pipeline, self._context = pipeline, context
-        self._next_step_id = 1
+        self._next_step_id = self._due_step_id = 1  # of the plan to come, and of the answer
         self._failed = False  # what still comes is dropped
         self._queued: asyncio.Queue[asyncio.Future[worker_pb2.StepResult] | None] = asyncio.Queue()
 
@@ -43,7 +43,8 @@ class StepStream:
         except Exception as error:
             self._failed = True
             code, details = status_of(error)
-            await self._context.write(worker_pb2.StepResult(failure=details))
+            failure = worker_pb2.StepResult(epoch=self._epoch, step_id=self._due_step_id, failure=details)
+            await self._context.write(failure)
             await taking  # a plan written to a call that has ended would lose its status on the other side
             await abort(self._context, code, details)
         finally:
@@ -57,6 +58,7 @@ class StepStream:
     async def _answer(self) -> None:
         while (result := await self._queued.get()) is not None:
             answer = await result
+            self._due_step_id += 1
             if self._answers:
                 await self._context.write(answer)
 

@@ -145,7 +145,8 @@ class _Exchange:
         self._store = ExchangeStore(meeting)  # held: torch keeps only the part of it that is C++
         self._rank, self._size = meeting.rank, meeting.size
         self._group = dist.ProcessGroup(self._store, meeting.rank, meeting.size)  # held: the registry does not
-        c10d._register_process_group(self._name, self._group)
+        register: Any = c10d._register_process_group  # some releases have a type for such names
+        register(self._name, self._group)
 
     def rendezvous(self, mine: Tensor) -> Any:  # noqa: ANN401 (a handle of torch's)
         try:

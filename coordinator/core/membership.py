@@ -39,6 +39,7 @@ class GroupMember:
     epoch: int
     state: GroupState = GroupState.STARTING
     failure: str = ""  # why it failed last; empty while it serves
+    is_explained: bool = False  # whether a request was the cause, which has ended
     num_restarts: int = 0
     is_abandoned: bool = False  # failed, and will not come back
     history: list[str] = field(default_factory=list)
@@ -109,15 +110,15 @@ class Membership:
         group.become(GroupState.READY, GroupState.STARTING, GroupState.REBUILDING)
         group.failure = ""
 
-    def fail(self, group_id: int, why: str) -> None:
-        """A rank of it died, hangs or failed. A group that never was ready is forgotten, and may be tried again; one
-        that was to leave is gone."""
+    def fail(self, group_id: int, why: str, is_explained: bool = False) -> None:
+        """A rank of it died, hangs or failed; `is_explained`: by a request that has ended. A group that never was ready
+        is forgotten, and may be tried again; one that was to leave is gone."""
         group = self.groups[group_id]
         if group.state in (GroupState.STARTING, GroupState.DRAINING):
             del self.groups[group_id]
             return
         group.become(GroupState.FAILED, GroupState.READY, GroupState.REBUILDING)
-        group.failure = why
+        group.failure, group.is_explained = why, is_explained
 
     def drain(self, group_id: int) -> None:
         """It is to leave. Raises FailedPreconditionError for one that does not serve, and for the last that does."""

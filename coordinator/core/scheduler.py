@@ -7,7 +7,7 @@ from .admission import check_fits, check_resumed, find_misfits
 from .batch_plan import BatchPlan, ScheduledRow
 from .chunk_budget import ChunkBudget, counted_tokens
 from .drain import first_mover, is_drained, next_to_move
-from .ordered_sequences import WaitingQueue
+from .ordered_sequences import OrderedSequences, WaitingQueue
 from .placement import Queue, belongs
 from .prompt_turns import PromptTurns, Takers
 from .scheduler_config import SchedulerConfig
@@ -15,6 +15,7 @@ from .scheduler_counters import SchedulerCounters
 from .sequence import FinishReason, Request, RequestKey, Sequence, SequenceStatus
 from .sequence_group import BeamOutput, SequenceGroup
 from .step_outcome import AcceptedScores, PromptScores, SampledToken, StepOutcome, StepReport
+from .suspects import Suspects
 from .worker_group import GroupMemory, WorkerGroup
 
 _RETRY_AFTER_S = 1.0
@@ -31,6 +32,7 @@ class Scheduler:
         self.groups: dict[int, WorkerGroup] = {}
         self.counters = SchedulerCounters()
         self._outputs: dict[RequestKey, SequenceGroup] = {}  # unfinished ones
+        self.suspects = Suspects(self.waiting, self._preempt)
 
     # Events from outside
 
@@ -38,12 +40,16 @@ class Scheduler:
         assert group_id not in self.groups
         self.groups[group_id] = WorkerGroup(group_id, memory, self.config.block_size, self.config.max_num_seqs)
 
-    def remove_group(self, group_id: int) -> None:
-        """The group is gone. Its sequences wait again, with the tokens they have."""
-        for sequence in list(self.groups[group_id].running):
+    def remove_group(self, group_id: int, failed_step: int = 0) -> list[RequestKey]:
+        """The group is gone, in `failed_step`; 0: in its oldest in flight. Its sequences wait again, with the tokens
+        they have. Returns outputs, and beam searches, that end: their steps are what fails groups."""
+        group = self.groups[group_id]
+        suspects = Suspects.of_step(group.inflight, failed_step)
+        for sequence in list(group.running):
             if sequence.is_running:
                 self._preempt(sequence, f"group {group_id} is gone")
         del self.groups[group_id]
+        return [self._give_up(sequence) for sequence in self.suspects.judge(group_id, suspects)]
 
     def drain_group(self, group_id: int, is_draining: bool = True) -> None:
         """The group is to leave, or is not: what runs there moves to others where they have room, and nothing new comes
@@ -95,7 +101,7 @@ class Scheduler:
         self._end(key, FinishReason.STOP)
 
     def drop(self, key: RequestKey) -> None:
-        """Forgets an output that nobody can serve; who calls tells its reader, and counts it."""
+        """Forgets an output that nobody can serve; who calls tells its reader."""
         self._end(key, None)
 
     def _end(self, key: RequestKey, reason: FinishReason | None) -> None:
@@ -106,13 +112,16 @@ class Scheduler:
             self._end_beams(samples, reason or FinishReason.CANCELLED)
         else:
             self._finish_sample(samples.sequence(key), reason or FinishReason.CANCELLED)
-        if reason and not samples.sequences:
-            self._count_end(reason)
+        samples.has_failed |= reason is None
+        if not samples.sequences:
+            self._count_end(samples, reason)
 
-    def _count_end(self, reason: FinishReason) -> None:
-        """Of a request, by how its last output ended."""
-        self.counters.num_cancelled += reason is FinishReason.CANCELLED
-        self.counters.num_finished += reason is not FinishReason.CANCELLED
+    def _count_end(self, samples: SequenceGroup, reason: FinishReason | None) -> None:
+        """Of a request, once: by whether an output failed, else by how its last one ended."""
+        is_cancelled = reason is FinishReason.CANCELLED
+        self.counters.num_failed += samples.has_failed
+        self.counters.num_cancelled += is_cancelled and not samples.has_failed
+        self.counters.num_finished += not (is_cancelled or samples.has_failed)
 
     def unfinished_requests(self) -> list[RequestKey]:
         """Keys of all unfinished outputs."""
@@ -133,6 +142,9 @@ class Scheduler:
         group = self.groups[group_id]
         if not group.has_room_in_flight(self.config.num_inflight_steps):
             return None
+        queue = self.suspects.queue_for(group)
+        if queue is None:
+            return None
         if group.must_preempt_early:
             self._preempt(group.running.last(), "to be saved before blocks run out")
         plan = group.begin_step()
@@ -142,7 +154,7 @@ class Scheduler:
         budget, (first, last) = turns.budget(plan), turns.order(plan.step_id)
         self._schedule_chunks(group, first, plan, budget)
         if not preempted:
-            self._admit_waiting(group, plan, budget)
+            self._admit_waiting(group, plan, budget, queue)
         self._schedule_chunks(group, last, plan, budget)
         group.save_blocks()
         if not (plan.rows or group.blocks.has_unsent_transfers or group.must_ask):
@@ -237,19 +249,24 @@ class Scheduler:
                 break
             self._add_chunk(sequence, group, budget, plan)
 
-    def _admit_waiting(self, group: WorkerGroup, plan: BatchPlan, budget: ChunkBudget) -> None:
+    def _admit_waiting(
+        self, group: WorkerGroup, plan: BatchPlan, budget: ChunkBudget, waiting: OrderedSequences
+    ) -> None:
         """Slots and blocks to waiting sequences, strictly in order: one that does not fit holds the others back. What a
-        draining group runs comes in its order, too."""
+        draining group runs comes in the queue's order, too."""
+        is_queue = waiting is self.waiting
+        groups = self.groups.values() if is_queue else [group]
         while not budget.is_spent and plan.num_joined_tokens < _MAX_JOINED_TOKENS:
-            queue, groups = Queue(len(self.waiting), self.config.max_num_batched_tokens), self.groups.values()
-            if moving := next_to_move(group, groups, self.waiting.first() if self.waiting else None, queue):
+            queue, first = Queue(len(waiting), self.config.max_num_batched_tokens), waiting.first() if waiting else None
+            moving = next_to_move(group, groups, first, queue) if is_queue else None
+            if moving:
                 self._preempt(moving, f"to group {group.group_id}, as its own is to leave")
-            if not self.waiting:
+            if not waiting:
                 break
-            sequence = self.waiting.first()
+            sequence = waiting.first()
             if not moving and not belongs(sequence, group, groups, queue):
                 break
-            self.waiting.remove(sequence)
+            waiting.remove(sequence)
             together = [sequence] if sequence.samples.beams is None else [sequence, *sequence.samples.take_held()]
             for each in together:
                 group.admit(each, plan)
@@ -300,7 +317,7 @@ class Scheduler:
         if reason is not None:
             self._finish_sample(sequence, reason)
             if not sequence.samples.sequences:
-                self._count_end(reason)
+                self._count_end(sequence.samples, reason)
         elif sequence.num_tokens >= (sequence.num_published_blocks + 1) * self.config.block_size:
             self._publish(sequence)
         return SampledToken(sequence.key, token_id, reason, row, num_cached_tokens)
@@ -308,6 +325,9 @@ class Scheduler:
     def _fail(self, sequence: Sequence) -> RequestKey:
         """Nothing could be sampled for it: what its blocks hold is not to be found again. Returns what ended."""
         self.groups[sequence.group_id].blocks.forget(sequence)
+        return self._give_up(sequence)
+
+    def _give_up(self, sequence: Sequence) -> RequestKey:
         key = sequence.key if sequence.samples.beams is None else sequence.request.key
         self.drop(key)
         return key
@@ -335,6 +355,8 @@ class Scheduler:
             self.waiting.remove(sequence)
         elif sequence in samples.held:
             samples.held.remove(sequence)
+        else:
+            self.suspects.remove(sequence)
         sequence.finish(reason)
 
     # Beams
@@ -358,7 +380,7 @@ class Scheduler:
     def _take_outputs(self, samples: SequenceGroup) -> list[BeamOutput]:
         assert samples.beams is not None
         self._end_beams(samples, FinishReason.STOP)
-        self._count_end(FinishReason.STOP)
+        self._count_end(samples, FinishReason.STOP)
         outputs = samples.beams.outputs()
         self.counters.num_output_tokens += sum(len(output.token_ids) for output in outputs)
         return outputs
@@ -386,8 +408,11 @@ class Scheduler:
         forks = [child for samples in requests if samples.beams for _, child in samples.beams.forks]
         unfinished = [sequence for samples in requests for sequence in samples.sequences]
         assert len(unfinished) == len(set(unfinished)), "a sequence is in two places"
-        assert {*running, *self.waiting, *held, *forks} == set(unfinished), "a sequence is nowhere, or still somewhere"
-        assert len(unfinished) == len(running) + len(self.waiting) + len(held) + len(forks)
-        for sequence in (*self.waiting, *held):
+        tried = self.suspects.queued
+        assert {*running, *self.waiting, *held, *forks, *tried} == set(unfinished), (
+            "a sequence is nowhere, or still somewhere"
+        )
+        assert len(unfinished) == len(running) + len(self.waiting) + len(held) + len(forks) + len(tried)
+        for sequence in (*self.waiting, *held, *tried):
             assert sequence.status is SequenceStatus.WAITING
         assert self.waiting.num_counted_tokens == sum(counted_tokens(each.num_tokens) for each in self.waiting)

@@ -30,6 +30,7 @@ class SequenceGroup:
     def __init__(self, request: Request, arrival: int, block_size: int, max_model_len: int) -> None:
         self.request = request
         self.arrival = arrival
+        self.has_failed = False  # whether an output could not be served
         self.num_cached_tokens = -1  # of the prompt, found when the first sequence took a slot; before, -1
         num_prompt_tokens = len(request.prompt_token_ids)
         self.max_num_tokens = min(num_prompt_tokens + request.stop.max_tokens, max_model_len)  # of each sequence

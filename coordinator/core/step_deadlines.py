@@ -12,11 +12,11 @@ _NUM_RECENT = 32  # steps of a size
 
 
 class StepDeadlines:
-    """Remembers the recent steps of one group, by size: powers of two of their tokens."""
+    """Remembers the recent steps of one group, whatever its epoch, by size: powers of two of their tokens."""
 
     def __init__(self, least_s: float) -> None:
         """`least_s`: no step is late before; 0: none ever is."""
-        self._least_s = least_s
+        self.least_s = least_s
         self._recent: dict[int, deque[float]] = {}
 
     def observe(self, num_tokens: int, duration_s: float) -> None:
@@ -25,9 +25,9 @@ class StepDeadlines:
 
     def allowed_s(self, num_tokens: int) -> float:
         """For a step of so many tokens; 0: for ever."""
-        if not self._least_s:
+        if not self.least_s:
             return 0.0
         if recent := self._recent.get(num_tokens.bit_length()):
-            return max(self._least_s, _FACTOR * max(recent))
+            return max(self.least_s, _FACTOR * max(recent))
         slowest_s = max((max(recent) for recent in self._recent.values()), default=0.0)
-        return max(_UNSEEN_FACTOR * self._least_s, _FACTOR * slowest_s)
+        return max(_UNSEEN_FACTOR * self.least_s, _FACTOR * slowest_s)

@@ -15,6 +15,7 @@ from ..core.membership import GroupState, Membership
 from ..core.scheduler import Scheduler
 from ..core.scheduler_config import SchedulerConfig
 from ..core.sequence import RequestKey, Sequence
+from ..core.step_deadlines import StepDeadlines
 from ..core.step_outcome import PromptScores, StepReport
 from ..core.worker_group import GroupMemory
 from .block_copier import BlockCopier
@@ -22,10 +23,12 @@ from .codec import candidates_of, decode_submit, num_rows, skip_rows, unpack
 from .group_runner import GroupEvents, GroupRunner
 from .session import Session
 from .status import engine_counters, failure_of, group_status
+from .worker_error import WorkerError
 
 _log = logging.getLogger(__name__)
 
 _NO_SCORE = "the model's scores for the next token are not finite, so none could be sampled; other requests go on"
+_POISON = "the forward pass failed each time that it came to this request, the last time alone with it; others go on"
 
 
 class Engine:
@@ -49,7 +52,7 @@ class Engine:
         self._copier = BlockCopier(self.scheduler, lambda group_id: self._runners[group_id].link)
         self._sessions: dict[int, Session] = {}
         self._session_ids = itertools.count(1)
-        self._num_failed = 0
+        self._num_refused = 0
         self._started_at = time.monotonic()
         self._serving = asyncio.Event()
         self._failed = asyncio.Event()  # for those who wait for the next failure
@@ -87,7 +90,8 @@ class Engine:
         """The last incarnation's streams have ended when the next one's ranks are configured."""
         previous = self._runners.get(request.group_id)
         events = GroupEvents(self._take_result, self._lose_group)
-        runner = GroupRunner(request, epoch, self.scheduler, events, self.config.step_timeout_s)
+        deadlines = previous.deadlines if previous is not None else StepDeadlines(self.config.step_timeout_s)
+        runner = GroupRunner(request, epoch, self.scheduler, events, deadlines)
         self._runners[request.group_id] = runner
         if previous is not None:
             await previous.close()
@@ -116,8 +120,12 @@ class Engine:
         """A rank failed, and with it its group: its epoch is over. Its sequences wait for another group, or for this
         one to be rebuilt; if nobody does that, every request ends."""
         _log.error("group %d failed: %s", group_id, error)
-        self.scheduler.remove_group(group_id)
-        self._membership.fail(group_id, str(error))
+        ended = self.scheduler.remove_group(group_id, error.step_id if isinstance(error, WorkerError) else 0)
+        for key in ended:
+            _log.error("group %d: a request ended, since its steps are what fails", group_id)
+            self._fail_request(key, InternalError(f"{_POISON}: {error}"))
+        self._flush()
+        self._membership.fail(group_id, str(error), is_explained=bool(ended))
         self._copier.notice()
         self._tell_failure()
         self._settle_requests()
@@ -190,9 +198,7 @@ class Engine:
         )
 
     def _fail_all(self, error: OctavoError) -> None:
-        keys = self.scheduler.unfinished_requests()
-        self._num_failed += len({self.scheduler.samples(key) for key in keys})
-        for key in keys:
+        for key in self.scheduler.unfinished_requests():
             self.scheduler.drop(key)
             self._sessions[key.session_id].add_failure(key.handle, error)
         self._flush()
@@ -204,7 +210,6 @@ class Engine:
         self._flush()
 
     def _fail_request(self, key: RequestKey, error: OctavoError) -> None:
-        self._num_failed += 1
         self._sessions[key.session_id].add_failure(key.handle, error)
 
     def _wake_groups(self) -> None:
@@ -242,6 +247,7 @@ class Engine:
             try:
                 self._submit(session, submit)
             except OctavoError as error:
+                self._num_refused += 1
                 self._fail_request(RequestKey(session.session_id, submit.handle), error)
         if self._membership.is_settled and any(submit.resumed for submit in request.submits):
             self._fail_misfits()
@@ -306,7 +312,7 @@ class Engine:
                 for group_id, member in self._membership.groups.items()
             ],
             num_gateways=len(self._sessions),
-            counters=engine_counters(self.scheduler.counters, self._num_failed),
+            counters=engine_counters(self.scheduler.counters, self._num_refused),
         )
 
     async def close(self) -> None:

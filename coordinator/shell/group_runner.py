@@ -53,9 +53,9 @@ class GroupRunner:
         epoch: int,
         scheduler: Scheduler,
         events: GroupEvents,
-        step_timeout_s: float = 0.0,
+        deadlines: StepDeadlines,
     ) -> None:
-        """`step_timeout_s`: the least that a step may take before the group counts as hung; 0: none does."""
+        """`deadlines`: those of the last incarnation, if there was one: sizes that it has seen are no news."""
         self.group_id: int = request.group_id
         self.epoch = epoch
         self.link = WorkerLink(request, epoch)
@@ -63,9 +63,8 @@ class GroupRunner:
         self.steps = admin_pb2.StepCounters()
         self._scheduler = scheduler
         self._events = events
-        self._step_timeout_s = step_timeout_s
-        self._deadlines = StepDeadlines(step_timeout_s)
-        self._watchdog = Watchdog(self.link.ping, len(self.link.endpoints), step_timeout_s)
+        self.deadlines = deadlines
+        self._watchdog = Watchdog(self.link.ping, len(self.link.endpoints), deadlines.least_s)
         self._is_running = False
         self._wake = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
@@ -75,7 +74,7 @@ class GroupRunner:
 
     async def configure(self, report: Callable[[str, float], Any]) -> GroupMemory:
         """As WorkerLink.configure; a rank that hangs fails it too."""
-        timeout_s = _CONFIGURE_FACTOR * self._step_timeout_s
+        timeout_s = _CONFIGURE_FACTOR * self.deadlines.least_s
         watchdog = Watchdog(self.link.ping, len(self.link.endpoints), timeout_s)
         configuring = asyncio.ensure_future(self.link.configure(report))
         watching = asyncio.ensure_future(watchdog.run())
@@ -140,7 +139,7 @@ class GroupRunner:
     def _expect_oldest(self) -> None:
         """The workers are at the oldest step in flight."""
         if self._inflight:
-            self._watchdog.expect_step(self._deadlines.allowed_s(self._inflight[0][1]))
+            self._watchdog.expect_step(self.deadlines.allowed_s(self._inflight[0][1]))
         else:
             self._watchdog.rest()
 
@@ -157,7 +156,7 @@ class GroupRunner:
         now = time.monotonic()
         sent_at, num_tokens = self._inflight.popleft()
         duration_s = now - max(sent_at, self._last_result_at)
-        self._deadlines.observe(num_tokens, duration_s)
+        self.deadlines.observe(num_tokens, duration_s)
         self.steps.num_steps += 1
         self.steps.step_time_s += duration_s
         self.steps.model_time_s += result.model_time_us / 1e6

@@ -10,12 +10,12 @@ from ..core.worker_group import WorkerGroup
 from .group_runner import GroupRunner
 
 
-def engine_counters(counters: SchedulerCounters, num_failed: int) -> admin_pb2.EngineCounters:
+def engine_counters(counters: SchedulerCounters, num_refused: int) -> admin_pb2.EngineCounters:
     return admin_pb2.EngineCounters(
         num_requests=counters.num_requests,
         num_finished=counters.num_finished,
         num_cancelled=counters.num_cancelled,
-        num_failed=num_failed,
+        num_failed=counters.num_failed + num_refused,
         num_preemptions=counters.num_preemptions,
         num_prompt_tokens=counters.num_prompt_tokens,
         num_output_tokens=counters.num_output_tokens,
@@ -24,7 +24,9 @@ def engine_counters(counters: SchedulerCounters, num_failed: int) -> admin_pb2.E
 
 def failure_of(member: GroupMember, runner: GroupRunner) -> engine_pb2.GroupFailure:
     """Of a group that failed: while it served, or while it was rebuilt."""
-    failure = engine_pb2.GroupFailure(group_id=member.group_id, epoch=member.epoch, reason=member.failure)
+    failure = engine_pb2.GroupFailure(
+        group_id=member.group_id, epoch=member.epoch, reason=member.failure, is_explained=member.is_explained
+    )
     if runner.downfall is not None:
         failure.age_s = time.monotonic() - runner.downfall.at
         failure.silent_s = runner.downfall.silent_s

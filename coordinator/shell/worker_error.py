@@ -10,9 +10,10 @@ class WorkerError(OctavoError):
 
     grpc_code = 14  # UNAVAILABLE
 
-    def __init__(self, rank: int | None, why: str) -> None:
+    def __init__(self, rank: int | None, why: str, step_id: int = 0) -> None:
         super().__init__(why if rank is None else f"rank {rank}: {why}")
         self.rank = rank  # None: not known
+        self.step_id = step_id  # that failed; 0: not known
 
     @classmethod
     def of(cls, rank: int, error: grpc.aio.AioRpcError) -> "WorkerError":

@@ -140,7 +140,7 @@ class WorkerLink:
         try:
             async for result in stream:
                 if result.failure:
-                    on_error(WorkerError(rank, result.failure))
+                    on_error(WorkerError(rank, result.failure, result.step_id))
                     return
                 on_result(result)
             on_error(WorkerError(rank, "it closed its stream"))

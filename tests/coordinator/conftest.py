@@ -41,7 +41,8 @@ class ScriptedScheduler:
                                step whose transfers have ended, its own where not given. A beam's likeliest tokens are
                                the one given, with a log probability of -1, and those after it, each 1 less likely.
                                `nan` for a token: the row has no score to sample from
-    lose GROUP                 a group is gone
+    lose GROUP                 a group is gone; what is found to be at fault ends
+    rebuild GROUP              it is back
     drain GROUP                a group is to leave
     state                      what runs and what waits
     """
@@ -64,8 +65,9 @@ class ScriptedScheduler:
     def do_config(self, blocks: str, groups: str = "1", host: str = "0", **options: str) -> str:
         self.scheduler = Scheduler(SchedulerConfig(**{key: int(value) for key, value in options.items()}))
         sizes = blocks.split(",") if "," in blocks else [blocks] * int(groups)
-        for group_id, num_blocks in enumerate(sizes):
-            self.scheduler.add_group(group_id, GroupMemory(int(num_blocks), int(host)))
+        self._memories = [GroupMemory(int(num_blocks), int(host)) for num_blocks in sizes]
+        for group_id in range(len(sizes)):
+            self.do_rebuild(str(group_id))
         return ""
 
     def do_add(self, name, prompt, max="16", min="0", stop="", **options: str) -> str:  # noqa: A002
@@ -119,7 +121,10 @@ class ScriptedScheduler:
         return f"{self.name(token.key)}={token.token_id}{cached}{reason}"
 
     def do_lose(self, group: str) -> str:
-        self.scheduler.remove_group(int(group))
+        return ", ".join(f"{self.name(key)} FAILED" for key in self.scheduler.remove_group(int(group)))
+
+    def do_rebuild(self, group: str) -> str:
+        self.scheduler.add_group(int(group), self._memories[int(group)])
         return ""
 
     def do_drain(self, group: str) -> str:
@@ -133,7 +138,8 @@ class ScriptedScheduler:
             for group in self.scheduler.groups.values()
         ]
         waiting = " ".join(map(name_of, self.scheduler.waiting)) or "-"
-        return "; ".join([*groups, f"waiting: {waiting}"])
+        accused = " ".join(map(name_of, self.scheduler.suspects.queued))
+        return "; ".join([*groups, f"waiting: {waiting}", *([f"accused: {accused}"] if accused else [])])
 
     def name(self, key: RequestKey) -> str:
         return next(name for name, other in self._handles.items() if other == key)
@@ -188,6 +194,7 @@ class CountingWorker(worker_pb2_grpc.WorkerServicer):
         self.plans: list[worker_pb2.BatchPlan] = []  # of the last epoch
         self.fail_at_step = 0
         self.abort_at_step = 0  # end the call without a word before, as no worker does that lives
+        self.poison = b""  # steps with a sequence of this prompt fail
         self.spoil_at_step = 0
         self.spoil = lambda result: None  # what is wrong with that step's result
         self.num_blocks = NUM_BLOCKS
@@ -212,6 +219,7 @@ class CountingWorker(worker_pb2_grpc.WorkerServicer):
         self.epochs.append(request.epoch)
         self.weight_source = request.weight_source
         self.plans, self.computed, self.known, self.decode_slots = [], {}, {}, []
+        self.poisoned_slots = set()
         if request.config.model_path == "broken":
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "tensor w is missing")
         await self.loaded.wait()
@@ -237,8 +245,8 @@ class CountingWorker(worker_pb2_grpc.WorkerServicer):
             await self.hold.wait()
             if plan.step_id == self.abort_at_step:
                 await context.abort(grpc.StatusCode.INTERNAL, "the forward pass failed")
-            if plan.step_id == self.fail_at_step:
-                yield worker_pb2.StepResult(failure="the forward pass failed")
+            if plan.step_id == self.fail_at_step or self.is_poisoned(plan):
+                yield worker_pb2.StepResult(failure="the forward pass failed", step_id=plan.step_id)
                 async for _ in requests:
                     pass
                 return
@@ -250,6 +258,11 @@ class CountingWorker(worker_pb2_grpc.WorkerServicer):
                 if plan.step_id == self.spoil_at_step:
                     self.spoil(result)
                 yield result
+
+    def is_poisoned(self, plan) -> bool:
+        self.poisoned_slots -= set(np.frombuffer(plan.leave_slots, "<u2").tolist())
+        self.poisoned_slots |= {join.slot for join in plan.joins if self.poison and join.token_ids == self.poison}
+        return bool(self.poisoned_slots & set(np.frombuffer(plan.chunk_slots, "<u2").tolist()))
 
     def apply(self, plan):
         for slot in np.frombuffer(plan.leave_slots, "<u2").tolist():

@@ -3,6 +3,7 @@
 import asyncio
 
 import grpc
+import numpy as np
 import pytest
 from octavo.coordinator.core.step_deadlines import StepDeadlines
 from octavo.proto import admin_pb2, engine_pb2
@@ -224,6 +225,71 @@ def test_a_rank_that_hangs_while_it_loads_fails_the_start(cluster, run):
             with pytest.raises(grpc.aio.AioRpcError, match="rank 1: it has not answered for"):
                 await it.add_group()
             assert not (await it.status()).groups
+
+    run(scenario())
+
+
+def test_a_request_that_fails_each_step_ends_alone(cluster, submit, run):
+    """Though rank 1 may say so before rank 0 has answered the step in front."""
+
+    async def scenario():
+        async with cluster(rebuilds_groups=True) as it:
+            await it.add_group()
+            session = await it.session()
+            for worker in it.workers:
+                worker.poison = np.asarray([9, 9], "<i4").tobytes()
+            failures = []
+
+            async def rebuild() -> None:
+                while True:
+                    failures.extend(await it.await_failures(*(failure.epoch for failure in failures)))
+                    await it.add_group()
+
+            rebuilding = asyncio.create_task(rebuild())
+            await session.submit(*(submit(handle, max_tokens=20) for handle in range(6)))
+            while len(session.tokens[0]) < 3:
+                await session.read()
+            bad = submit(6, prompt_token_ids=it.workers[1].poison, max_tokens=20)
+            bad.num_samples = 3
+            await session.submit(bad, *(submit(handle, max_tokens=20) for handle in range(9, 12)))
+            await session.read_until_done(12)
+            assert sorted(session.failures) == [6, 7, 8]
+            assert {failure.code for failure in session.failures.values()} == {grpc.StatusCode.INTERNAL.value[0]}
+            assert "came to this request" in session.failures[6].message
+            for handle in (*range(6), *range(9, 12)):
+                assert session.tokens[handle] == list(range(4, 24))
+            while (await it.status()).groups[0].state != READY:
+                await asyncio.sleep(0.01)
+            rebuilding.cancel()
+            assert [failure.is_explained for failure in failures] == [False, False, True]
+            status = await it.status()
+            assert (status.counters.num_failed, status.counters.num_finished) == (1, 9)
+            assert status.groups[0].num_free_blocks == it.num_blocks
+
+    run(scenario())
+
+
+def test_a_rebuilt_group_knows_what_its_steps_take(cluster, submit, run):
+    """A hang in its first step is found in the least time, not in that of a size that nobody has seen."""
+
+    async def scenario():
+        async with cluster(rebuilds_groups=True, step_timeout_s=0.5) as it:
+            await it.add_group()
+            session = await it.session()
+            await session.submit(submit(1, max_tokens=3))  # its steps are of 4 tokens, and of one
+            await session.read_until_done(1)
+            it.workers[0].abort_at_step = 4
+            await session.submit(submit(2, max_tokens=3))
+            await it.await_failures()
+            it.workers[0].abort_at_step = 0
+            it.workers[0].hold.clear()
+            await it.add_group()
+            [failure] = await asyncio.wait_for(it.await_failures(1), 15)  # 30 s for an unseen size
+            assert failure.reason.startswith("a step has not ended after")
+            it.workers[0].hold.set()
+            await it.add_group()
+            await session.read_until_done(2)
+            assert session.tokens[2] == [4, 5, 6]
 
     run(scenario())
 

@@ -32,6 +32,17 @@ def test_one_failure_too_many_within_ten_minutes_is_the_last():
     assert RestartPolicy(max_restarts=0).delay_s(0) is None
 
 
+def test_failures_that_are_explained_are_forgiven_and_delays_stay():
+    policy = RestartPolicy(max_restarts=3)
+    for _ in range(4):
+        delays = [policy.delay_s(0), policy.delay_s(1)]
+        policy.forgive()
+        delays.append(policy.delay_s(2))
+        policy.forgive()
+        assert None not in delays
+    assert policy.delay_s(3) > 8
+
+
 class Ranks:
     """Of two groups of two ranks, of which rank 1 is dead."""
 
@@ -88,9 +99,10 @@ class Scene:
         self.said.append(line)
         self.heard.release()
 
-    def fail(self, group_id, epoch):
+    def fail(self, group_id, epoch, **fields):
         why = "rank 1: its stream broke off"
-        self.recovery.take([engine_pb2.GroupFailure(group_id=group_id, epoch=epoch, reason=why, silent_s=0.25)])
+        failure = engine_pb2.GroupFailure(group_id=group_id, epoch=epoch, reason=why, silent_s=0.25, **fields)
+        self.recovery.take([failure])
 
     def wait(self):
         assert self.heard.acquire(timeout=5)
@@ -111,6 +123,16 @@ def test_only_what_is_lost_is_replaced(scene):
         "group 0 failed: rank 1: its stream broke off (last heard of 0.25 s before); started rank 1 anew, serves again"
     )
     assert set(scene.recovery.known_epochs) == {0, 1}
+
+
+def test_a_group_is_not_given_up_for_what_a_request_did():
+    scene = Scene(max_restarts=2)
+    for epoch, is_explained in enumerate([False, False, True, False], start=1):
+        scene.fail(0, epoch, is_explained=is_explained)
+        scene.wait()
+    assert scene.control.added == [0] * 4
+    assert not scene.control.abandoned
+    scene.recovery.stop()
 
 
 def test_where_nothing_is_lost_and_that_does_not_help_all_are(scene):

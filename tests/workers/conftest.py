@@ -38,11 +38,11 @@ class ThreadParallel(TensorParallel):
 
     meeting: Meeting = None
 
-    def all_reduce_transient(self, tensor: torch.Tensor) -> torch.Tensor:
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.copy_(sum(self.meeting.exchange(self.rank, tensor)))
 
     def start_all_reduce(self, tensor: torch.Tensor):
-        self.all_reduce_transient(tensor)
+        self.all_reduce(tensor)
         return lambda: tensor
 
     def all_reduce_max(self, tensor: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ from octavo.proto import engine_pb2, sampling_pb2, worker_pb2, worker_pb2_grpc
 from octavo.workers import service
 from octavo.workers.models.llama import LlamaForCausalLM
 from octavo.workers.models.registry import register_model
+from octavo.workers.parallel import TensorParallel
 from octavo.workers.server import WorkerServer
 
 PROMPT = [1, 2, 3]
@@ -157,7 +158,7 @@ def test_what_is_queued_behind_a_step_that_hangs_is_not_run_when_it_ends(rank, s
     threading.Timer(0.5, StuckLlama.let_go.set).start()
     assert kept_weights(rank.configure(stuck_model, epoch=2)) == [True]
     answers = [next(stream), next(stream)]
-    assert [(answer.step_id, answer.failure) for answer in answers] == [(1, ""), (0, "epoch 1 is over")]
+    assert [(answer.step_id, answer.failure) for answer in answers] == [(1, ""), (2, "epoch 1 is over")]
     plans.put(None)
     assert len(rank.generate(epoch=2)) == 6
     assert not rank.has_ended.is_set()
@@ -171,6 +172,20 @@ def test_a_rank_whose_step_never_ends_ends_itself(rank, stuck_model, monkeypatch
     assert rank.has_ended.is_set()
     StuckLlama.let_go.set()
     plans.put(None)
+
+
+def test_the_device_is_freed_as_soon_as_the_stream_ends_and_when_the_epoch_does(rank, make_llama, monkeypatch):
+    """By a thread that is not the device's: that one may be among what waits."""
+    freed = queue.SimpleQueue()
+    monkeypatch.setattr(TensorParallel, "abandon", lambda tp: freed.put((tp, threading.current_thread().name)))
+    path = make_llama(eos_token_id=None)
+    rank.configure(path, epoch=1)
+    rank.generate(epoch=1)
+    tp, thread = freed.get(timeout=10)
+    assert tp.size == 1
+    assert not thread.startswith(("device", "grpc"))
+    rank.configure(path, epoch=2)
+    freed.get(timeout=10)
 
 
 def test_a_rank_does_not_wait_for_one_that_died_before_they_met(make_llama):

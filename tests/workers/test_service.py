@@ -108,7 +108,7 @@ def test_says_why_before_the_call_ends_and_drops_plans_meanwhile(stub, make_requ
     assert next(call).step_id == 1
     plans.put(decode_plan(2))
     why = "cannot decode slots [0]: they are free"
-    assert next(call) == worker_pb2.StepResult(failure=why)
+    assert next(call) == worker_pb2.StepResult(epoch=3, step_id=2, failure=why)
     for plan in (make_plan(3), make_plan(9), None):
         plans.put(plan)
     assert refusal(call) == (grpc.StatusCode.FAILED_PRECONDITION, why)
