@@ -12,7 +12,7 @@ from grpc_status import rpc_status
 
 from ...launch.client import CHANNEL_OPTIONS
 from ...proto import generation_pb2, generation_pb2_grpc
-from .answers import Answer, Difference, differences
+from .answers import Answer, Difference, Output, differences
 
 REQUEST_TIMEOUT_S = 180.0  # one that has not ended by then is lost
 _RETRY_S = 0.2
@@ -20,6 +20,7 @@ _GATEWAY_DEATH_S = 3.0  # a connection that breaks so soon after a gateway was k
 _REFUSAL_S = 2.0  # what is refused is refused at once
 _NOTED_GAP_S = 0.05
 _NUM_KEPT_GAPS = 100_000
+_NUM_SHOWN = 6  # tokens from a difference on
 _REFUSALS = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED)
 # A connection of its own for each stream, so that they spread over the gateways; a new one soon after it broke.
 _OPTIONS = [
@@ -46,6 +47,12 @@ class Mismatch:
     exchange: int
     noticed_at_s: float  # after the load began
     difference: Difference
+    due: Sequence[int] = ()  # the tokens from there on, a few
+    came: Sequence[int] = ()
+
+    def __str__(self) -> str:
+        tokens = f", due {list(self.due)}, came {list(self.came)}" if self.due or self.came else ""
+        return f"request {self.exchange} at {self.noticed_at_s:.1f} s, {self.difference}{tokens}"
 
 
 @dataclass(slots=True)
@@ -182,7 +189,7 @@ class Load:
         self.tally.num_finished += 1
         noticed_at_s = self.time_s if reading.parted_at_s is None else reading.parted_at_s
         for difference in differences(reading.exchange.expected, reading.found):
-            self.tally.mismatches.append(Mismatch(reading.exchange.index, noticed_at_s, difference))
+            self.tally.mismatches.append(reading.mismatch(noticed_at_s, difference))
 
     def _note_error(self, reading: "_Reading", error: grpc.aio.AioRpcError) -> None:
         if self._is_of_killed_gateway(reading, error):
@@ -230,6 +237,13 @@ class _Reading:
         ):
             self.parted_at_s = now_s
         return num_tokens
+
+    def mismatch(self, noticed_at_s: float, difference: Difference) -> Mismatch:
+        due, came = (
+            answer.outputs.get(difference.output, Output()).token_ids[difference.position :][:_NUM_SHOWN]
+            for answer in (self.exchange.expected, self.found)
+        )
+        return Mismatch(self.exchange.index, noticed_at_s, difference, due, came)
 
     def describe(self) -> str:
         expected = self.exchange.expected.num_tokens
