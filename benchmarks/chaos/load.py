@@ -47,12 +47,14 @@ class Mismatch:
     exchange: int
     noticed_at_s: float  # after the load began
     difference: Difference
+    asked_at_s: float = 0.0
     due: Sequence[int] = ()  # the tokens from there on, a few
     came: Sequence[int] = ()
 
     def __str__(self) -> str:
         tokens = f", due {list(self.due)}, came {list(self.came)}" if self.due or self.came else ""
-        return f"request {self.exchange} at {self.noticed_at_s:.1f} s, {self.difference}{tokens}"
+        times = f"asked at {self.asked_at_s:.1f} s, at {self.noticed_at_s:.1f} s"
+        return f"request {self.exchange}, {times}, {self.difference}{tokens}"
 
 
 @dataclass(slots=True)
@@ -189,7 +191,8 @@ class Load:
         self.tally.num_finished += 1
         noticed_at_s = self.time_s if reading.parted_at_s is None else reading.parted_at_s
         for difference in differences(reading.exchange.expected, reading.found):
-            self.tally.mismatches.append(reading.mismatch(noticed_at_s, difference))
+            asked_at_s = reading.began_at - self._started_at
+            self.tally.mismatches.append(reading.mismatch(asked_at_s, noticed_at_s, difference))
 
     def _note_error(self, reading: "_Reading", error: grpc.aio.AioRpcError) -> None:
         if self._is_of_killed_gateway(reading, error):
@@ -238,12 +241,12 @@ class _Reading:
             self.parted_at_s = now_s
         return num_tokens
 
-    def mismatch(self, noticed_at_s: float, difference: Difference) -> Mismatch:
+    def mismatch(self, asked_at_s: float, noticed_at_s: float, difference: Difference) -> Mismatch:
         due, came = (
             answer.outputs.get(difference.output, Output()).token_ids[difference.position :][:_NUM_SHOWN]
             for answer in (self.exchange.expected, self.found)
         )
-        return Mismatch(self.exchange.index, noticed_at_s, difference, due, came)
+        return Mismatch(self.exchange.index, noticed_at_s, difference, asked_at_s, due, came)
 
     def describe(self) -> str:
         expected = self.exchange.expected.num_tokens
