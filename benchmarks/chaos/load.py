@@ -4,7 +4,7 @@ import asyncio
 import random
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import grpc
@@ -85,8 +85,17 @@ class Gap:
 class Load:
     """Streams that each ask one request after another, drawn from a pool."""
 
-    def __init__(self, address: str, pool: Sequence[Exchange], num_streams: int, seed: int) -> None:
+    def __init__(
+        self,
+        address: str,
+        pool: Sequence[Exchange],
+        num_streams: int,
+        seed: int,
+        on_wrong: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        """`on_wrong` gets a line for each request that is lost, or answered with something else, as it ends."""
         self.tally = Tally()
+        self._on_wrong = on_wrong
         self._address, self._pool, self._num_streams, self._seed = address, pool, num_streams, seed
         self._started_at = time.monotonic()
         self._is_open = asyncio.Event()
@@ -191,14 +200,17 @@ class Load:
         self.tally.num_finished += 1
         noticed_at_s = self.time_s if reading.parted_at_s is None else reading.parted_at_s
         for difference in differences(reading.exchange.expected, reading.found):
-            asked_at_s = reading.began_at - self._started_at
-            self.tally.mismatches.append(reading.mismatch(asked_at_s, noticed_at_s, difference))
+            mismatch = reading.mismatch(reading.began_at - self._started_at, noticed_at_s, difference)
+            self.tally.mismatches.append(mismatch)
+            self._on_wrong(str(mismatch))
 
     def _note_error(self, reading: "_Reading", error: grpc.aio.AioRpcError) -> None:
         if self._is_of_killed_gateway(reading, error):
             self.tally.num_broken_by_gateways += 1
         elif not self._is_refusal(reading, error):
-            self.tally.lost.append(f"request {reading.describe()} at {self.time_s:.1f} s: {_describe(error)}")
+            lost = f"request {reading.describe()} at {self.time_s:.1f} s: {_describe(error)}"
+            self.tally.lost.append(lost)
+            self._on_wrong(lost)
         elif self._is_ending:
             self.tally.num_refused_at_end += 1
         else:

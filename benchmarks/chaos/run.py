@@ -78,7 +78,7 @@ class _Run:
 
     async def run(self) -> Outcome:
         pool = await self._ask_in_peace()
-        load = Load(self._server.address, pool, self._settings.num_streams, self._settings.seed)
+        load = Load(self._server.address, pool, self._settings.num_streams, self._settings.seed, self._say)
         beside = [asyncio.create_task(self._watch.run()), asyncio.create_task(self._resources.run())]
         try:
             await self._run_load(load)
