@@ -254,12 +254,12 @@ class _GroupRecovery:
             return str(error)
         if self._is_over(coordinator):
             return ""
-        request = self._make_request(self._group_id)
-        request.has_served = True
         try:
             wait_until_up()
         except UnavailableError:
             return ""  # that coordinator has died too
+        request = self._make_request(self._group_id)
+        request.has_served = True
         try:
             self._control.add_group(request, lambda stage, duration_s: None)
         except OctavoError as error:
