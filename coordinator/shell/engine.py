@@ -53,6 +53,7 @@ class Engine:
         self._sessions: dict[int, Session] = {}
         self._session_ids = itertools.count(1)
         self._num_refused = 0
+        self.is_closing = False
         self._started_at = time.monotonic()
         self._serving = asyncio.Event()
         self._failed = asyncio.Event()  # for those who wait for the next failure
@@ -139,9 +140,9 @@ class Engine:
         """Has what a group runs go on elsewhere; forgets the group when nothing of it is left, or when it fails
         meanwhile; one that has failed already, at once. `report(num_running)` when that number has changed.
 
-        Raises FailedPreconditionError for a group that neither serves nor has failed, and for the last one that serves,
-        also when it becomes the last while it drains: then it serves on. Without the caller the group goes on
-        draining, and the next call waits for it.
+        Raises NotFoundError for a group that there is not; FailedPreconditionError for one that neither serves nor has
+        failed, and for the last one that serves, also when it becomes the last while it drains: then it serves on.
+        Without the caller the group goes on draining, and the next call waits for it.
         """
         state = self._membership.state(group_id)
         if state is GroupState.FAILED:
@@ -317,6 +318,7 @@ class Engine:
 
     async def close(self) -> None:
         """Ends every request, unless another coordinator may follow: then the gateways keep them for that one."""
+        self.is_closing = True
         if not self.config.rebuilds_groups:
             self._fail_all(UnavailableError("the server is shutting down"))
         for runner in self._runners.values():
