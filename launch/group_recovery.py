@@ -154,8 +154,6 @@ class GroupRecovery:
             return str(error)
         if self._is_over(coordinator):
             return ""
-        request = self._make_request(self._group_id)
-        request.has_served = True
         try:
             wait_until_up()
         except UnavailableError:
@@ -163,6 +161,8 @@ class GroupRecovery:
         if self._is_over(coordinator):
             return ""
         try:
+            request = self._make_request(self._group_id)  # asks the coordinator, too
+            request.has_served = True
             self._control.add_group(request, lambda stage, duration_s: None)
         except OctavoError as error:
             self._note_failed_attempt(str(error), coordinator)
