@@ -1,4 +1,5 @@
-"""How Octavo's own processes speak gRPC to each other: the options of both ends, and who reads the sockets."""
+"""How Octavo's own processes speak gRPC to each other: the options of both ends, who reads the sockets, and what
+tells an error that was answered from a call that broke."""
 
 import os
 
@@ -14,6 +15,11 @@ CHANNEL_OPTIONS = [
     ("grpc.http2.lookahead_bytes", _WINDOW_BYTES),
     ("grpc.http2.max_frame_size", _WINDOW_BYTES),
 ]
+
+
+# Behind each error that the coordinator itself answers with. A call that ends without it broke: the process has died,
+# ends, or is not there yet.
+ANSWERED = ("octavo-answered", "1")
 
 
 def read_on_waiting_threads() -> None:

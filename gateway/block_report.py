@@ -52,6 +52,7 @@ class BlockReport:
     num_saved_blocks: int
     num_loaded_blocks: int
     num_evicted_blocks: int
+    num_received_blocks: int
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -84,6 +85,7 @@ def block_report(group: admin_pb2.GroupStatus) -> BlockReport:
         num_saved_blocks=counters.num_saved_blocks,
         num_loaded_blocks=counters.num_loaded_blocks,
         num_evicted_blocks=counters.num_evicted_blocks,
+        num_received_blocks=counters.num_received_blocks,
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from ..errors import OctavoError
 from ..proto import admin_pb2
 from .autoscale_policy import AutoscalePolicy, Load
+from .engine_control import CoordinatorLostError
 from .scaler import Scaler
 
 _LOOK_S = 1.0
@@ -37,6 +38,8 @@ class Autoscaler:
         while not self._stopping.wait(_LOOK_S):
             try:
                 self._look()
+            except CoordinatorLostError:  # when another is there, the load is judged anew
+                self._policy.note_change()
             except OctavoError as error:
                 self._policy.note_failure(time.monotonic())
                 if not self._stopping.is_set():

@@ -6,13 +6,18 @@ from dataclasses import dataclass
 
 import grpc
 
-from ..errors import FailedPreconditionError, OctavoError, UnavailableError
+from ..errors import FailedPreconditionError, NotFoundError, OctavoError, UnavailableError
+from ..internal_channel import ANSWERED
 from ..proto import admin_pb2, engine_pb2, engine_pb2_grpc
 
 _START_TIMEOUT_S = 60.0
 _PROBE_S = 0.2
 # A coordinator that is alive and busy answers within a step; after this long it hangs.
 _STATUS_TIMEOUT_S = 30.0
+
+
+class CoordinatorLostError(UnavailableError):
+    """A call ended without an answer: the coordinator died or ends, hangs, or is not there yet. Another may follow."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -56,7 +61,7 @@ class EngineControl:
     def add_group(self, request: engine_pb2.AddGroupRequest, report: Callable[[str, float], None]) -> GroupBlocks:
         """Has the group load the model; `report(stage, duration_s)` after each stage.
 
-        Raises UnavailableError with the first rank's reason.
+        Raises UnavailableError with the first rank's reason; CoordinatorLostError if the coordinator does not answer.
         """
         blocks = GroupBlocks(0, 0)
         try:
@@ -93,19 +98,23 @@ class EngineControl:
     def remove_group(self, group_id: int, report: Callable[[int], None]) -> None:
         """Until what the group runs has gone on elsewhere and nothing of it is left; `report(num_running)` meanwhile.
 
-        Raises FailedPreconditionError for one that does not serve or is the last, UnavailableError if the coordinator
-        does not answer.
+        Raises NotFoundError for one that the coordinator does not know; FailedPreconditionError for one that does not
+        serve or is the last; CoordinatorLostError if the coordinator does not answer.
         """
         try:
             for progress in self._stub.RemoveGroup(engine_pb2.RemoveGroupRequest(group_id=group_id)):
                 report(progress.num_running)
         except grpc.RpcError as error:
-            if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
-                raise FailedPreconditionError(str(error.details())) from error
+            refusals = {
+                grpc.StatusCode.FAILED_PRECONDITION: FailedPreconditionError,
+                grpc.StatusCode.NOT_FOUND: NotFoundError,
+            }
+            if refusal := refusals.get(error.code()):
+                raise refusal(str(error.details())) from error
             raise _to_error(error, f"worker group {group_id} could not be removed") from error
 
     def status(self) -> admin_pb2.GetStatusResponse:
-        """Raises UnavailableError if the coordinator does not answer."""
+        """Raises CoordinatorLostError if the coordinator does not answer."""
         try:
             status: admin_pb2.GetStatusResponse = self._stub.GetStatus(
                 admin_pb2.GetStatusRequest(), timeout=_STATUS_TIMEOUT_S
@@ -124,4 +133,5 @@ class EngineControl:
 
 
 def _to_error(error: grpc.RpcError, what: str) -> OctavoError:
-    return UnavailableError(f"{what}: {' '.join(str(error.details()).split())}")
+    kind = UnavailableError if ANSWERED in (error.trailing_metadata() or ()) else CoordinatorLostError
+    return kind(f"{what}: {' '.join(str(error.details()).split())}")

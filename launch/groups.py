@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 from ..errors import UnavailableError
 from ..proto import admin_pb2, engine_pb2
 from .config import ServeConfig
-from .engine_control import EngineControl, GroupBlocks
+from .engine_control import CoordinatorLostError, EngineControl, GroupBlocks
 from .process_configs import add_group_request
 from .resolve import Placement, ServedModel
 
@@ -92,6 +92,8 @@ class WorkerGroups:
         """Has the coordinator take it in; as EngineControl.add_group. A rank that died meanwhile is named."""
         try:
             return self._control.add_group(self.request(group_id), report)
+        except CoordinatorLostError:
+            raise
         except UnavailableError as error:
             raise self.named(error) from error
 

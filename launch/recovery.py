@@ -2,57 +2,29 @@
 
 The coordinator notices a failure, ends the group's epoch and keeps its requests; see docs/architecture.md. Here each
 group is rebuilt on a thread of its own, so that one that does not come back holds up nothing else. A coordinator that
-follows one that died is told of all groups in the same way.
+follows one that died is told of all groups in the same way; but not of one that is to leave, which has left then, and
+of one that has not served yet by who has it join.
 """
 
-import contextlib
 import threading
-import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from typing import Protocol
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
 
-from ..errors import OctavoError, UnavailableError
+from ..errors import UnavailableError
 from ..proto import engine_pb2
-from .engine_control import GroupBlocks
-from .rank_probe import RankLoss
-from .restart_policy import WINDOW_S, RestartPolicy
+from .engine_control import CoordinatorLostError, GroupBlocks
+from .group_recovery import Control, GroupRecovery, Ranks
+from .restart_policy import RestartPolicy
+from .succession import Succession
 
 
-class Ranks(Protocol):
-    """The processes of the ranks."""
+@dataclass(slots=True)
+class _Leaving:
+    """A group that is to leave, and may stay after all."""
 
-    def find_lost(self, group_id: int) -> Mapping[int, RankLoss]:
-        """The group's ranks that are dead or do not answer."""
-        ...
-
-    def replace(self, group_id: int, lost: Mapping[int, RankLoss]) -> None:
-        """Has new processes take their places. Raises UnavailableError if one does not start."""
-        ...
-
-    def all_of(self, group_id: int) -> Mapping[int, RankLoss]:
-        """All of the group's ranks, as if they hung."""
-        ...
-
-
-class Control(Protocol):
-    """The line to the coordinator."""
-
-    def add_group(self, request: engine_pb2.AddGroupRequest, report: Callable[[str, float], None]) -> GroupBlocks: ...
-
-    def abandon_group(self, group_id: int) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class _Cause:
-    """Why a group is built again."""
-
-    what: str  # in words, for the line that says that it serves
-    reason: str
-    at: float
-    is_failure: bool  # of the group itself: not if only its coordinator is another
-    is_explained: bool = False  # by a request that has ended: not the group's fault
+    coordinator: int  # who was told, or would have been
+    failure: engine_pb2.GroupFailure | None = None  # after that one had it stay
 
 
 class Recovery:
@@ -71,28 +43,97 @@ class Recovery:
         self._ranks, self._control, self._make_request, self._say = ranks, control, make_request, say
         self._max_restarts = max_restarts
         self._lock = threading.Lock()  # of what follows
-        self._groups: dict[int, _GroupRecovery] = {}
+        self._groups: dict[int, GroupRecovery] = {}
+        self._leaving: dict[int, _Leaving] = {}
+        self._succession = Succession()
+        self._is_stopping = False
         self._given_up: dict[int, str] = {}  # why, in the order of time
         self._unsaid: list[int] = []  # of those
         self._restores: list[Future[None]] = []
         self._strays: set[int] = set()  # epochs of groups that were removed before they failed
 
     def add(self, group_id: int) -> None:
-        """Has a group rebuilt when it fails. Comes before the group serves, so that no failure comes before it."""
-        policy = RestartPolicy(self._max_restarts)
-        group = _GroupRecovery(
-            group_id, self._ranks, self._control, self._make_request, self._say, policy, self._note_given_up
-        )
+        """Has a group that serves rebuilt when it fails."""
         with self._lock:
-            self._groups[group_id] = group
+            self._groups[group_id] = self._new(group_id)
 
-    def remove(self, group_id: int) -> None:
-        """Has it rebuilt no more. An attempt that runs is waited for."""
+    def _new(self, group_id: int, is_joining: bool = False) -> GroupRecovery:
+        policy = RestartPolicy(self._max_restarts)
+        group = GroupRecovery(
+            group_id, self._ranks, self._control, self._make_request, self._say, policy, self._note_given_up, is_joining
+        )
+        if self._is_stopping:
+            group.stop()
+        return group
+
+    def join(self, group_id: int, build: Callable[[], GroupBlocks]) -> GroupBlocks:
+        """Has a group that never served begin to, and be rebuilt from then on. `build` asks the coordinator, and is
+        called again if that one dies before it has answered and another follows.
+
+        Raises UnavailableError if a coordinator says that it cannot be, or none will follow: then it is not known here.
+        """
+        with self._lock:
+            group = self._groups[group_id] = self._new(group_id, is_joining=True)
+        try:
+            while (blocks := self._build(group_id, group, build)) is None:
+                pass
+            return blocks
+        except BaseException:
+            self.remove(group_id)
+            raise
+
+    def _build(self, group_id: int, group: GroupRecovery, build: Callable[[], GroupBlocks]) -> GroupBlocks | None:
+        """Nothing, if another coordinator is to be asked."""
+        number = self._succession.number
+        try:
+            blocks = build()
+        except CoordinatorLostError:
+            self._succession.await_next(number)
+            self._ranks.replace(group_id, self._ranks.find_lost(group_id))
+            return None
+        with self._lock:  # from here on another coordinator hears of it as of all groups
+            if self._succession.number != number:
+                return None
+            group.note_joined()
+        return blocks
+
+    def release(self, group_id: int) -> None:
+        """It is to leave: it is not rebuilt, and another coordinator does not hear of it. An attempt that runs is
+        waited for. Then comes `remove` or `keep`."""
         with self._lock:
             group = self._groups.pop(group_id)
             self._given_up.pop(group_id, None)
+            self._leaving[group_id] = _Leaving(self._succession.number)
         group.stop()
         group.wait()
+
+    def keep(self, group_id: int, is_known: bool = True) -> None:
+        """It stays, and is rebuilt as before; a coordinator that does not know it takes it over."""
+        with self._lock:
+            leaving = self._leaving.pop(group_id)
+            group = self._groups[group_id] = self._new(group_id)
+            if leaving.coordinator != self._succession.number or not is_known:
+                self._restores = [*self._restores, group.restore(self._succession.wait_until_up)]
+            elif leaving.failure is not None:
+                group.take(leaving.failure)
+
+    def remove(self, group_id: int) -> None:
+        """It has left. An attempt that runs is waited for."""
+        with self._lock:
+            self._leaving.pop(group_id, None)
+            group = self._groups.pop(group_id, None)
+            self._given_up.pop(group_id, None)
+        if group is not None:
+            group.stop()
+            group.wait()
+
+    def has_others(self, group_id: int) -> bool:
+        """Whether a group beside that one is to stay, and serves or is rebuilt."""
+        with self._lock:
+            return any(
+                other != group_id and other not in self._given_up and not group.is_joining
+                for other, group in self._groups.items()
+            )
 
     @property
     def given_up(self) -> Collection[int]:
@@ -112,17 +153,20 @@ class Recovery:
             for failure in failures:
                 if group := self._groups.get(failure.group_id):
                     group.take(failure)
-                else:
-                    self._strays.add(failure.epoch)
+                    continue
+                self._strays.add(failure.epoch)
+                if leaving := self._leaving.get(failure.group_id):
+                    leaving.failure = failure
 
     def restore(self, wait_until_up: Callable[[], None]) -> None:
-        """Has another coordinator take over every group that is not given up, with the ranks that it has; attempts that
-        were for the one before end.
+        """Has another coordinator take over every group that has served, is not given up and is not to leave, with the
+        ranks that it has; attempts that were for the one before end.
 
         `wait_until_up` returns when the coordinator answers, and raises UnavailableError if it never will.
         """
         with self._lock:
-            self._restores = [group.restore(wait_until_up) for group in self._groups.values()]
+            self._succession.follow(wait_until_up)
+            self._restores = [group.restore(wait_until_up) for group in self._groups.values() if not group.is_joining]
 
     @property
     def is_restored(self) -> bool:
@@ -136,7 +180,8 @@ class Recovery:
         with self._lock:
             for group in self._groups.values():
                 group.check()
-            if self._given_up and len(self._given_up) == len(self._groups):
+            may_stay = bool(self._leaving)  # where all others are given up, one that is to leave has to
+            if self._given_up and len(self._given_up) == len(self._groups) and not may_stay:
                 raise UnavailableError(list(self._given_up.values())[-1])
             unsaid = [self._given_up[group_id] for group_id in self._unsaid if group_id in self._given_up]
             self._unsaid.clear()
@@ -150,155 +195,9 @@ class Recovery:
                 self._unsaid.append(group_id)
 
     def stop(self) -> None:
-        """Begins nothing more; what runs is not waited for."""
+        """Begins nothing more; what runs is not waited for. Who has a group join hears that the server is ending."""
+        self._succession.end()
         with self._lock:
+            self._is_stopping = True
             for group in self._groups.values():
                 group.stop()
-
-
-class _GroupRecovery:
-    """One group's attempts, one after another."""
-
-    def __init__(
-        self,
-        group_id: int,
-        ranks: Ranks,
-        control: Control,
-        make_request: Callable[[int], engine_pb2.AddGroupRequest],
-        say: Callable[[str], None],
-        policy: RestartPolicy,
-        on_given_up: Callable[[int, str], None],
-    ) -> None:
-        self.epoch = 0  # of the last failure taken
-        self._on_given_up = on_given_up
-        self._group_id = group_id
-        self._ranks, self._control, self._make_request, self._say = ranks, control, make_request, say
-        self._policy = policy
-        self._is_given_up = False
-        self._has_failed_to_rebuild = False  # since it last served
-        self._num_coordinators = 1  # what was begun for an earlier one ends
-        self._serves_under = 1  # which of them
-        self._stopping = threading.Event()
-        self._fault: Exception | None = None
-        self._thread = ThreadPoolExecutor(1, f"recovery of group {group_id}")
-
-    def take(self, failure: engine_pb2.GroupFailure) -> None:
-        self.epoch = failure.epoch
-        what = f"failed: {failure.reason} (last heard of {failure.silent_s:.2f} s before)"
-        at = time.monotonic() - failure.age_s
-        cause = _Cause(what, failure.reason, at, is_failure=True, is_explained=failure.is_explained)
-        self._thread.submit(self._recover, cause, self._num_coordinators)
-
-    def restore(self, wait_until_up: Callable[[], None]) -> "Future[None]":
-        self._num_coordinators += 1
-        cause = _Cause("was taken over by another coordinator", "", time.monotonic(), is_failure=False)
-        return self._thread.submit(self._restore, cause, self._num_coordinators, wait_until_up)
-
-    def check(self) -> None:
-        if self._fault is not None:
-            raise self._fault
-
-    def stop(self) -> None:
-        self._stopping.set()
-
-    def wait(self) -> None:
-        """Until nothing of it runs."""
-        self._thread.shutdown(wait=True)
-
-    def _is_over(self, coordinator: int) -> bool:
-        """Whether nobody waits any more for what was begun for that coordinator, the first or another of the server."""
-        return self._stopping.is_set() or coordinator != self._num_coordinators
-
-    def _recover(self, cause: _Cause, coordinator: int) -> None:
-        try:
-            reason = cause.reason
-            if cause.is_explained:
-                self._policy.forgive()
-            while reason and not self._is_over(coordinator):
-                delay_s = self._policy.delay_s(time.monotonic())
-                if delay_s is None:
-                    self._give_up(reason)
-                    return
-                if not self._stopping.wait(delay_s):
-                    reason = self._attempt(cause, coordinator)
-        except Exception as error:
-            self._fault = error
-
-    @property
-    def serves(self) -> bool:
-        """Whether it did at last, under the present coordinator."""
-        return self._serves_under == self._num_coordinators
-
-    def _restore(self, cause: _Cause, coordinator: int, wait_until_up: Callable[[], None]) -> None:
-        """A group has not failed with its coordinator: the first attempt is for none of its own failures."""
-        if self._is_given_up or self._is_over(coordinator):
-            return
-        self._has_failed_to_rebuild = False  # if it did, it may have been for want of the coordinator
-        try:
-            reason = self._attempt(cause, coordinator, wait_until_up)
-        except Exception as error:
-            self._fault = error
-            return
-        if reason:
-            self._recover(replace(cause, reason=reason), coordinator)
-
-    def _attempt(self, cause: _Cause, coordinator: int, wait_until_up: Callable[[], None] = lambda: None) -> str:
-        """One attempt; why it must be made again, or nothing. One that the coordinator saw fail is a failure of the
-        group, and comes back by `take`."""
-        if self._is_over(coordinator):
-            return ""
-        try:
-            replaced = self._replace_lost()
-        except OctavoError as error:
-            self._note_failed_attempt(str(error), coordinator)
-            return str(error)
-        if self._is_over(coordinator):
-            return ""
-        try:
-            wait_until_up()
-        except UnavailableError:
-            return ""  # that coordinator has died too
-        request = self._make_request(self._group_id)
-        request.has_served = True
-        try:
-            self._control.add_group(request, lambda stage, duration_s: None)
-        except OctavoError as error:
-            self._note_failed_attempt(str(error), coordinator)
-            return ""
-        self._note_service(cause, replaced, coordinator)
-        return ""
-
-    def _note_service(self, cause: _Cause, replaced: Sequence[int], coordinator: int) -> None:
-        self._has_failed_to_rebuild = False
-        self._serves_under = coordinator
-        if cause.is_failure or replaced:  # otherwise it lives on, and the line about the coordinator says so
-            self._policy.serves(time.monotonic())
-            self._say(self._describe(cause, replaced, time.monotonic() - cause.at))
-
-    def _replace_lost(self) -> Sequence[int]:
-        """Only what is lost, so that the others keep their weights; all, where nothing is and that did not help."""
-        lost = self._ranks.find_lost(self._group_id)
-        if self._stopping.is_set():
-            raise UnavailableError("the server is ending")
-        if not lost and self._has_failed_to_rebuild:
-            lost = self._ranks.all_of(self._group_id)
-        self._ranks.replace(self._group_id, lost)
-        return list(lost)
-
-    def _note_failed_attempt(self, why: str, coordinator: int) -> None:
-        if self._is_over(coordinator):
-            return
-        self._has_failed_to_rebuild = True
-        self._say(f"group {self._group_id}: rebuilding it failed: {why}")
-
-    def _give_up(self, reason: str) -> None:
-        within = f"{self._policy.num_failures} time(s) within {WINDOW_S / 60:.0f} minutes"
-        why = f"worker group {self._group_id} failed {within} and is given up; the last time: {reason}"
-        with contextlib.suppress(UnavailableError):  # the next coordinator is told nothing of the group
-            self._control.abandon_group(self._group_id)
-        self._is_given_up = True
-        self._on_given_up(self._group_id, why)
-
-    def _describe(self, cause: _Cause, replaced: Sequence[int], duration_s: float) -> str:
-        ranks = f"started rank {', '.join(map(str, replaced))} anew" if replaced else "kept all ranks"
-        return f"group {self._group_id} {cause.what}; {ranks}, serves again after {duration_s:.1f} s"

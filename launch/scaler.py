@@ -1,10 +1,11 @@
 """Changes how many worker groups there are, and how many ranks each has, while requests run.
 
 New groups start beside those that serve, and those that leave do so when the new ones serve, so that no request fails.
-One change at a time; it goes on without its caller. The launcher owns the target: it alone knows what Ray has room
-for, and it outlives a coordinator.
+One change at a time; it goes on without its caller, and under another coordinator if one dies meanwhile. The launcher
+owns the target: it alone knows what Ray has room for, and it outlives a coordinator.
 """
 
+import contextlib
 import queue
 import threading
 import time
@@ -16,10 +17,12 @@ from ..errors import (
     FailedPreconditionError,
     InternalError,
     InvalidArgumentError,
+    NotFoundError,
     OctavoError,
     UnavailableError,
 )
 from ..proto import admin_pb2
+from .engine_control import CoordinatorLostError, GroupBlocks
 from .groups import WorkerGroups
 from .scale_plan import Change, GroupCondition, GroupNow, Scale, ScaleBounds, plan_change
 
@@ -39,11 +42,17 @@ class Control(Protocol):
 
 
 class Keeper(Protocol):
-    """Who rebuilds groups that fail."""
+    """Who rebuilds groups that fail, and has another coordinator take them over."""
 
-    def add(self, group_id: int) -> None: ...
+    def join(self, group_id: int, build: Callable[[], GroupBlocks]) -> GroupBlocks: ...
+
+    def release(self, group_id: int) -> None: ...
+
+    def keep(self, group_id: int, is_known: bool = True) -> None: ...
 
     def remove(self, group_id: int) -> None: ...
+
+    def has_others(self, group_id: int) -> bool: ...
 
     @property
     def given_up(self) -> Collection[int]: ...
@@ -54,11 +63,22 @@ class NoKeeper:
 
     given_up: Collection[int] = ()
 
-    def add(self, group_id: int) -> None:
+    def join(self, group_id: int, build: Callable[[], GroupBlocks]) -> GroupBlocks:
+        """No other coordinator would follow."""
+        return build()
+
+    def release(self, group_id: int) -> None:
+        """Nothing was known."""
+
+    def keep(self, group_id: int, is_known: bool = True) -> None:
         """Nothing is to be known."""
 
     def remove(self, group_id: int) -> None:
         """Nothing was known."""
+
+    def has_others(self, group_id: int) -> bool:
+        """Nobody would be there to take this one over."""
+        return True
 
 
 class Scaler:
@@ -73,6 +93,7 @@ class Scaler:
         self._lock = threading.Lock()  # of the next
         self._under_way: Scale | None = None
         self._is_stopping = False
+        self._num_ready = 0  # groups, when the coordinator was heard of last
 
     @property
     def target(self) -> Scale:
@@ -113,6 +134,7 @@ class Scaler:
             news.put(self._progress(line, target))
 
         error = self._try(lambda: self._make(change, target, say))
+        self._target = self._scale_now() or self._target
         self._under_way = None
         news.put(error)
 
@@ -146,14 +168,18 @@ class Scaler:
             now.append(GroupNow(group_id, size, condition, known.num_running))
         return now
 
+    def _scale_now(self) -> Scale | None:
+        """Nothing, while groups differ in size."""
+        sizes = list(self._groups.sizes.values())
+        return Scale(len(sizes), sizes[0]) if len(set(sizes)) == 1 else None
+
     def _check_room(self, change: Change, target: Scale) -> None:
         """Old and new ones need room beside each other."""
         wanted = change.num_new * target.tensor_parallel_size
         given_up = sum(self._groups.sizes[group_id] for group_id in change.given_up)  # their places become free
         free = given_up + (self._groups.num_free_ranks(max(0, wanted - given_up)) if wanted else 0)
         if free < wanted:
-            sizes = list(self._groups.sizes.values())
-            have = Scale(len(sizes), sizes[0]) if len(set(sizes)) == 1 else f"groups of {sizes} ranks"
+            have = self._scale_now() or f"groups of {list(self._groups.sizes.values())} ranks"
             raise FailedPreconditionError(
                 f"Ray has no room for {target}: {change.num_new} more group(s) need {wanted} place(s), and {free} are "
                 f"free beside the {have} that there are; scale to fewer, or add nodes"
@@ -180,7 +206,6 @@ class Scaler:
         if change.num_new:
             self._start_new(Scale(change.num_new, target.tensor_parallel_size), say)
         _for_each(change.leaving, lambda group_id: self._remove(group_id, say))
-        self._target = target
         duration_s = time.monotonic() - started
         say(f"there are {target} now, after {duration_s:.1f} s")
 
@@ -188,10 +213,9 @@ class Scaler:
         """All of them, or none."""
         say(f"starting {new}")
         group_ids = self._groups.start_ranks(new.num_groups, new.tensor_parallel_size)
-        for group_id in group_ids:
-            self._keeper.add(group_id)
         errors = _for_each(group_ids, lambda group_id: self._add(group_id, say), raises=False)
         if errors:
+            self._require_going_on()
             kept = self._undo([group_id for group_id in group_ids if group_id not in errors], errors)
             [(group_id, error), *_] = errors.items()
             and_now = f"group {', '.join(map(str, kept))} had to stay" if kept else "nothing has changed"
@@ -199,19 +223,19 @@ class Scaler:
 
     def _add(self, group_id: int, say: Say) -> None:
         started = time.monotonic()
-        blocks = self._groups.add(group_id, lambda stage, duration_s: None)
+        blocks = self._keeper.join(group_id, lambda: self._groups.add(group_id, lambda stage, duration_s: None))
         duration_s = time.monotonic() - started
         say(f"group {group_id} serves, with {blocks.num_blocks} KV blocks; its ranks took {duration_s:.1f} s to load")
 
     def _undo(self, started: Sequence[int], failed: Collection[int]) -> Collection[int]:
         """Those that cannot leave, since no other serves any more."""
         for group_id in failed:
-            self._keeper.remove(group_id)
             self._groups.end(group_id)
         return _for_each(started, lambda group_id: self._remove(group_id, self._show), raises=False)
 
     def _remove(self, group_id: int, say: Say) -> None:
-        """Nobody may begin to rebuild it meanwhile. One that must stay is kept as before."""
+        """Nobody may begin to rebuild it meanwhile, and no other coordinator hears of it: should one follow now, the
+        group has left, and its requests go on elsewhere. One that must stay is kept as before."""
         said_at = -_SAY_S
 
         def report(num_running: int) -> None:
@@ -220,18 +244,32 @@ class Scaler:
                 said_at = time.monotonic()
                 say(f"group {group_id} drains: {num_running} sequence(s) left")
 
-        self._keeper.remove(group_id)
+        self._keeper.release(group_id)
+        how = "has left"
         try:
             self._control.remove_group(group_id, report)
+        except (CoordinatorLostError, NotFoundError) as error:
+            self._require_going_on()
+            if not self._keeper.has_others(group_id):
+                self._keeper.keep(group_id, is_known=not isinstance(error, NotFoundError))
+                raise
+            how = "has left with its coordinator: another is not told of it"
         except OctavoError:
-            self._keeper.add(group_id)
+            self._keeper.keep(group_id)
             raise
+        self._keeper.remove(group_id)
         self._groups.end(group_id)
-        say(f"group {group_id} has left")
+        say(f"group {group_id} {how}")
+
+    def _require_going_on(self) -> None:
+        """What is left of a server that ends is ended by who ends it."""
+        if self._is_stopping:
+            raise UnavailableError("the server is ending")
 
     def _progress(self, line: str, target: Scale) -> admin_pb2.ScaleProgress:
-        num_ready = sum(group.condition is GroupCondition.SERVES for group in self._groups_now())
-        return admin_pb2.ScaleProgress(message=line, num_ready_groups=num_ready, num_groups=target.num_groups)
+        with contextlib.suppress(UnavailableError):  # another coordinator may follow
+            self._num_ready = sum(group.condition is GroupCondition.SERVES for group in self._groups_now())
+        return admin_pb2.ScaleProgress(message=line, num_ready_groups=self._num_ready, num_groups=target.num_groups)
 
 
 def _for_each(group_ids: Sequence[int], act: Callable[[int], None], raises: bool = True) -> dict[int, OctavoError]:

@@ -55,6 +55,7 @@ def _block_rows(report: BlockReport) -> dict[str, str]:
         "  saved to the host": str(report.num_saved_blocks),
         "  loaded from the host": str(report.num_loaded_blocks),
         "  cached, then evicted": str(report.num_evicted_blocks),
+        "  received from other groups": str(report.num_received_blocks),
     }
 
 

@@ -115,7 +115,7 @@ class BlockStatus(_message.Message):
     def __init__(self, num_used: _Optional[int] = ..., num_shared: _Optional[int] = ..., num_table_entries: _Optional[int] = ..., num_cached: _Optional[int] = ..., num_empty_places: _Optional[int] = ..., num_host: _Optional[int] = ..., num_host_used: _Optional[int] = ..., num_in_transfer: _Optional[int] = ...) -> None: ...
 
 class BlockCounters(_message.Message):
-    __slots__ = ("num_looked_up_tokens", "num_device_hit_tokens", "num_host_hit_tokens", "num_copied_blocks", "num_saved_blocks", "num_loaded_blocks", "num_evicted_blocks", "num_steps", "sum_used", "sum_table_entries", "sum_empty_places")
+    __slots__ = ("num_looked_up_tokens", "num_device_hit_tokens", "num_host_hit_tokens", "num_copied_blocks", "num_saved_blocks", "num_loaded_blocks", "num_evicted_blocks", "num_steps", "sum_used", "sum_table_entries", "sum_empty_places", "num_received_blocks")
     NUM_LOOKED_UP_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_DEVICE_HIT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_HOST_HIT_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -127,6 +127,7 @@ class BlockCounters(_message.Message):
     SUM_USED_FIELD_NUMBER: _ClassVar[int]
     SUM_TABLE_ENTRIES_FIELD_NUMBER: _ClassVar[int]
     SUM_EMPTY_PLACES_FIELD_NUMBER: _ClassVar[int]
+    NUM_RECEIVED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     num_looked_up_tokens: int
     num_device_hit_tokens: int
     num_host_hit_tokens: int
@@ -138,7 +139,8 @@ class BlockCounters(_message.Message):
     sum_used: int
     sum_table_entries: int
     sum_empty_places: int
-    def __init__(self, num_looked_up_tokens: _Optional[int] = ..., num_device_hit_tokens: _Optional[int] = ..., num_host_hit_tokens: _Optional[int] = ..., num_copied_blocks: _Optional[int] = ..., num_saved_blocks: _Optional[int] = ..., num_loaded_blocks: _Optional[int] = ..., num_evicted_blocks: _Optional[int] = ..., num_steps: _Optional[int] = ..., sum_used: _Optional[int] = ..., sum_table_entries: _Optional[int] = ..., sum_empty_places: _Optional[int] = ...) -> None: ...
+    num_received_blocks: int
+    def __init__(self, num_looked_up_tokens: _Optional[int] = ..., num_device_hit_tokens: _Optional[int] = ..., num_host_hit_tokens: _Optional[int] = ..., num_copied_blocks: _Optional[int] = ..., num_saved_blocks: _Optional[int] = ..., num_loaded_blocks: _Optional[int] = ..., num_evicted_blocks: _Optional[int] = ..., num_steps: _Optional[int] = ..., sum_used: _Optional[int] = ..., sum_table_entries: _Optional[int] = ..., sum_empty_places: _Optional[int] = ..., num_received_blocks: _Optional[int] = ...) -> None: ...
 
 class RankStatus(_message.Message):
     __slots__ = ("rank", "address", "device")

@@ -14,7 +14,7 @@ import itertools
 from dataclasses import dataclass, field
 from enum import Enum
 
-from ...errors import FailedPreconditionError
+from ...errors import FailedPreconditionError, NotFoundError
 
 # More than one coordinator gives out, so that all of the next one's are higher, as ranks demand. The millions of an
 # epoch thus tell the incarnation.
@@ -121,7 +121,8 @@ class Membership:
         group.failure, group.is_explained = why, is_explained
 
     def drain(self, group_id: int) -> None:
-        """It is to leave. Raises FailedPreconditionError for one that does not serve, and for the last that does."""
+        """It is to leave. Raises FailedPreconditionError for one that does not serve, and for the last that does;
+        NotFoundError for one that there is not."""
         group = self._of(group_id)
         if group.state is not GroupState.READY:
             raise FailedPreconditionError(f"group {group_id} does not serve: it is {group.state.name.lower()}")
@@ -142,12 +143,12 @@ class Membership:
         del self.groups[group_id]
 
     def state(self, group_id: int) -> GroupState:
-        """Raises FailedPreconditionError for a group that there is not."""
+        """Raises NotFoundError for a group that there is not."""
         return self._of(group_id).state
 
     def _of(self, group_id: int) -> GroupMember:
         if group_id not in self.groups:
-            raise FailedPreconditionError(f"there is no group {group_id}")
+            raise NotFoundError(f"there is no group {group_id}")
         return self.groups[group_id]
 
     def abandon(self, group_id: int) -> None:

@@ -18,6 +18,7 @@ class Takers:
 
     num_groups: int  # that share the queue
     first_mover: Sequence | None = None  # runs in a group that is to leave, and may come here
+    num_mover_tokens: int = 0  # that it has to compute here
 
 
 class PromptTurns:
@@ -53,8 +54,7 @@ class PromptTurns:
         that moves: those behind it run on meanwhile."""
         share = -(-self._waiting.num_counted_tokens // self._takers.num_groups)
         prices = (costs.price(sequence.num_pending_tokens, sequence.num_sent_tokens) for sequence in self._unfinished)
-        mover = self._takers.first_mover
-        return share + sum(map(counted_tokens, prices)) + (counted_tokens(mover.num_tokens) if mover is not None else 0)
+        return share + sum(map(counted_tokens, prices)) + counted_tokens(self._takers.num_mover_tokens)
 
     def order(self, step_id: int) -> tuple[SequenceOf[Sequence], SequenceOf[Sequence]]:
         """Who gets prompt tokens before newcomers, and who behind them. In every other step a prompt that has more to

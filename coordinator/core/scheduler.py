@@ -6,7 +6,7 @@ from ...errors import InvalidArgumentError, OctavoError, ResourceExhaustedError
 from .admission import check_fits, check_resumed, find_misfits
 from .batch_plan import BatchPlan, ScheduledRow
 from .chunk_budget import ChunkBudget, counted_tokens
-from .drain import first_mover, is_drained, next_to_move
+from .drain import Moves, WantedCopy, is_drained
 from .ordered_sequences import OrderedSequences, WaitingQueue
 from .placement import Queue, belongs
 from .prompt_turns import PromptTurns, Takers
@@ -33,6 +33,7 @@ class Scheduler:
         self.counters = SchedulerCounters()
         self._outputs: dict[RequestKey, SequenceGroup] = {}  # unfinished ones
         self.suspects = Suspects(self.waiting, self._preempt)
+        self.moves = Moves(config.copies_moves)
 
     # Events from outside
 
@@ -49,6 +50,7 @@ class Scheduler:
             if sequence.is_running:
                 self._preempt(sequence, f"group {group_id} is gone")
         del self.groups[group_id]
+        self.moves.forget_others(self.groups.values())
         return [self._give_up(sequence) for sequence in self.suspects.judge(group_id, suspects)]
 
     def drain_group(self, group_id: int, is_draining: bool = True) -> None:
@@ -57,7 +59,13 @@ class Scheduler:
         self.groups[group_id].is_draining = is_draining
 
     def is_drained(self, group_id: int) -> bool:
-        return is_drained(self.groups[group_id], self.groups.values(), self.waiting)
+        is_empty = is_drained(self.groups[group_id], self.groups.values(), self.waiting)
+        return is_empty and not self.moves.touches(group_id)
+
+    def end_copy(self, copy: WantedCopy) -> None:
+        """One that `moves` wanted is over, whatever became of it."""
+        self.moves.end(copy)
+        self.moves.forget_others(self.groups.values())
 
     @property
     def _lasting_groups(self) -> Collection[WorkerGroup]:
@@ -147,10 +155,11 @@ class Scheduler:
             return None
         if group.must_preempt_early:
             self._preempt(group.running.last(), "to be saved before blocks run out")
+        if queue is self.waiting:
+            self.moves.ask(group, self.groups.values(), *self._front)
         plan = group.begin_step()
         preempted = self._schedule_decodes(group, plan)
-        takers = Takers(len(self._lasting_groups), first_mover(group, self.groups.values()))
-        turns = PromptTurns(group, self.waiting, takers, self.config)
+        turns = PromptTurns(group, self.waiting, self._takers(group), self.config)
         budget, (first, last) = turns.budget(plan), turns.order(plan.step_id)
         self._schedule_chunks(group, first, plan, budget)
         if not preempted:
@@ -198,6 +207,19 @@ class Scheduler:
         return accepted
 
     # Decisions
+
+    @property
+    def _front(self) -> tuple[Sequence | None, Queue]:
+        """Who waits first, and behind it how many."""
+        first = self.waiting.first() if self.waiting else None
+        return first, Queue(len(self.waiting), self.config.max_num_batched_tokens)
+
+    def _takers(self, group: WorkerGroup) -> Takers:
+        mover = self.moves.first(group, self.groups.values())
+        if mover is None:
+            return Takers(len(self._lasting_groups))
+        num_found = len(group.find_prefix(mover)) * self.config.block_size
+        return Takers(len(self._lasting_groups), mover, mover.num_tokens - num_found)
 
     def _schedule_decodes(self, group: WorkerGroup, plan: BatchPlan) -> bool:
         """A row for each sequence with one token to compute; returns whether blocks ran out and one was preempted."""
@@ -257,8 +279,8 @@ class Scheduler:
         is_queue = waiting is self.waiting
         groups = self.groups.values() if is_queue else [group]
         while not budget.is_spent and plan.num_joined_tokens < _MAX_JOINED_TOKENS:
-            queue, first = Queue(len(waiting), self.config.max_num_batched_tokens), waiting.first() if waiting else None
-            moving = next_to_move(group, groups, first, queue) if is_queue else None
+            first, queue = self._front
+            moving = self.moves.next(group, groups, first, queue) if is_queue else None
             if moving:
                 self._preempt(moving, f"to group {group.group_id}, as its own is to leave")
             if not waiting:
@@ -409,6 +431,7 @@ class Scheduler:
         unfinished = [sequence for samples in requests for sequence in samples.sequences]
         assert len(unfinished) == len(set(unfinished)), "a sequence is in two places"
         tried = self.suspects.queued
+        self.moves.check_invariants()
         assert {*running, *self.waiting, *held, *forks, *tried} == set(unfinished), (
             "a sequence is nowhere, or still somewhere"
         )

@@ -35,15 +35,16 @@ class BlockCopier:
         """Copies the full blocks of a sequence that runs in one group into the prefix cache of another, where it finds
         them once it is placed there; it runs on meanwhile. Returns how many came: fewer, or none, where that fails, has
         no room, or costs more than to compute them again. Raises nothing."""
-        groups = self._scheduler.groups
-        if from_group not in groups or sequence.group_id != from_group or not sequence.reads_cache:
-            return 0
-        num_tokens = min(sequence.num_tokens - 1, sequence.num_sent_tokens)
-        names = sequence.block_names(num_tokens // groups[from_group].blocks.block_size)
-        return await self.copy_blocks(names, from_group, to_group)
 
-    async def copy_blocks(self, names: Sequence[bytes], from_group: int, to_group: int) -> int:
-        """As copy_sequence_blocks, of the blocks of any prefix that the first group has."""
+        def names() -> Sequence[bytes]:  # once it is its turn
+            if sequence.group_id != from_group or not sequence.reads_cache:
+                return ()
+            num_tokens = min(sequence.num_tokens - 1, sequence.num_sent_tokens)
+            return sequence.block_names(num_tokens // self._scheduler.groups[from_group].blocks.block_size)
+
+        return await self._copy_blocks(names, from_group, to_group)
+
+    async def _copy_blocks(self, names: Callable[[], Sequence[bytes]], from_group: int, to_group: int) -> int:
         async with self._lanes.setdefault(to_group, asyncio.Lock()):
             groups = self._scheduler.groups
             if from_group not in groups or to_group not in groups:
@@ -51,7 +52,7 @@ class BlockCopier:
             source, target = self._link_of(from_group), self._link_of(to_group)
             if len(source.endpoints) != len(target.endpoints):  # shards of other heads
                 return 0
-            copy = self._copies.begin(names, groups[from_group], groups[to_group])
+            copy = self._copies.begin(names(), groups[from_group], groups[to_group])
             return 0 if copy is None else await self._run(copy, source, target)
 
     async def _run(self, copy: BlockCopy, source: WorkerLink, target: WorkerLink) -> int:

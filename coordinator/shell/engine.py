@@ -21,6 +21,7 @@ from ..core.worker_group import GroupMemory
 from .block_copier import BlockCopier
 from .codec import candidates_of, decode_submit, num_rows, skip_rows, unpack
 from .group_runner import GroupEvents, GroupRunner
+from .mover import Mover
 from .session import Session
 from .status import engine_counters, failure_of, group_status
 from .worker_error import WorkerError
@@ -45,14 +46,17 @@ class Engine:
                 max_num_waiting=config.max_num_waiting,
                 num_inflight_steps=config.num_inflight_steps,
                 itl_target_ms=config.itl_target_ms,
+                copies_moves=True,
             )
         )
         self._membership = Membership(config.rebuilds_groups, config.incarnation)
         self._runners: dict[int, GroupRunner] = {}  # of the groups' last incarnations
         self._copier = BlockCopier(self.scheduler, lambda group_id: self._runners[group_id].link)
+        self._mover = Mover(self.scheduler, self._copier, self._wake_groups)
         self._sessions: dict[int, Session] = {}
         self._session_ids = itertools.count(1)
         self._num_refused = 0
+        self.is_closing = False
         self._started_at = time.monotonic()
         self._serving = asyncio.Event()
         self._failed = asyncio.Event()  # for those who wait for the next failure
@@ -89,7 +93,7 @@ class Engine:
     async def _replace_runner(self, request: engine_pb2.AddGroupRequest, epoch: int) -> GroupRunner:
         """The last incarnation's streams have ended when the next one's ranks are configured."""
         previous = self._runners.get(request.group_id)
-        events = GroupEvents(self._take_result, self._lose_group)
+        events = GroupEvents(self._take_result, self._lose_group, self._mover.begin)
         deadlines = previous.deadlines if previous is not None else StepDeadlines(self.config.step_timeout_s)
         runner = GroupRunner(request, epoch, self.scheduler, events, deadlines)
         self._runners[request.group_id] = runner
@@ -139,9 +143,9 @@ class Engine:
         """Has what a group runs go on elsewhere; forgets the group when nothing of it is left, or when it fails
         meanwhile; one that has failed already, at once. `report(num_running)` when that number has changed.
 
-        Raises FailedPreconditionError for a group that neither serves nor has failed, and for the last one that serves,
-        also when it becomes the last while it drains: then it serves on. Without the caller the group goes on
-        draining, and the next call waits for it.
+        Raises NotFoundError for a group that there is not; FailedPreconditionError for one that neither serves nor has
+        failed, and for the last one that serves, also when it becomes the last while it drains: then it serves on.
+        Without the caller the group goes on draining, and the next call waits for it.
         """
         state = self._membership.state(group_id)
         if state is GroupState.FAILED:
@@ -317,7 +321,9 @@ class Engine:
 
     async def close(self) -> None:
         """Ends every request, unless another coordinator may follow: then the gateways keep them for that one."""
+        self.is_closing = True
         if not self.config.rebuilds_groups:
             self._fail_all(UnavailableError("the server is shutting down"))
-        for runner in self._runners.values():
+        await self._mover.close()
+        for runner in list(self._runners.values()):  # one that is to leave may do so meanwhile
             await runner.close()

@@ -31,6 +31,7 @@ class GroupEvents:
 
     on_result: Callable[[int, worker_pb2.StepResult], None]  # group id, result
     on_failure: Callable[[int, OctavoError], None]  # group id, why; once
+    on_wanted_copies: Callable[[], None]  # the scheduler has some
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +124,8 @@ class GroupRunner:
         """As many as may be in flight. A group that failed meanwhile is no longer the scheduler's."""
         while self._is_running:
             plan = self._scheduler.schedule(self.group_id)
+            if self._scheduler.moves.has_wanted:
+                self._events.on_wanted_copies()
             if plan is None:
                 return
             await self._send(plan)

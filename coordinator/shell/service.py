@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 import grpc
 
 from ...errors import OctavoError
+from ...internal_channel import ANSWERED
 from ...proto import admin_pb2, engine_pb2, engine_pb2_grpc
 from .engine import Engine
 from .session import Session as GatewaySession
@@ -56,7 +57,7 @@ class EngineService(engine_pb2_grpc.EngineServicer):
                 stage="ready", num_blocks=memory.num_blocks, num_host_blocks=memory.num_host_blocks
             )
         except OctavoError as error:
-            await context.abort(_STATUS_CODES[error.grpc_code], str(error))
+            await self._refuse(context, error)
         finally:
             adding.cancel()
 
@@ -71,7 +72,7 @@ class EngineService(engine_pb2_grpc.EngineServicer):
         try:
             self._engine.abandon_group(request.group_id)
         except OctavoError as error:
-            await context.abort(_STATUS_CODES[error.grpc_code], str(error))
+            await self._refuse(context, error)
         return engine_pb2.AbandonGroupResponse()
 
     async def RemoveGroup(  # noqa: N802
@@ -86,9 +87,14 @@ class EngineService(engine_pb2_grpc.EngineServicer):
             await removing
             yield engine_pb2.RemoveGroupProgress(num_running=0)
         except OctavoError as error:
-            await context.abort(_STATUS_CODES[error.grpc_code], str(error))
+            await self._refuse(context, error)
         finally:
             removing.cancel()
+
+    async def _refuse(self, context: grpc.aio.ServicerContext, error: OctavoError) -> None:
+        """While the coordinator ends, errors may be of its own making, and say nothing."""
+        metadata = () if self._engine.is_closing else (ANSWERED,)
+        await context.abort(_STATUS_CODES[error.grpc_code], str(error), metadata)
 
     async def GetStatus(  # noqa: N802
         self, request: admin_pb2.GetStatusRequest, context: grpc.aio.ServicerContext

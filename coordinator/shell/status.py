@@ -88,4 +88,5 @@ def _block_counters(group: WorkerGroup) -> admin_pb2.BlockCounters:
         sum_used=totals.sum_used,
         sum_table_entries=totals.sum_table_entries,
         sum_empty_places=totals.sum_empty_places,
+        num_received_blocks=counters.num_received_blocks,
     )

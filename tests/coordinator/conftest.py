@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from octavo.coordinator.core.batch_plan import BatchPlan, SlotJoin
 from octavo.coordinator.core.beam_search import BeamSearchParams, Candidates
+from octavo.coordinator.core.drain import WantedCopy
 from octavo.coordinator.core.scheduler import Scheduler
 from octavo.coordinator.core.scheduler_config import SchedulerConfig
 from octavo.coordinator.core.sequence import Request, RequestKey, Sequence, StopConditions
@@ -43,12 +44,16 @@ class ScriptedScheduler:
                                `nan` for a token: the row has no score to sample from
     lose GROUP                 a group is gone; what is found to be at fault ends
     rebuild GROUP              it is back
+    rebuild_all                all groups are lost, if they were there, and back
     drain GROUP                a group is to leave
+    drained GROUP              whether nothing of it is left
+    copied NAME                the copy of its blocks, wanted before it moves, is over (copies_moves=1)
     state                      what runs and what waits
     """
 
     def __init__(self) -> None:
         self._handles: dict[str, RequestKey] = {}
+        self._copies: dict[str, WantedCopy] = {}
         self.scheduler: Scheduler
 
     def run(self, line: str) -> str:
@@ -94,7 +99,14 @@ class ScriptedScheduler:
 
     def do_schedule(self, group: str = "0") -> str:
         plan = self.scheduler.schedule(int(group))
-        return "nothing" if plan is None else describe(plan)
+        wanted = self.scheduler.moves.take_wanted()
+        self._copies |= {name_of(copy.sequence): copy for copy in wanted}
+        said = [f"wants {name_of(copy.sequence)} from {copy.source_id} to {copy.target_id}" for copy in wanted]
+        return "; ".join(["nothing" if plan is None else describe(plan), *said])
+
+    def do_copied(self, name: str) -> str:
+        self.scheduler.end_copy(self._copies.pop(name))
+        return ""
 
     def do_result(self, *arguments: str, ms: str = "0", transfers: str = "") -> str:
         group = int(arguments[0]) if len(self.scheduler.groups) > 1 else 0
@@ -127,9 +139,19 @@ class ScriptedScheduler:
         self.scheduler.add_group(int(group), self._memories[int(group)])
         return ""
 
+    def do_rebuild_all(self) -> str:
+        for group_id in range(len(self._memories)):
+            if group_id in self.scheduler.groups:
+                self.scheduler.remove_group(group_id)
+            self.do_rebuild(str(group_id))
+        return ""
+
     def do_drain(self, group: str) -> str:
         self.scheduler.drain_group(int(group))
         return ""
+
+    def do_drained(self, group: str) -> str:
+        return "yes" if self.scheduler.is_drained(int(group)) else "no"
 
     def do_state(self) -> str:
         groups = [

@@ -4,6 +4,7 @@ import asyncio
 
 import grpc
 import pytest
+from octavo.internal_channel import ANSWERED
 from octavo.proto import admin_pb2, engine_pb2
 
 READY, DRAINING = admin_pb2.GROUP_STATE_READY, admin_pb2.GROUP_STATE_DRAINING
@@ -89,8 +90,10 @@ def test_the_last_one_that_serves_stays(cluster, run):
             with pytest.raises(grpc.aio.AioRpcError, match="group 0 is the last one that serves") as caught:
                 await remove(it, 0)
             assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
-            with pytest.raises(grpc.aio.AioRpcError, match="there is no group 7"):
+            with pytest.raises(grpc.aio.AioRpcError, match="there is no group 7") as caught:
                 await remove(it, 7)
+            assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+            assert ANSWERED in tuple(caught.value.trailing_metadata())
             assert states(await it.status()) == {0: READY}
 
     run(scenario())

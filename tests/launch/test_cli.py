@@ -188,6 +188,7 @@ def test_status_shows_what_blocks_hold(capsys, fake_server):
     counters.sum_used, counters.sum_table_entries, counters.sum_empty_places = 900, 1000, 320
     counters.num_copied_blocks, counters.num_evicted_blocks = 71, 72
     counters.num_saved_blocks, counters.num_loaded_blocks = 73, 74
+    counters.num_received_blocks = 75
     fake_server.status = status
     assert run(["status", "--blocks", "--address", fake_server.address]) == 0
     out = capsys.readouterr().out
@@ -214,6 +215,7 @@ def test_status_shows_what_blocks_hold(capsys, fake_server):
         ["saved to the host", "73"],
         ["loaded from the host", "74"],
         ["cached, then evicted", "72"],
+        ["received from other groups", "75"],
     ]
 
 

@@ -5,8 +5,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import pytest
-from octavo.errors import UnavailableError
-from octavo.launch.engine_control import EngineControl, GroupBlocks
+from octavo.errors import FailedPreconditionError, NotFoundError, OctavoError, UnavailableError
+from octavo.internal_channel import ANSWERED
+from octavo.launch.engine_control import CoordinatorLostError, EngineControl, GroupBlocks
 from octavo.proto import engine_pb2, engine_pb2_grpc
 
 
@@ -26,6 +27,12 @@ class FakeEngine(engine_pb2_grpc.EngineServicer):
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, "it has not failed")
         self.abandoned = (request.group_id,)
         return engine_pb2.AbandonGroupResponse()
+
+    def RemoveGroup(self, request, context):
+        yield engine_pb2.RemoveGroupProgress(num_running=3)
+        context.set_trailing_metadata([ANSWERED] if request.group_id else [])
+        codes = [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.NOT_FOUND, grpc.StatusCode.FAILED_PRECONDITION]
+        context.abort(codes[request.group_id % 3], "so it is")
 
     def AddGroup(self, request, context):
         yield from self.progress
@@ -73,3 +80,22 @@ def test_a_group_is_given_up(engine):
     assert engine.abandoned == (0,)
     with pytest.raises(UnavailableError, match="worker group 5 could not be given up: it has not failed"):
         control.abandon_group(5)
+
+
+def test_an_answer_that_says_no_is_told_from_none(engine):
+    _, control = engine
+    found = []
+    for group_id in range(4):
+        with pytest.raises(OctavoError, match="so it is") as caught:
+            control.remove_group(group_id, lambda num_running: None)
+        found.append(caught.type)
+    assert found == [CoordinatorLostError, NotFoundError, FailedPreconditionError, UnavailableError]
+
+
+def test_nobody_at_the_address_is_no_answer(tmp_path):
+    control = EngineControl(f"unix:{tmp_path}/nobody.sock")
+    with pytest.raises(CoordinatorLostError, match="the coordinator does not answer"):
+        control.status()
+    with pytest.raises(CoordinatorLostError, match="worker group 1 did not start"):
+        control.add_group(engine_pb2.AddGroupRequest(group_id=1), lambda stage, duration_s: None)
+    control.close()

@@ -330,6 +330,36 @@ def test_a_coordinator_that_dies_too_before_it_answers_is_followed_by_a_third(sc
     assert scene.said == []
 
 
+def test_the_coordinator_is_asked_for_weights_only_when_it_is_there(scene):
+    """To make a request is to ask it which other groups serve."""
+    is_up = threading.Event()
+
+    def make_request(group_id):
+        if not is_up.is_set():
+            raise UnavailableError("the coordinator does not answer")
+        return engine_pb2.AddGroupRequest(group_id=group_id)
+
+    scene.ranks.lost = {}
+    for group in scene.recovery._groups.values():
+        group._make_request = make_request
+    scene.recovery.restore(is_up.set)
+    wait_until(lambda: scene.recovery.is_restored)
+    scene.recovery.check()
+    assert sorted(scene.control.added) == [0, 1]
+
+
+def test_an_attempt_whose_coordinator_dies_before_it_is_asked_ends_without_harm(scene):
+    def make_request(group_id):
+        raise UnavailableError("the coordinator does not answer")
+
+    scene.ranks.lost = {}
+    scene.recovery._groups[0]._make_request = make_request
+    scene.fail(0, epoch=1)
+    scene.wait()
+    scene.recovery.check()
+    assert scene.said == ["group 0: rebuilding it failed: the coordinator does not answer"]
+
+
 def test_a_group_that_was_given_up_stays_so_also_if_the_coordinator_could_not_be_told():
     scene = Scene(max_restarts=0)
     scene.control.is_dead = True

@@ -54,10 +54,7 @@ class World:
 
     # As WorkerGroups and EngineControl
 
-    def add(self, group_id, report=None):
-        if report is None:  # as Recovery
-            self.kept.add(group_id)
-            return None
+    def add(self, group_id, report):
         assert group_id in self.kept, "a failure could come before anybody knows the group"
         assert self.may_load.wait(5)
         if group_id in self.fails_to_load:
@@ -84,8 +81,22 @@ class World:
 
     # As Recovery
 
-    def remove(self, group_id):
+    def join(self, group_id, build):
+        self.kept.add(group_id)
+        try:
+            return build()
+        except UnavailableError:
+            self.kept.remove(group_id)
+            raise
+
+    def release(self, group_id):
         self.kept.remove(group_id)
+
+    def keep(self, group_id):
+        self.kept.add(group_id)
+
+    def remove(self, group_id):
+        assert group_id not in self.kept
 
     def _do(self, *what):
         with self._lock:

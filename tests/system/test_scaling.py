@@ -106,6 +106,8 @@ def test_groups_come_and_go_twice(server, expected, client):
             assert [group.state for group in server.groups()] == [READY]
             loads = re.findall(r"took (\d\.\d) s to load", " ".join(said))
             print(f"1 to 3 groups in {up_s:.1f} s, of which {loads} s loading, and back in {down_s:.1f} s")
+        num_received = server.groups()[0].block_counters.num_received_blocks
+    assert num_received > 0, "what moved did so without its blocks"
     assert server.groups()[0].num_restarts == 0, server.lines
     check_nothing_is_left_but(server, client, num_ranks=1)
 
