@@ -232,6 +232,9 @@ def _attend(
             caches = k_cache, v_cache
             _attend_token(q, at, out, table, num_keys, following, caches, shape, num_heads, scale, scratch, like)
             following = -1
+    # Numba frees an array behind the last use of its name, and knows nothing of addresses: other threads would have the
+    # memory from there on.
+    memory[0] = 0
 
 
 @njit(cache=True, nogil=True)

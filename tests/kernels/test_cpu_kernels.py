@@ -1,5 +1,8 @@
 """The CPU's kernels against their torch twins, on odd shapes, by one thread and by several."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -155,6 +158,32 @@ def test_attend(make_rows, threads, dtype, step, num_heads, num_kv_heads, head_d
     assert out.dtype == dtype
     expected = rows.attend(q, query_lens, scale).to(dtype)
     torch.testing.assert_close(out, expected, **close(dtype, num_terms=head_dim))
+
+
+_ATTEND = """
+import torch
+from octavo.kernels.batch import AttentionBatch
+from octavo.kernels.cpu_attention import attend
+from octavo.kernels.cpu_launch import KernelThreads
+
+torch.manual_seed(0)
+cache = torch.randn(128, 16, 4, 32), torch.randn(128, 16, 4, 32)
+last, starts = 2047, torch.tensor([0, 1], dtype=torch.int32)
+one = torch.zeros(1, dtype=torch.int64)
+tables, lengths = torch.arange(128, dtype=torch.int32)[None], torch.tensor([last + 1], dtype=torch.int32)
+batch = AttentionBatch(1, one + last, one + last, tables, one, lengths, starts, (last + 1,), (0, 1))
+print(attend(KernelThreads(), torch.randn(1, 8, 32), cache, batch, 0.2).isfinite().all().item())
+"""
+
+
+def test_attention_has_its_scratch_memory_until_it_ends():
+    """With this setting the system takes freed memory back at once, so that who still uses it dies: other threads could
+    have had it, and the sums in it, meanwhile."""
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "16384"}
+    run = subprocess.run(
+        [sys.executable, "-c", _ATTEND], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (run.returncode, run.stdout) == (0, "True\n"), run.stderr
 
 
 def test_scores_far_apart_and_far_from_zero(make_rows):
