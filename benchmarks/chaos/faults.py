@@ -152,17 +152,14 @@ class FaultMaker:
     async def _kill_coordinator(self, fault: Fault) -> Effect:
         process = await self._process("coordinator", 0)
         process.kill()
-        made_at = time.monotonic()
-
-        def is_another(status: Status) -> bool:
-            return status is not None and status.uptime_s < time.monotonic() - made_at
-
-        return Effect(made_at, lambda status: status is None or is_another(status), is_another)
+        return _another_coordinator(process)
 
     async def _stop_coordinator(self, fault: Fault) -> Effect:
         process = await self._process("coordinator", 0)
         process.suspend()
-        return self._wake_after(process, fault.arguments["seconds"], lambda status: False)
+        if fault.seconds is None:
+            return _another_coordinator(process)
+        return self._wake_after(process, fault.seconds, lambda status: False)
 
     async def _kill_gateway(self, fault: Fault) -> Effect:
         process = await self._process("gateway", fault.number("gateway"))
@@ -219,6 +216,23 @@ def _new_epoch(group: admin_pb2.GroupStatus) -> Effect:
         return now is not None and now.epoch > group.epoch
 
     return Effect(time.monotonic(), is_noticed, is_over)
+
+
+def _another_coordinator(process: psutil.Process) -> Effect:
+    """It ends, by our hand or the launcher's, and another follows."""
+    made_at = time.monotonic()
+
+    def is_another(status: Status) -> bool:
+        return status is not None and status.uptime_s < time.monotonic() - made_at
+
+    return Effect(made_at, lambda status: _has_ended(process) or is_another(status), is_another)
+
+
+def _has_ended(process: psutil.Process) -> bool:
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 async def _wake_after(process: psutil.Process, seconds: float) -> None:

@@ -10,7 +10,7 @@ from .script import FAULT_KINDS, Fault, Shape
 _CALM_S = 5.0  # of load before the first fault
 # A rank that is stopped for shorter than the server's step timeout is not missed, one for longer is replaced.
 _STOP_FACTORS = (0.2, 0.5, 1.2)  # of that timeout
-_COORDINATOR_STOP_S = 3.0  # shorter than what the launcher takes for a hang
+_COORDINATOR_STOPS = (3.0, None)  # seconds, shorter than what the launcher takes for a hang; for good
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +57,8 @@ def _draw(kind: str, at_s: float, shape: Shape, step_timeout_s: float, rng: rand
     }
     if kind == "scale":
         arguments["groups"] = _other_than(shape.num_groups, rng)
-    if kind == "stop-coordinator":
-        arguments["seconds"] = _COORDINATOR_STOP_S
+    if kind == "stop-coordinator" and (seconds := rng.choice(_COORDINATOR_STOPS)) is not None:
+        arguments["seconds"] = seconds
     if kind == "stop-rank" and step_timeout_s:
         factor = rng.choice((*_STOP_FACTORS, None))
         arguments |= {} if factor is None else {"seconds": factor * step_timeout_s}

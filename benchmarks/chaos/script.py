@@ -20,7 +20,8 @@ _SECONDS = "seconds"  # the one argument that need not be whole
 
 FAULT_KINDS: Mapping[str, FaultKind] = {
     "kill-rank": FaultKind(("group", "rank")),
-    # With `seconds` it goes on by itself after that; without, it stays stopped until somebody ends it.
+    # With `seconds` it goes on by itself after that; without, it stays stopped until somebody ends it. So does a
+    # coordinator.
     "stop-rank": FaultKind(("group", "rank"), (_SECONDS,)),
     # One step of the rank raises.
     "raise": FaultKind(("group", "rank")),
@@ -28,7 +29,7 @@ FAULT_KINDS: Mapping[str, FaultKind] = {
     "drop-reply": FaultKind(("group",)),
     "repeat-reply": FaultKind(("group",)),
     "kill-coordinator": FaultKind(),
-    "stop-coordinator": FaultKind((_SECONDS,)),
+    "stop-coordinator": FaultKind((), (_SECONDS,)),
     "kill-gateway": FaultKind(("gateway",)),
     # To so many groups; of so many ranks each, if that is given.
     "scale": FaultKind(("groups",), ("ranks",)),

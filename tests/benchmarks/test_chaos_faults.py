@@ -188,6 +188,19 @@ def test_a_coordinator_is_killed_and_another_follows(make):
     check_times(record)
 
 
+def test_a_coordinator_is_stopped_for_good_and_another_follows_when_it_was_ended(make):
+    async def meanwhile(admin, server):
+        await until(lambda: server.others[0].status() == psutil.STATUS_STOPPED)
+        status, admin.status = admin.status, None
+        await asyncio.sleep(0.3)
+        server.others[0].kill()
+        admin.status, admin.started = status, time.monotonic()
+
+    record, _ = make("at 1 stop-coordinator", meanwhile)
+    assert record.problem == ""
+    assert record.noticed_after_s >= 0.3
+
+
 def test_a_gateway_is_killed_and_another_follows(make):
     async def meanwhile(admin, server):
         await until(lambda: is_dead(server.others[1]))
