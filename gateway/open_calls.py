@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -10,6 +10,7 @@ from ..errors import UnavailableError
 from .sse import error_response
 
 _RETRY_AFTER_S = 1.0  # by then another gateway may have the client's connection
+_QUIET_S, _MOST_QUIET_S = 0.2, 2.0
 
 
 class OpenCalls:
@@ -37,16 +38,31 @@ class OpenCalls:
             self.num_open -= 1
             self._changed.set()
 
-    @staticmethod
-    def refusal() -> UnavailableError:
+    def refusal(self) -> UnavailableError:
         """What a call hears that comes too late."""
+        self._changed.set()
         return UnavailableError("the server is shutting down; try again", retry_after_s=_RETRY_AFTER_S)
 
     async def wait_for_end(self) -> None:
-        """Until none is open and none may come."""
+        """Until none is open, none may come and none has come for a moment.
+
+        Who has read the end of a call may ask again at once, and a call that comes as the doors close is broken off
+        without a word: so they stay open until nobody asks.
+        """
         while self.num_open or not self.is_draining:
             self._changed.clear()
             await self._changed.wait()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_MOST_QUIET_S):
+                while await self._is_asked_within(_QUIET_S):
+                    pass
+
+    async def _is_asked_within(self, duration_s: float) -> bool:
+        self._changed.clear()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(duration_s):
+                return await self._changed.wait()
+        return False
 
 
 class CallCounter:

@@ -232,6 +232,7 @@ def _attend(
             caches = k_cache, v_cache
             _attend_token(q, at, out, table, num_keys, following, caches, shape, num_heads, scale, scratch, like)
             following = -1
+    memory[0] = 0.0  # numba frees an array behind its last use, and an address of it is none
 
 
 @njit(cache=True, nogil=True)

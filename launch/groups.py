@@ -127,14 +127,22 @@ class WorkerGroups:
         return request
 
     def _weight_sources(self, group_id: int) -> list[str]:
-        """By rank; none where no other group of that size serves."""
+        """By rank; none where no other group of that size serves, or nobody says whether one does."""
         sizes = self.sizes
         alike = [other for other in sizes if other != group_id and sizes[other] == sizes.get(group_id)]
         if not alike:
             return []
-        serving = {g.group_id for g in self._control.status().groups if g.state == admin_pb2.GROUP_STATE_READY}
+        serving = self._serving()
         candidates = [self._cluster.endpoints(other) for other in alike if other in serving]
         return nearest_source(self._cluster.endpoints(group_id), candidates)
+
+    def _serving(self) -> set[int]:
+        """None while there is no coordinator: ranks then read their weights from the files."""
+        try:
+            groups = self._control.status().groups
+        except UnavailableError:
+            return set()
+        return {group.group_id for group in groups if group.state == admin_pb2.GROUP_STATE_READY}
 
 
 def nearest_source(ranks: Sequence[Located], candidates: Sequence[Sequence[Located]]) -> list[str]:

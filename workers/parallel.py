@@ -1,7 +1,7 @@
 """The tensor-parallel group of one worker: its rank and its collectives."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,6 +31,17 @@ class TensorParallel:
     device: torch.device
     process_group: "dist.ProcessGroup | None" = None
     symmetric_memory: "SymmetricMemory | None" = None  # of GPUs that reach each other's memory
+    meets_others: bool = True  # otherwise collectives give back what is here
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether every collective is the identity."""
+        return self.size == 1 or not self.meets_others
+
+    def for_compiling(self) -> "TensorParallel":
+        """The same place among the ranks, for steps of which only launches matter, and those only compile: a rank that
+        has its kernels makes no such steps, and must not be waited for."""
+        return replace(self, meets_others=False)
 
     def abandon(self) -> None:
         """The epoch is over: frees the device of kernels that wait for other ranks. For any thread but the device's,
@@ -53,11 +64,10 @@ class TensorParallel:
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum of `tensor` over the ranks. Its own memory may be what holds the sum."""
-        if self.size == 1:
-            return tensor
         if self.symmetric_memory is not None and self.symmetric_memory.takes(tensor):
             return self.symmetric_memory.all_reduce(tensor)
-        dist.all_reduce(tensor, group=self.process_group)
+        if not self.is_alone:
+            dist.all_reduce(tensor, group=self.process_group)
         return tensor
 
     def sums_in_halves(self, tensor: torch.Tensor) -> bool:
@@ -67,7 +77,7 @@ class TensorParallel:
     def start_all_reduce(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
         """Begins to sum `tensor` over the ranks, in place, beside what is queued next. Calling what is returned gives
         the sum to what is queued after that."""
-        if self.size == 1:
+        if self.is_alone:
             return lambda: tensor
         work = dist.all_reduce(tensor, group=self.process_group, async_op=True)
 
@@ -79,7 +89,7 @@ class TensorParallel:
 
     def all_reduce_max(self, tensor: torch.Tensor) -> torch.Tensor:
         """Elementwise maximum over the ranks, in place."""
-        if self.size > 1:
+        if not self.is_alone:
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.process_group)
         return tensor
 
@@ -89,7 +99,8 @@ class TensorParallel:
             return tensor.unsqueeze(0)
         # Gloo wants the ranks' tensors one behind the other, not stacked.
         gathered = tensor.new_empty((self.size * len(tensor), *tensor.shape[1:]))
-        dist.all_gather_into_tensor(gathered, tensor.contiguous(), group=self.process_group)
+        if not self.is_alone:
+            dist.all_gather_into_tensor(gathered, tensor.contiguous(), group=self.process_group)
         return gathered.view(self.size, *tensor.shape)
 
     def check(self) -> None:
@@ -100,7 +111,7 @@ class TensorParallel:
 
     def min_int(self, value: int) -> int:
         """The least of the ranks' values. Waits for the device."""
-        if self.size == 1:
+        if self.is_alone:
             return value
         tensor = torch.tensor([value], dtype=torch.int64, device=self.device)
         dist.all_reduce(tensor, op=dist.ReduceOp.MIN, group=self.process_group)

@@ -181,7 +181,7 @@ def _load(
     dtype: torch.dtype = getattr(torch, config.dtype)
     check_model(config.model_path, config.load_format, dtype, tp)
     with compiled_in_parallel(num_ranks_on_host):
-        _find_kernels(config, dtype, tp, num_ranks_on_host)
+        _find_kernels(config, dtype, tp.for_compiling(), num_ranks_on_host)
         gc.collect()  # a model and its segments hold each other
         torch.cuda.empty_cache()
         return _copy_or_read(request, tp, fetch)
@@ -208,7 +208,7 @@ def _copy_or_read(request: worker_pb2.ConfigureRequest, tp: TensorParallel, fetc
 def _find_kernels(
     config: engine_pb2.WorkerConfig, dtype: torch.dtype, tp: TensorParallel, num_ranks_on_host: int
 ) -> None:
-    """Has all kernels of the model's steps compiled."""
+    """Has all kernels of the model's steps compiled. `tp` meets nobody."""
     from .kernel_compile import UnrecordedGraphs, launches_compile, miniature
 
     num_tokens = config.max_num_batched_tokens

@@ -53,6 +53,8 @@ def keep_process_on_lost_peer() -> None:
     """Torch would end the process when NCCL meets an error: it has the weights that the next epoch goes on with. To be
     called before the first group is joined: it is read from the environment, and from nowhere else."""
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+    # It asks the store whether to end the process, each second and aloud where the store went with rank 0.
+    os.environ.setdefault("TORCH_NCCL_ENABLE_MONITORING", "0")
 
 
 def _nccl_options() -> "dist.ProcessGroupNCCL.Options":

@@ -15,10 +15,10 @@ from ..report import Report, check_json_path
 from .random_script import RandomFaults, make_script
 from .requests import LONGEST
 from .run import ChaosSettings, run_chaos
-from .script import FAULT_KINDS, RANK_FAULTS, Fault, Shape, check_script, parse_script
+from .script import FAULT_KINDS, Fault, Shape, check_script, parse_script
 from .verdict import add_tables, require_kept
 
-DEFAULT_FAULTS = ",".join((*RANK_FAULTS, "drain"))
+DEFAULT_FAULTS = ",".join(FAULT_KINDS)
 _MAX_RESTARTS = 1_000_000  # a group that is killed again and again is not to be given up here
 
 ScriptOption = Annotated[
@@ -28,6 +28,7 @@ FaultsOption = Annotated[
     str, typer.Option(help=f"What random faults are drawn from, with commas between: {', '.join(FAULT_KINDS)}.")
 ]
 SaveOption = Annotated[Path | None, typer.Option(help="Write the script that is run to this file.")]
+LogOption = Annotated[Path | None, typer.Option(help="Write what the server says to this file.")]
 
 
 def bench_chaos(
@@ -38,6 +39,7 @@ def bench_chaos(
     duration: Annotated[float, typer.Option(help="Seconds of load, at least; the script may take longer.")] = 60.0,
     interval: Annotated[float, typer.Option(help="Seconds between two random faults, in the mean.")] = 12.0,
     save_script: SaveOption = None,
+    save_log: LogOption = None,
     num_streams: Annotated[int, typer.Option(help="Streams, each with one request after another.")] = 64,
     num_requests: Annotated[int, typer.Option(help="Distinct requests that they draw from.")] = 64,
     step_timeout_s: Annotated[float, typer.Option(help="As of octavo serve.")] = ServeConfig().step_timeout_s,
@@ -50,6 +52,7 @@ def bench_chaos(
     """
     check_json_path(json)
     check_json_path(save_script)
+    check_json_path(save_log)
     served: dict[str, Any] = {"model": model or str(DEFAULT_MODEL), "step_timeout_s": step_timeout_s} | given
     config = ServeConfig(**served, max_restarts=_MAX_RESTARTS)
     _check(config, duration, num_streams, num_requests)
@@ -62,7 +65,15 @@ def bench_chaos(
         source = f"of {script}" if script else f"random, seed {seed}"
         save_script.write_text(f"# {source}, {config.num_groups} group(s) of {config.tensor_parallel_size}\n{text}")
     settings = ChaosSettings(
-        serve_options(config), shape, planned, num_streams, num_requests, duration, config.shutdown_timeout, seed
+        serve_options(config),
+        shape,
+        planned,
+        num_streams,
+        num_requests,
+        duration,
+        config.shutdown_timeout,
+        seed,
+        save_log,
     )
     console = Console(stderr=True)
     outcome = run_chaos(settings, lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True))

@@ -4,7 +4,7 @@ import asyncio
 import random
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import grpc
@@ -12,7 +12,7 @@ from grpc_status import rpc_status
 
 from ...launch.client import CHANNEL_OPTIONS
 from ...proto import generation_pb2, generation_pb2_grpc
-from .answers import Answer, Difference, differences
+from .answers import Answer, Difference, Output, differences
 
 REQUEST_TIMEOUT_S = 180.0  # one that has not ended by then is lost
 _RETRY_S = 0.2
@@ -20,6 +20,7 @@ _GATEWAY_DEATH_S = 3.0  # a connection that breaks so soon after a gateway was k
 _REFUSAL_S = 2.0  # what is refused is refused at once
 _NOTED_GAP_S = 0.05
 _NUM_KEPT_GAPS = 100_000
+_NUM_SHOWN = 6  # tokens from a difference on
 _REFUSALS = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED)
 # A connection of its own for each stream, so that they spread over the gateways; a new one soon after it broke.
 _OPTIONS = [
@@ -46,6 +47,14 @@ class Mismatch:
     exchange: int
     noticed_at_s: float  # after the load began
     difference: Difference
+    asked_at_s: float = 0.0
+    due: Sequence[int] = ()  # the tokens from there on, a few
+    came: Sequence[int] = ()
+
+    def __str__(self) -> str:
+        tokens = f", due {list(self.due)}, came {list(self.came)}" if self.due or self.came else ""
+        times = f"asked at {self.asked_at_s:.1f} s, at {self.noticed_at_s:.1f} s"
+        return f"request {self.exchange}, {times}, {self.difference}{tokens}"
 
 
 @dataclass(slots=True)
@@ -76,8 +85,17 @@ class Gap:
 class Load:
     """Streams that each ask one request after another, drawn from a pool."""
 
-    def __init__(self, address: str, pool: Sequence[Exchange], num_streams: int, seed: int) -> None:
+    def __init__(
+        self,
+        address: str,
+        pool: Sequence[Exchange],
+        num_streams: int,
+        seed: int,
+        on_wrong: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        """`on_wrong` gets a line for each request that is lost, or answered with something else, as it ends."""
         self.tally = Tally()
+        self._on_wrong = on_wrong
         self._address, self._pool, self._num_streams, self._seed = address, pool, num_streams, seed
         self._started_at = time.monotonic()
         self._is_open = asyncio.Event()
@@ -182,13 +200,17 @@ class Load:
         self.tally.num_finished += 1
         noticed_at_s = self.time_s if reading.parted_at_s is None else reading.parted_at_s
         for difference in differences(reading.exchange.expected, reading.found):
-            self.tally.mismatches.append(Mismatch(reading.exchange.index, noticed_at_s, difference))
+            mismatch = reading.mismatch(reading.began_at - self._started_at, noticed_at_s, difference)
+            self.tally.mismatches.append(mismatch)
+            self._on_wrong(str(mismatch))
 
     def _note_error(self, reading: "_Reading", error: grpc.aio.AioRpcError) -> None:
         if self._is_of_killed_gateway(reading, error):
             self.tally.num_broken_by_gateways += 1
         elif not self._is_refusal(reading, error):
-            self.tally.lost.append(f"request {reading.describe()} at {self.time_s:.1f} s: {_describe(error)}")
+            lost = f"request {reading.describe()} at {self.time_s:.1f} s: {_describe(error)}"
+            self.tally.lost.append(lost)
+            self._on_wrong(lost)
         elif self._is_ending:
             self.tally.num_refused_at_end += 1
         else:
@@ -230,6 +252,13 @@ class _Reading:
         ):
             self.parted_at_s = now_s
         return num_tokens
+
+    def mismatch(self, asked_at_s: float, noticed_at_s: float, difference: Difference) -> Mismatch:
+        due, came = (
+            answer.outputs.get(difference.output, Output()).token_ids[difference.position :][:_NUM_SHOWN]
+            for answer in (self.exchange.expected, self.found)
+        )
+        return Mismatch(self.exchange.index, noticed_at_s, difference, asked_at_s, due, came)
 
     def describe(self) -> str:
         expected = self.exchange.expected.num_tokens

@@ -29,8 +29,13 @@ class Orders:
         self._path.unlink(missing_ok=True)
 
     def take(self, *wanted: str) -> str | None:
-        """The order, once, if it is one of those wanted."""
-        if not self._path.exists() or (order := self._path.read_text()) not in wanted:
+        """The order, once, if it is one of those wanted. Several threads may ask."""
+        if not self._path.exists():
             return None
-        self._path.unlink()
+        try:
+            if (order := self._path.read_text()) not in wanted:
+                return None
+            self._path.unlink()
+        except FileNotFoundError:  # another took it
+            return None
         return order

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc
@@ -43,6 +44,7 @@ class ChaosSettings:
     duration_s: float  # of the load, at least
     shutdown_timeout_s: float
     seed: int
+    log: Path | None = None  # a file for what the server says
 
 
 @dataclass(slots=True)
@@ -64,7 +66,7 @@ class Outcome:
 def run_chaos(settings: ChaosSettings, say: Say) -> Outcome:
     """Raises OctavoError if the server does not start or does not answer; what happens under load is in the outcome."""
     say("starting the server")
-    with running_server(settings.options) as server:
+    with running_server(settings.options, settings.log) as server:
         return asyncio.run(_Run(settings, server, say).run())
 
 
@@ -76,7 +78,7 @@ class _Run:
 
     async def run(self) -> Outcome:
         pool = await self._ask_in_peace()
-        load = Load(self._server.address, pool, self._settings.num_streams, self._settings.seed)
+        load = Load(self._server.address, pool, self._settings.num_streams, self._settings.seed, self._say)
         beside = [asyncio.create_task(self._watch.run()), asyncio.create_task(self._resources.run())]
         try:
             await self._run_load(load)

@@ -35,7 +35,6 @@ FAULT_KINDS: Mapping[str, FaultKind] = {
     # SIGTERM to the launcher under load. The last of a script.
     "drain": FaultKind(),
 }
-RANK_FAULTS = ("kill-rank", "stop-rank", "raise", "drop-reply", "repeat-reply")
 
 
 @dataclass(frozen=True, slots=True)

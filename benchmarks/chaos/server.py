@@ -47,8 +47,9 @@ class Leftovers:
 class ChaosServer:
     """Owner of the launcher's process and of the directory that it works in."""
 
-    def __init__(self, options: Sequence[str], directory: Path) -> None:
-        """Starts `octavo serve OPTIONS` on a free port. `directory` must be short: sockets' paths are bounded."""
+    def __init__(self, options: Sequence[str], directory: Path, log: Path | None = None) -> None:
+        """Starts `octavo serve OPTIONS` on a free port. `directory` must be short: sockets' paths are bounded. What the
+        server says goes to `log` too."""
         self.port = free_port()
         self.address = f"localhost:{self.port}"
         self._directory, self._orders = directory, directory / "orders"
@@ -64,6 +65,7 @@ class ChaosServer:
             start_new_session=True,  # Ctrl-C is for us: what the load has open is finished first
         )
         self._lines: deque[str] = deque(maxlen=_NUM_KEPT_LINES)
+        self._log = log
         self._is_ready = threading.Event()
         self._reader = threading.Thread(target=self._read, name="server's output", daemon=True)
         self._reader.start()
@@ -72,10 +74,13 @@ class ChaosServer:
 
     def _read(self) -> None:
         assert self._launcher.stdout is not None
-        for line in self._launcher.stdout:
-            self._lines.append(line.rstrip())
-            if _READY in line:
-                self._is_ready.set()
+        with open(self._log or os.devnull, "w") as log:
+            for line in self._launcher.stdout:
+                log.write(line)
+                log.flush()
+                self._lines.append(line.rstrip())
+                if _READY in line:
+                    self._is_ready.set()
 
     @property
     def lines(self) -> list[str]:
@@ -163,10 +168,10 @@ class ChaosServer:
 
 
 @contextlib.contextmanager
-def running_server(options: Sequence[str]) -> Iterator[ChaosServer]:
+def running_server(options: Sequence[str], log: Path | None = None) -> Iterator[ChaosServer]:
     """One that is ready. Nothing of it is left behind, however the body ends: also by SIGINT or SIGTERM."""
     with tempfile.TemporaryDirectory(prefix="o", dir="/tmp") as directory, StopSignals() as signals:
-        server = ChaosServer(options, Path(directory))
+        server = ChaosServer(options, Path(directory), log)
         try:
             server.wait_until_ready()
             yield server

@@ -116,8 +116,7 @@ def _grows(outcome: Outcome, kind: str) -> bool:
 
 
 def _details(tally: Tally) -> list[str]:
-    differing = [f"request {one.exchange} at {one.noticed_at_s:.1f} s, {one.difference}" for one in tally.mismatches]
-    return [*tally.lost[:_NUM_SHOWN], *differing[:_NUM_SHOWN]]
+    return [*tally.lost[:_NUM_SHOWN], *map(str, tally.mismatches[:_NUM_SHOWN])]
 
 
 def require_kept(outcome: Outcome) -> None:

@@ -209,3 +209,9 @@ def test_a_rank_loses_or_doubles_one_answer_on_order_and_no_failure(tmp_path):
     assert orders.take(RAISE) == RAISE
     assert orders.take(RAISE) is None
     assert context.peer() == "a coordinator"
+
+
+def test_an_order_that_another_thread_takes_at_the_same_time_is_no_error(tmp_path, monkeypatch):
+    orders = Orders(tmp_path, 17)
+    monkeypatch.setattr("pathlib.Path.exists", lambda path: True)
+    assert orders.take(RAISE) is None

@@ -43,7 +43,7 @@ def test_a_server_that_keeps_its_promise_is_let_go():
     require_kept(outcome())
 
 
-MISMATCH = Mismatch(3, 12.0, Difference("repeated", 0, 17, 2))
+MISMATCH = Mismatch(3, 12.0, Difference("repeated", 0, 17, 2), 9.0, [5], [6])
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,8 @@ def test_the_report_has_the_faults_and_what_went_wrong():
     shown = io.StringIO()
     report.show(Console(file=shown, width=160))
     assert "request 1 was lost" in shown.getvalue()
-    assert "request 3 at 12.0 s, output 0: 2 repeated at token 17" in shown.getvalue()
+    asked = "request 3, asked at 9.0 s, at 12.0 s"
+    assert f"{asked}, output 0: 2 repeated at token 17, due [5], came [6]" in shown.getvalue()
 
 
 def test_when_a_server_is_whole_and_when_it_is_idle():

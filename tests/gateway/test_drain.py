@@ -1,5 +1,6 @@
 """The end of a gateway: what runs is finished, what is new is refused, what takes too long is told."""
 
+import contextlib
 import json
 import signal
 import subprocess
@@ -108,6 +109,33 @@ def test_what_runs_is_finished_while_what_is_new_is_refused(start_gateway, loop,
         assert streams.final.json()["choices"][0]["text"] == LONG_TEXT
         assert len(own.engine.submits) == 3
         assert own.engine.cancels == []
+
+
+def test_who_asks_again_as_the_last_call_ends_is_refused_in_words(start_gateway, loop, eventually):
+    with start_gateway(shutdown_timeout_s=20) as own:
+        own.engine.say(LONG_TEXT, hold_after=1)
+        heard = []
+
+        def ask_until_refused(channel):
+            stub = generation_pb2_grpc.GenerationStub(channel)
+            try:
+                while True:
+                    list(stub.Generate(GenerateRequest(text="a")))
+            except grpc.RpcError as error:
+                heard.append((error.code(), "shutting down" in error.details()))
+
+        with contextlib.ExitStack() as stack:
+            channels = [stack.enter_context(grpc.insecure_channel(own.settings.local_address)) for _ in range(8)]
+            threads = [threading.Thread(target=ask_until_refused, args=[channel]) for channel in channels]
+            for thread in threads:
+                thread.start()
+            eventually(lambda: len(own.engine.submits) == len(threads))
+            loop.call(own.gateway.stop)
+            loop.call(own.engine.hold.set)
+            for thread in threads:
+                thread.join(10)
+            own.running.result(timeout=10)
+        assert heard == [(grpc.StatusCode.UNAVAILABLE, True)] * len(threads)
 
 
 @pytest.mark.parametrize("asks_again", [False, True])

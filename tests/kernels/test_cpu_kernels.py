@@ -1,5 +1,7 @@
 """The CPU's kernels against their torch twins, on odd shapes, by one thread and by several."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -155,6 +157,27 @@ def test_attend(make_rows, threads, dtype, step, num_heads, num_kv_heads, head_d
     assert out.dtype == dtype
     expected = rows.attend(q, query_lens, scale).to(dtype)
     torch.testing.assert_close(out, expected, **close(dtype, num_terms=head_dim))
+
+
+LONG_CONTEXT = """
+import torch
+from octavo.kernels import cpu_attention
+from octavo.kernels.batch import AttentionBatch
+from octavo.kernels.cpu_launch import KernelThreads
+n = 40_000
+ids, zero = torch.arange(n, dtype=torch.int32), torch.zeros(1, dtype=torch.int64)
+tables, lens, starts = ids[None, : n // 16].contiguous(), torch.tensor([n], dtype=torch.int32), ids[:2]
+batch = AttentionBatch(1, zero + n - 1, zero[:0], tables, zero, lens, starts, (n,), (0, 1))
+caches = torch.ones(2, n // 16, 16, 2, 32)
+out = cpu_attention.attend(KernelThreads(), torch.ones(1, 8, 32), (caches[0], caches[1]), batch, 0.2)
+torch.testing.assert_close(out, torch.ones(1, 8, 32))
+"""
+
+
+def test_what_a_kernel_works_in_is_not_freed_before():
+    """In a process of its own, where so much memory goes back to the system when it is freed: its use is the end."""
+    run = subprocess.run([sys.executable, "-c", LONG_CONTEXT], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
 
 
 def test_scores_far_apart_and_far_from_zero(make_rows):

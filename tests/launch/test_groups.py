@@ -41,8 +41,11 @@ class Cluster:
 class Control:
     def __init__(self):
         self.serving = set()
+        self.is_dead = False
 
     def status(self):
+        if self.is_dead:
+            raise UnavailableError("connection refused")
         ready, draining = admin_pb2.GROUP_STATE_READY, admin_pb2.GROUP_STATE_DRAINING
         states = {group_id: ready if group_id in self.serving else draining for group_id in range(9)}
         return admin_pb2.GetStatusResponse(
@@ -91,6 +94,12 @@ def test_weights_come_from_a_group_of_the_same_size_that_serves(groups, control)
     assert sources(groups, 1) == [""]  # the other one does not serve
     groups.start_ranks(1, 2)
     assert sources(groups, 3) == ["0:0", "0:1"]
+
+
+def test_weights_come_from_the_files_while_there_is_no_coordinator_to_ask(groups, control):
+    groups.start_ranks(2, 1)
+    control.serving, control.is_dead = {0, 1}, True
+    assert sources(groups, 1) == [""]
 
 
 def test_from_the_nearest(groups, cluster, control):

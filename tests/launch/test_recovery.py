@@ -84,16 +84,21 @@ class Control:
 class Scene:
     def __init__(self, max_restarts=5, num_groups=2) -> None:
         self.ranks, self.control, self.said = Ranks(), Control(), []
+        self.asked = []
         self.heard = threading.Semaphore(0)
         self.recovery = Recovery(
             self.ranks,
             self.control,
-            lambda group_id: engine_pb2.AddGroupRequest(group_id=group_id),
+            self.request,
             self.say,
             max_restarts=max_restarts,
         )
         for group_id in range(num_groups):
             self.recovery.add(group_id)
+
+    def request(self, group_id):
+        self.asked.append("request")
+        return engine_pb2.AddGroupRequest(group_id=group_id)
 
     def say(self, line):
         self.said.append(line)
@@ -256,6 +261,13 @@ def test_another_coordinator_takes_over_all_groups_as_they_are(scene):
     assert sorted(scene.control.added) == [0, 1]
     assert all(not lost for _, lost in scene.ranks.replaced)
     assert scene.said == []  # of this the line about the coordinator speaks
+
+
+def test_another_coordinator_is_up_before_it_is_asked_whose_weights_a_group_may_copy():
+    scene = Scene(num_groups=1)
+    scene.recovery.restore(lambda: scene.asked.append("up"))
+    wait_until(lambda: scene.recovery.is_restored)
+    assert scene.asked == ["up", "request"]
 
 
 def test_a_rank_that_died_with_the_coordinator_is_replaced_and_that_is_said(scene):

@@ -154,13 +154,20 @@ def kernels_noted(is_real):
     triton.knobs.runtime.jit_cache_hook = None
 
 
-def main(device, model_path, kv_cache_dtype):
+def main(device, model_path, kv_cache_dtype, num_ranks="1"):
     config = engine_pb2.WorkerConfig(
         model_path=model_path, load_format="dummy", dtype="bfloat16", block_size=16, max_model_len=5000,
         max_num_seqs=NUM_SEQS, max_num_batched_tokens=NUM_TOKENS, num_blocks_override=1000, gpu_memory_utilization=0.5,
         kv_cache_dtype=kv_cache_dtype,
     )  # fmt: skip
     is_real = device != "cpu"
+    if num_ranks != "1":
+        pretend_gpu()
+        with kernels_noted(is_real=False) as found:
+            one_of_them = TensorParallel(0, int(num_ranks), torch.device("cpu")).for_compiling()
+            rank._find_kernels(config, torch.bfloat16, one_of_them, 1)
+        print(f"{len(found)} found alone")
+        return
     with kernels_noted(is_real) as started:
         if is_real:
             request = worker_pb2.ConfigureRequest(epoch=1, rank=0, tensor_parallel_size=1, config=config)
