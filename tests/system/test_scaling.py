@@ -96,12 +96,17 @@ def check_nothing_is_left_but(server, client, num_ranks):
     assert f" {NUM_PLACES - num_ranks} are free " in str(caught.value)
 
 
+def has_long_streams(group) -> bool:
+    """So that some have blocks to copy."""
+    return group.num_running >= 8 and group.blocks.num_used >= 3 * group.num_running
+
+
 def test_groups_come_and_go_twice(server, expected, client):
     with streams_without_end(server, expected):
         for _ in range(2):
             said, up_s = scale(client, 3)
             assert [group.state for group in server.groups()] == [READY] * 3
-            wait_until(lambda: all(group.num_running for group in server.groups()))
+            wait_until(lambda: all(has_long_streams(group) for group in server.groups()))
             _, down_s = scale(client, 1)
             assert [group.state for group in server.groups()] == [READY]
             loads = re.findall(r"took (\d\.\d) s to load", " ".join(said))
