@@ -201,7 +201,7 @@ class RayCluster:
 
     def _start_spare(self, node_id: str, device: str) -> SpareRank:
         with self._lock:
-            self._require_going_on()
+            self.require_alive()
             return SpareRank(node_id, device)
 
     def _take_spare(self, node_id: str) -> SpareRank | None:
