@@ -118,6 +118,14 @@ class ServeConfig:
             "and it is given up. 0: any death ends the server."
         ),
     )
+    num_spare_ranks: int | None = field(
+        default=None,
+        metadata=_help(
+            "Processes kept ready on each node of a rank to take the place of one that dies; each holds some 0.5 GiB "
+            "of host memory and no GPU.",
+            "1 on GPUs, 0 on the CPU",
+        ),
+    )
     enforce_eager: bool = field(default=False, metadata=_help("Run without CUDA graphs, as a CPU does anyway."))
     host: str = field(default="127.0.0.1", metadata=_help("Interface of the public ports; 0.0.0.0 for all."))
     port: int = field(default=8000, metadata=_help("OpenAI-compatible HTTP port; 0 opens none."))
@@ -160,6 +168,8 @@ class ServeConfig:
         if self.max_num_batched_tokens is not None and self.max_num_batched_tokens < self.max_num_seqs:
             reason = f"must be at least max_num_seqs ({self.max_num_seqs}), got {self.max_num_batched_tokens}"
             raise _refusal("max_num_batched_tokens", reason)
+        if self.num_spare_ranks and not self.max_restarts:
+            raise _refusal("num_spare_ranks", "are for ranks that come back, and max_restarts is 0; leave one out")
         if self.seed is not None and not 0 <= self.seed < 2**64:
             raise _refusal("seed", f"must be in [0, 2^64), got {self.seed}")
         if not self.model or not all(self.served_model_name):
@@ -189,6 +199,7 @@ _RANGES: dict[str, tuple[int, int]] = {
     "max_num_waiting": (1, _MAX_INT32),
     "num_inflight_steps": (2, 1024),
     "max_restarts": (0, _MAX_INT32),
+    "num_spare_ranks": (0, 1024),
 }
 
 

@@ -123,6 +123,14 @@ class EngineControl:
         except grpc.RpcError as error:
             raise _to_error(error, "the coordinator does not answer") from error
 
+    def is_calm(self) -> bool:
+        """Whether every group serves, and none starts or is rebuilt."""
+        try:
+            groups = self.status().groups
+        except UnavailableError:
+            return False
+        return all(group.state in (admin_pb2.GROUP_STATE_READY, admin_pb2.GROUP_STATE_DRAINING) for group in groups)
+
     def begin_status(self, timeout_s: float) -> "grpc.Future":
         """Asks for the status, and waits for no answer; without one the call ends with DEADLINE_EXCEEDED."""
         return self._stub.GetStatus.future(admin_pb2.GetStatusRequest(), timeout=timeout_s)

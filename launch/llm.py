@@ -32,7 +32,7 @@ from .supervisor import Supervisor
 OfflinePrompt = str | TokensPrompt | TextPrompt
 _NOT_OFFLINE = frozenset(
     {"host", "port", "grpc_port", "served_model_name", "first_request", "max_restarts"}
-    | {"min_num_groups", "max_num_groups"}
+    | {"num_spare_ranks", "min_num_groups", "max_num_groups"}
 )
 _MAX_NUM_REQUESTS = 4096  # on their way at once; enough to keep any batch full
 

@@ -1,21 +1,20 @@
 """The Ray actors of one worker group, in the places that Ray gave it."""
 
 import contextlib
-import os
-import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import psutil
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ..errors import UnavailableError
-from .rank_actor import RankActor, RankEndpoint, actor_options
+from .rank_actor import RankActor, RankEndpoint, actor_options, spare_options
 from .rank_probe import RankLoss
+from .rank_process import kill_rank
+from .rank_spares import SpareCondition
 
 _ACTOR_START_TIMEOUT_S = 300.0  # a first import of torch from a cold network disk takes minutes
 _PING_TIMEOUT_S = 2.0
@@ -33,31 +32,54 @@ class RankGroup:
         the processes run on this machine."""
         self._placement, self._device, self._is_local = placement, device, is_local
         self._num_ranks_on_node = num_ranks_on_node
-        self.actors = [self._start_actor(rank) for rank in range(len(num_ranks_on_node))]
         self.endpoints: list[RankEndpoint] = []
+        self.actors = [self._new_actor(rank) for rank in range(len(num_ranks_on_node))]
+        self.starts = [self._start(rank, device) for rank in range(len(num_ranks_on_node))]  # for `await_endpoints`
 
-    def _start_actor(self, rank: int) -> Any:  # noqa: ANN401 (an actor handle)
-        actor_class = ray.remote(RankActor).options(**actor_options(self._placement, rank, self._device))
-        return actor_class.remote(rank, self._device, self._is_local, self._num_ranks_on_node[rank])
+    def _new_actor(self, rank: int) -> Any:  # noqa: ANN401 (an actor handle)
+        return _new_actor(actor_options(self._placement, rank, self._device))
 
-    def replace(self, lost: Mapping[int, RankLoss], require_alive: Callable[[], None]) -> None:
-        """Has new processes take the places of the lost ranks. Raises UnavailableError if one does not start."""
-        for rank, loss in lost.items():
-            ray.kill(self.actors[rank])
-            if loss is RankLoss.HANGS:
-                self._kill_process(self.endpoints[rank])
-            self.actors[rank] = self._start_actor(rank)
-        started = await_endpoints([self.actors[rank] for rank in lost], require_alive)
+    def _start(self, rank: int, device: str) -> Any:  # noqa: ANN401 (Ray's future)
+        return self.actors[rank].start.remote(rank, device, self._is_local, self._num_ranks_on_node[rank])
+
+    def replace(
+        self,
+        lost: Mapping[int, RankLoss],
+        require_alive: Callable[[], None],
+        take_spare: Callable[[str], "SpareRank | None"],
+    ) -> None:
+        """Has other processes take the places of the lost ranks: spare ones of their nodes, by `take_spare(node_id)`,
+        or new ones. Raises UnavailableError if one does not start."""
+        spares = {rank: take_spare(self.endpoints[rank].node_id) for rank in lost}
+        starts = [self._start_instead(rank, loss, spares[rank]) for rank, loss in lost.items()]
+        try:
+            started = await_endpoints(starts, require_alive)
+        except UnavailableError:
+            require_alive()
+            if not any(spares.values()):
+                raise
+            self.replace(lost, require_alive, lambda node_id: None)
+            return
         for rank, endpoint in zip(lost, started, strict=True):
             self.endpoints[rank] = endpoint
+
+    def _start_instead(self, rank: int, loss: RankLoss, spare: "SpareRank | None") -> Any:  # noqa: ANN401 (Ray's future)
+        lost = self.endpoints[rank]
+        ray.kill(self.actors[rank])
+        if spare is None and loss is RankLoss.HANGS:
+            self._kill_process(lost)  # or Ray keeps its place for it
+        self.actors[rank] = self._new_actor(rank) if spare is None else spare.actor
+        # Ray counts the place of a rank that was a spare as free while that one still ends.
+        self.actors[rank].succeed.remote(lost.process_id, lost.node_id)
+        return self._start(rank, self._device if spare is None else lost.device)
 
     def _kill_process(self, endpoint: RankEndpoint) -> None:
         """Ray asks a process to end, which one that is stopped never hears."""
         if self._is_local:
-            _kill(endpoint.process_id)
+            kill_rank(endpoint.process_id)
             return
         on_its_node = NodeAffinitySchedulingStrategy(endpoint.node_id, soft=False)
-        kill = ray.remote(num_cpus=0)(_kill).options(scheduling_strategy=on_its_node)
+        kill = ray.remote(num_cpus=0)(kill_rank).options(scheduling_strategy=on_its_node)
         with contextlib.suppress(RayError):  # the node is gone, and the process with it
             ray.get(kill.remote(endpoint.process_id), timeout=_KILL_TIMEOUT_S)
 
@@ -88,16 +110,38 @@ class RankGroup:
         remove_placement_group(self._placement)
 
 
-def _kill(process_id: int) -> None:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        if any("RankActor" in part for part in psutil.Process(process_id).cmdline()):  # and no other of that number
-            os.kill(process_id, signal.SIGKILL)
+def _new_actor(options: Mapping[str, Any]) -> Any:  # noqa: ANN401 (an actor handle)
+    return ray.remote(RankActor).options(**options).remote()
 
 
-def await_endpoints(actors: Sequence[Any], require_alive: Callable[[], None]) -> list[RankEndpoint]:
-    """Starts the actors' servers; where they listen. Raises UnavailableError if one does not start, and what
-    `require_alive` raises meanwhile."""
-    starts = pending = [actor.start.remote() for actor in actors]
+class SpareRank:
+    """A process that is no rank yet, on the node of ranks of ours."""
+
+    def __init__(self, node_id: str, device: str) -> None:
+        """Begins to start it."""
+        self.actor = _new_actor(spare_options(node_id, device))
+        self._prepared = self.actor.prepare.remote(device)
+
+    def condition(self) -> SpareCondition:
+        try:
+            is_prepared, _ = ray.wait([self._prepared], timeout=0)
+            if not is_prepared:
+                return SpareCondition.BUSY
+            ray.get([self._prepared, self.actor.ping.remote()], timeout=_PING_TIMEOUT_S)
+        except GetTimeoutError:
+            return SpareCondition.BUSY
+        except RayError:
+            return SpareCondition.DEAD
+        return SpareCondition.READY
+
+    def end(self) -> None:
+        ray.kill(self.actor)
+
+
+def await_endpoints(starts: Sequence[Any], require_alive: Callable[[], None]) -> list[RankEndpoint]:
+    """Until the actors serve, by what their `start` gave; where they listen. Raises UnavailableError if one does not
+    start, and what `require_alive` raises meanwhile."""
+    pending = list(starts)
     deadline = time.monotonic() + _ACTOR_START_TIMEOUT_S
     try:
         while pending:

@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,9 @@ from ray.util.placement_group import (
 
 from ..errors import FailedPreconditionError, OctavoError, UnavailableError
 from .rank_actor import CPUS_PER_CPU_RANK, RankEndpoint
-from .rank_group import RankGroup, await_endpoints, cause
+from .rank_group import RankGroup, SpareRank, await_endpoints, cause
 from .rank_probe import RankLoss, find_lost_ranks
+from .rank_spares import SpareRanks, SpareSettings
 from .ray_processes import RayProcesses
 
 # Read by a Ray that starts here. Its workers would run at nice 15, and wait for every other process of the machine.
@@ -62,6 +63,7 @@ class RayCluster:
         self._lock = threading.Lock()  # of these two, and of what begins to run
         self._is_stopping = False
         self._freed_at = -_FREED_S  # when a group ended last
+        self._spares: SpareRanks[SpareRank] | None = None
         self._processes = RayProcesses()
         self._is_ending = False  # Ray ends its processes
         self._is_ended = False
@@ -123,7 +125,7 @@ class RayCluster:
             for _ in group_ids:
                 self._placements.append(_place(bundle, num_ranks))
             groups = self._begin_groups(group_ids, device)
-            started = await_endpoints([actor for group in groups for actor in group.actors], self.require_alive)
+            started = await_endpoints([start for group in groups for start in group.starts], self.require_alive)
         except OctavoError:
             self._forget_start(group_ids)
             raise
@@ -182,8 +184,28 @@ class RayCluster:
     def replace(self, group_id: int, lost: Mapping[int, RankLoss]) -> None:
         """Has new processes take the places of a group's lost ranks. Raises UnavailableError if one does not start."""
         self._require_going_on()
-        self._groups[group_id].replace(lost, self.require_alive)
+        self._groups[group_id].replace(lost, self.require_alive, self._take_spare)
         self._processes.note_descendants()
+
+    # Spares
+
+    def keep_spares(self, settings: SpareSettings, device: str, say: Callable[[str], None]) -> None:
+        """Has processes ready, from now until `stop_spares`, that `replace` then uses. `say` shows a line."""
+        self._spares = SpareRanks(settings, self._num_ranks_on_nodes, lambda node: self._start_spare(node, device), say)
+        self._spares.start()
+
+    def stop_spares(self) -> None:
+        """Starts no more."""
+        if self._spares is not None:
+            self._spares.stop()
+
+    def _start_spare(self, node_id: str, device: str) -> SpareRank:
+        with self._lock:
+            self.require_alive()
+            return SpareRank(node_id, device)
+
+    def _take_spare(self, node_id: str) -> SpareRank | None:
+        return self._spares.take(node_id) if self._spares is not None else None
 
     def require_alive(self) -> None:
         """Raises UnavailableError if a process of the Ray that we started has ended, or ends: its calls would only
@@ -217,6 +239,8 @@ class RayCluster:
         self._processes.kill()
 
     def _shut_down_orderly(self, hurry: threading.Event) -> None:
+        if self._spares is not None:
+            self._spares.end_all()
         groups = list(self._groups.values())
         actors = [actor for group in groups for actor in group.actors]
         if actors and not hurry.is_set():

@@ -25,6 +25,7 @@ from .groups import GroupSettings, WorkerGroups
 from .keeper import Keeper
 from .kept_process import KeptProcess
 from .process_configs import GatewayAddresses, engine_config, gateway_config
+from .rank_spares import SpareSettings
 from .recovery import Recovery
 from .resolve import Placement, ServedModel, check_ports, check_ray_address, resolve_model, resolve_placement
 from .restart_policy import RestartPolicy
@@ -92,6 +93,7 @@ class Supervisor:
         if recovery is not None:
             self._keeper = self._make_keeper(model, placement, recovery)
             self._keeper.start()
+            self._keep_spares(placement)
         if self._is_served:
             self._scaling = self._begin_scaling(groups, recovery)
         return model
@@ -191,6 +193,13 @@ class Supervisor:
         serves = partial(gateway_serves, self.local_addresses[index])
         return KeptProcess(self._gateways[index], start, serves, self._new_policy(), self._display.show)
 
+    def _keep_spares(self, placement: Placement) -> None:
+        assert self._cluster is not None
+        assert self._control is not None
+        if placement.num_spare_ranks:
+            settings = SpareSettings(placement.num_spare_ranks, self._control.is_calm, self._new_policy)
+            self._cluster.keep_spares(settings, placement.device, self._display.show)
+
     def _new_policy(self) -> RestartPolicy:
         return RestartPolicy(self._config.max_restarts)
 
@@ -285,6 +294,8 @@ class Supervisor:
             scaling.stop()
 
     def _stop_coordinator(self, hurry: threading.Event) -> None:
+        if self._cluster is not None:
+            self._cluster.stop_spares()  # asks the coordinator whether it may start one
         if self._control is not None:
             self._control.close()
             self._control = None

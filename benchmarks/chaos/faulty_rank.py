@@ -32,9 +32,9 @@ class FaultyContext:
 class FaultyRankActor(RankActor):
     """Imports what it changes only in the rank's own process."""
 
-    def __init__(self, rank: int, device: str, is_local: bool, num_ranks_on_node: int) -> None:
+    def __init__(self) -> None:
         obey(Orders(Path(os.environ[ORDERS_VARIABLE]), os.getpid()))
-        super().__init__(rank, device, is_local, num_ranks_on_node)
+        super().__init__()
 
 
 def obey(orders: Orders) -> None:

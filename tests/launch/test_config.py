@@ -28,6 +28,7 @@ from octavo.launch.serve_command import merge_options
         ("step_timeout_s", -1.0),
         ("step_timeout_s", math.nan),
         ("max_restarts", -1),
+        ("num_spare_ranks", -1),
         ("max_model_len", 1),
         ("port", 65_536),
         ("grpc_port", -1),
@@ -68,6 +69,13 @@ def test_bounds_of_autoscaling():
     ):
         with pytest.raises(InvalidArgumentError, match=reason):
             ServeConfig(**options)
+
+
+def test_spare_ranks_are_for_ranks_that_come_back():
+    assert ServeConfig(num_spare_ranks=0, max_restarts=0).num_spare_ranks == 0
+    with pytest.raises(InvalidArgumentError, match="max_restarts is 0") as refusal:
+        ServeConfig(num_spare_ranks=1, max_restarts=0)
+    assert refusal.value.field == "num_spare_ranks"
 
 
 def test_a_first_request_needs_the_tokenizer():

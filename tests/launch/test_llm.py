@@ -14,6 +14,7 @@ from octavo.errors import InvalidArgumentError, NotFoundError
         "first_request",
         "served_model_name",
         "max_restarts",
+        "num_spare_ranks",
         "max_num_groups",
         "no_such_option",
     ],
