@@ -118,12 +118,11 @@ class ServeConfig:
             "and it is given up. 0: any death ends the server."
         ),
     )
-    num_spare_ranks: int | None = field(
-        default=None,
+    num_spare_ranks: int = field(
+        default=0,
         metadata=_help(
             "Processes kept ready on each node of a rank to take the place of one that dies; each holds some 0.5 GiB "
-            "of host memory and no GPU.",
-            "1 on GPUs, 0 on the CPU",
+            "of host memory and no GPU."
         ),
     )
     enforce_eager: bool = field(default=False, metadata=_help("Run without CUDA graphs, as a CPU does anyway."))

@@ -14,7 +14,6 @@ from .config import DEFAULT_MODEL, ServeConfig
 
 _CUDA_BLOCK_SIZES = (8, 16, 32, 64, 128)
 _NUM_BATCHED_TOKENS = {"cuda": 8192, "cpu": 2048}
-_NUM_SPARE_RANKS = {"cuda": 1, "cpu": 0}
 _CONNECT_TIMEOUT_S = 5.0
 _DOWNLOADED = ["*.json", "*.safetensors", "*.jinja"]
 
@@ -36,7 +35,6 @@ class Placement:
     device: str  # "cuda" or "cpu"
     dtype: str
     max_num_batched_tokens: int
-    num_spare_ranks: int  # on each node of a rank
 
 
 def resolve_model(config: ServeConfig) -> ServedModel:
@@ -143,10 +141,7 @@ def resolve_placement(config: ServeConfig, model: ModelConfig, num_free_gpus: in
     if dtype == "auto":
         dtype = model.dtype if device == "cuda" else "float32"  # type: ignore[assignment] # checked by ModelConfig
     num_batched_tokens = config.max_num_batched_tokens or max(_NUM_BATCHED_TOKENS[device], config.max_num_seqs)
-    num_spare_ranks = config.num_spare_ranks
-    if num_spare_ranks is None:
-        num_spare_ranks = _NUM_SPARE_RANKS[device]
-    return Placement(device, dtype, num_batched_tokens, num_spare_ranks)
+    return Placement(device, dtype, num_batched_tokens)
 
 
 def check_ray_address(address: str | None) -> None:

@@ -196,8 +196,8 @@ class Supervisor:
     def _keep_spares(self, placement: Placement) -> None:
         assert self._cluster is not None
         assert self._control is not None
-        if placement.num_spare_ranks:
-            settings = SpareSettings(placement.num_spare_ranks, self._control.is_calm, self._new_policy)
+        if self._config.num_spare_ranks:
+            settings = SpareSettings(self._config.num_spare_ranks, self._control.is_calm, self._new_policy)
             self._cluster.keep_spares(settings, placement.device, self._display.show)
 
     def _new_policy(self) -> RestartPolicy:

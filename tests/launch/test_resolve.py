@@ -121,14 +121,6 @@ def test_what_is_asked_is_kept(write_model):
     assert (placement.device, placement.dtype, placement.max_num_batched_tokens) == ("cpu", "float16", 300)
 
 
-@pytest.mark.parametrize(("options", "expected"), [({}, (1, 0)), ({"num_spare_ranks": 2}, (2, 2))])
-def test_spare_ranks_are_kept_for_gpus_unless_asked(write_model, options, expected):
-    directory = write_model()
-    placements = [place(directory, num_free_gpus, **options) for num_free_gpus in (1, 0)]
-    assert [placement.device for placement in placements] == ["cuda", "cpu"]
-    assert tuple(placement.num_spare_ranks for placement in placements) == expected
-
-
 def test_a_step_has_room_for_every_sequence(write_model):
     assert place(write_model(), 0, max_num_seqs=5000).max_num_batched_tokens == 5000
 
