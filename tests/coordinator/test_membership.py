@@ -2,7 +2,7 @@
 
 import pytest
 from octavo.coordinator.core.membership import GroupState, Membership
-from octavo.errors import FailedPreconditionError
+from octavo.errors import FailedPreconditionError, NotFoundError
 
 
 def of_one(rebuilds=True) -> Membership:
