@@ -2,12 +2,13 @@
 
 from collections.abc import Collection
 
-from ...errors import InvalidArgumentError, OctavoError, ResourceExhaustedError
+from ...errors import OctavoError, ResourceExhaustedError
 from .admission import check_fits, check_resumed, find_misfits
 from .batch_plan import BatchPlan, ScheduledRow
 from .chunk_budget import ChunkBudget, counted_tokens
 from .drain import Moves, WantedCopy, is_drained
 from .ordered_sequences import OrderedSequences, WaitingQueue
+from .outputs import Outputs
 from .placement import Queue, belongs
 from .prompt_turns import PromptTurns, Takers
 from .scheduler_config import SchedulerConfig
@@ -31,8 +32,8 @@ class Scheduler:
         self.waiting = WaitingQueue()
         self.groups: dict[int, WorkerGroup] = {}
         self.counters = SchedulerCounters()
-        self._outputs: dict[RequestKey, SequenceGroup] = {}  # unfinished ones
         self.suspects = Suspects(self.waiting, self._preempt)
+        self._outputs = Outputs(self.groups, self.waiting, self.suspects, self.counters)
         self.moves = Moves(config.copies_moves)
 
     # Events from outside
@@ -92,9 +93,7 @@ class Scheduler:
                 f"{len(self.waiting)} requests are waiting, the most that this server queues; try again later",
                 retry_after_s=_RETRY_AFTER_S,
             )
-        if taken := [key.handle for key in samples.keys if key in self._outputs]:
-            raise InvalidArgumentError(f"handles {taken} are other requests'", field="handle")
-        self._outputs |= dict.fromkeys(samples.keys, samples)
+        self._outputs.open(samples)
         for sequence in samples.sequences if not samples.held else samples.sequences[:1]:
             self.waiting.add(sequence)
         self.counters.num_requests += 1
@@ -102,46 +101,27 @@ class Scheduler:
 
     def cancel(self, key: RequestKey) -> None:
         """Ends an output that nobody reads any more. One that has ended already is none of our business."""
-        self._end(key, FinishReason.CANCELLED)
+        self._outputs.end(key, FinishReason.CANCELLED)
 
     def stop(self, key: RequestKey) -> None:
         """Ends an output whose text has reached a stop string, unless it has ended already."""
-        self._end(key, FinishReason.STOP)
+        self._outputs.end(key, FinishReason.STOP)
 
     def drop(self, key: RequestKey) -> None:
         """Forgets an output that nobody can serve; who calls tells its reader."""
-        self._end(key, None)
-
-    def _end(self, key: RequestKey, reason: FinishReason | None) -> None:
-        samples = self._outputs.get(key)
-        if samples is None:
-            return
-        if samples.beams is not None:
-            self._end_beams(samples, reason or FinishReason.CANCELLED)
-        else:
-            self._finish_sample(samples.sequence(key), reason or FinishReason.CANCELLED)
-        samples.has_failed |= reason is None
-        if not samples.sequences:
-            self._count_end(samples, reason)
-
-    def _count_end(self, samples: SequenceGroup, reason: FinishReason | None) -> None:
-        """Of a request, once: by whether an output failed, else by how its last one ended."""
-        is_cancelled = reason is FinishReason.CANCELLED
-        self.counters.num_failed += samples.has_failed
-        self.counters.num_cancelled += is_cancelled and not samples.has_failed
-        self.counters.num_finished += not (is_cancelled or samples.has_failed)
+        self._outputs.end(key, None)
 
     def unfinished_requests(self) -> list[RequestKey]:
         """Keys of all unfinished outputs."""
-        return list(self._outputs)
+        return self._outputs.keys
 
     def misfits(self) -> dict[RequestKey, OctavoError]:
         """Requests that none of the groups could serve, and why; they hold up the others, and are to be dropped."""
-        return find_misfits(set(self._outputs.values()), self.config, self.groups.values())
+        return find_misfits(self._outputs.requests, self.config, self.groups.values())
 
     def samples(self, key: RequestKey) -> SequenceGroup:
         """The request with that unfinished output."""
-        return self._outputs[key]
+        return self._outputs.samples(key)
 
     # Steps
 
@@ -337,9 +317,7 @@ class Scheduler:
         is_first = sequence.num_output_tokens == 1
         num_cached_tokens = sequence.samples.num_cached_tokens if is_first else 0
         if reason is not None:
-            self._finish_sample(sequence, reason)
-            if not sequence.samples.sequences:
-                self._count_end(sequence.samples, reason)
+            self._outputs.complete(sequence, reason)
         elif sequence.num_tokens >= (sequence.num_published_blocks + 1) * self.config.block_size:
             self._publish(sequence)
         return SampledToken(sequence.key, token_id, reason, row, num_cached_tokens)
@@ -359,28 +337,6 @@ class Scheduler:
         num_tokens = min(sequence.num_tokens, sequence.num_sent_tokens)
         self.groups[sequence.group_id].blocks.publish(sequence, num_tokens)
 
-    def _finish_sample(self, sequence: Sequence, reason: FinishReason) -> None:
-        self._finish(sequence, reason)
-        del self._outputs[sequence.key]
-        samples = sequence.samples
-        if samples.held and len(samples.held) == len(samples.sequences):  # the one that was to lead them is gone
-            self.waiting.add(samples.held.pop(0))
-
-    def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
-        """Ends a sequence, wherever it is."""
-        samples = sequence.samples
-        samples.sequences.remove(sequence)
-        if sequence.is_running:
-            keep = bool(samples.sequences) or not samples.request.is_private
-            self.groups[sequence.group_id].leave(sequence, keep)
-        elif sequence in self.waiting:
-            self.waiting.remove(sequence)
-        elif sequence in samples.held:
-            samples.held.remove(sequence)
-        else:
-            self.suspects.remove(sequence)
-        sequence.finish(reason)
-
     # Beams
 
     def _advance_beams(self, samples: SequenceGroup) -> list[BeamOutput]:
@@ -389,32 +345,15 @@ class Scheduler:
         sampled = samples.beams.sampled
         dropped, tokens = samples.beams.advance()
         if not tokens:
-            return self._take_outputs(samples)
+            return self._outputs.complete_beams(samples)
         for sequence in dropped:
-            self._finish(sequence, FinishReason.CANCELLED)
+            self._outputs.finish(sequence, FinishReason.CANCELLED)
         for sequence, token_id in tokens.items():
             if token_id != sampled[sequence]:
                 self.groups[sequence.group_id].amend(sequence, token_id)
             sequence.append(token_id)
             self._publish(sequence)
         return []
-
-    def _take_outputs(self, samples: SequenceGroup) -> list[BeamOutput]:
-        assert samples.beams is not None
-        self._end_beams(samples, FinishReason.STOP)
-        self._count_end(samples, FinishReason.STOP)
-        outputs = samples.beams.outputs()
-        self.counters.num_output_tokens += sum(len(output.token_ids) for output in outputs)
-        return outputs
-
-    def _end_beams(self, samples: SequenceGroup, reason: FinishReason) -> None:
-        """Its outputs are made together, and end together."""
-        assert samples.beams is not None
-        for beam in list(samples.sequences):
-            self._finish(beam, reason)
-        samples.beams.interrupt()
-        for key in samples.keys:
-            del self._outputs[key]
 
     # Checks
 
@@ -425,17 +364,9 @@ class Scheduler:
             group.check_invariants()
             for plan in group.inflight:
                 assert plan.num_tokens <= self.config.max_num_batched_tokens, "over the token budget"
-        requests = set(self._outputs.values())
-        held = [sequence for samples in requests for sequence in samples.held]
-        forks = [child for samples in requests if samples.beams for _, child in samples.beams.forks]
-        unfinished = [sequence for samples in requests for sequence in samples.sequences]
-        assert len(unfinished) == len(set(unfinished)), "a sequence is in two places"
         tried = self.suspects.queued
         self.moves.check_invariants()
-        assert {*running, *self.waiting, *held, *forks, *tried} == set(unfinished), (
-            "a sequence is nowhere, or still somewhere"
-        )
-        assert len(unfinished) == len(running) + len(self.waiting) + len(held) + len(forks) + len(tried)
+        held = self._outputs.check_invariants([*running, *self.waiting, *tried])
         for sequence in (*self.waiting, *held, *tried):
             assert sequence.status is SequenceStatus.WAITING
         assert self.waiting.num_counted_tokens == sum(counted_tokens(each.num_tokens) for each in self.waiting)

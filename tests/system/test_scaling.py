@@ -15,7 +15,7 @@ from octavo.errors import FailedPreconditionError, UnavailableError
 from octavo.launch.client import Client
 from octavo.proto import admin_pb2
 
-from .test_rank_deaths import NUM_STREAMS, READY, ask, ask_all, check_same, running
+from .test_rank_deaths import NUM_STREAMS, READY, ask, ask_all, check_same, request_of, running
 
 NUM_PLACES = 4 * len(os.sched_getaffinity(0))  # of CPU ranks
 
@@ -96,23 +96,16 @@ def check_nothing_is_left_but(server, client, num_ranks):
     assert f" {NUM_PLACES - num_ranks} are free " in str(caught.value)
 
 
-def has_long_streams(group) -> bool:
-    """So that some have blocks to copy."""
-    return group.num_running >= 8 and group.blocks.num_used >= 3 * group.num_running
-
-
 def test_groups_come_and_go_twice(server, expected, client):
     with streams_without_end(server, expected):
         for _ in range(2):
             said, up_s = scale(client, 3)
             assert [group.state for group in server.groups()] == [READY] * 3
-            wait_until(lambda: all(has_long_streams(group) for group in server.groups()))
+            wait_until(lambda: all(group.num_running for group in server.groups()))
             _, down_s = scale(client, 1)
             assert [group.state for group in server.groups()] == [READY]
             loads = re.findall(r"took (\d\.\d) s to load", " ".join(said))
             print(f"1 to 3 groups in {up_s:.1f} s, of which {loads} s loading, and back in {down_s:.1f} s")
-        num_received = server.groups()[0].block_counters.num_received_blocks
-    assert num_received > 0, "what moved did so without its blocks"
     assert server.groups()[0].num_restarts == 0, server.lines
     check_nothing_is_left_but(server, client, num_ranks=1)
 
@@ -126,6 +119,32 @@ def test_groups_of_another_size_take_their_place(server, expected, client):
         wait_until(lambda: server.groups()[0].num_running)
     check_nothing_is_left_but(server, client, num_ranks=2)
     scale(client, 1, 1)
+
+
+def tokens_of(server, index) -> dict[int, list[int]]:
+    """As those of `ask`, of blocks that no group has computed before."""
+    request, tokens = request_of(index), {}
+    request.cache_salt = "moves"
+    for response in server.generation.Generate(request):
+        for output in response.outputs:
+            tokens.setdefault(output.index, []).extend(output.token_ids)
+    return tokens
+
+
+def has_blocks_to_copy(group) -> bool:
+    return group.num_running >= 8 and group.blocks.num_used >= 3 * group.num_running
+
+
+def test_what_moves_takes_its_blocks_along(server, expected, client):
+    scale(client, 2)
+    with ThreadPoolExecutor(NUM_STREAMS) as pool:
+        asked = [pool.submit(tokens_of, server, index) for index in range(NUM_STREAMS)]
+        wait_until(lambda: all(has_blocks_to_copy(group) for group in server.groups()))
+        scale(client, 1)
+        [group] = server.groups()
+        print(f"{group.block_counters.num_received_blocks} blocks came")
+        assert group.block_counters.num_received_blocks > 0
+        assert [each.result() for each in asked] == [outputs[0] for outputs, _ in expected]
 
 
 def test_a_change_goes_on_without_its_caller_and_beside_no_other(server, client):
