@@ -89,7 +89,10 @@ class _Run:
             for task in beside:
                 task.cancel()
             await load.cancel()
-            await asyncio.gather(*beside, return_exceptions=True)
+            ends = await asyncio.gather(*beside, return_exceptions=True)
+        for fault in ends:
+            if isinstance(fault, Exception):  # of the tool: what it saw was not all
+                raise fault
         self._outcome.tally, self._outcome.samples = load.tally, self._resources.samples
         return self._outcome
 

@@ -66,7 +66,7 @@ def _resource_row(kind: str, samples: Sequence[Sample]) -> Row | None:
         "last_mib": trend.last_uss_mib,
         "first_file_descriptors": trend.first_fds,
         "last_file_descriptors": trend.last_fds,
-        "is_flat": "too short to tell" if _is_short(samples) else "yes" if trend.is_flat else "no",
+        "is_flat": "too short to tell" if _is_short(samples) else "yes" if trend.is_flat(kind) else "no",
     }
 
 
@@ -112,7 +112,7 @@ def wrongs(outcome: Outcome) -> list[str]:
 def _grows(outcome: Outcome, kind: str) -> bool:
     samples = outcome.samples.get(kind, [])
     trend = trend_of(samples)
-    return trend is not None and not _is_short(samples) and not trend.is_flat
+    return trend is not None and not _is_short(samples) and not trend.is_flat(kind)
 
 
 def _details(tally: Tally) -> list[str]:

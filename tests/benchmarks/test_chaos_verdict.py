@@ -1,12 +1,14 @@
 """Every way in which a server breaks its promise is named, and one that keeps it is let go."""
 
 import io
+from types import SimpleNamespace
 
+import psutil
 import pytest
 from octavo.benchmarks.chaos.answers import Difference
 from octavo.benchmarks.chaos.faults import FaultRecord
 from octavo.benchmarks.chaos.load import Mismatch, Tally
-from octavo.benchmarks.chaos.resources import Sample, trend_of
+from octavo.benchmarks.chaos.resources import ResourceLog, Sample, trend_of
 from octavo.benchmarks.chaos.run import Outcome
 from octavo.benchmarks.chaos.server import Leftovers
 from octavo.benchmarks.chaos.verdict import add_tables, require_kept, wrongs
@@ -78,6 +80,23 @@ def test_memory_of_a_short_run_is_shown_and_not_judged():
     [row] = report.tables["Processes, first and last third of the run"]
     assert (row["first_mib"], row["last_mib"], row["is_flat"]) == (300.0, 900.0, "too short to tell")
     assert trend_of([]) is None
+
+
+def test_descriptors_that_ray_keeps_for_dead_workers_are_not_counted_as_a_leak():
+    assert wrongs(outcome(samples={"ray": samples(44.0, 46.0, 1800, (34, 60))})) == []
+    [found] = wrongs(outcome(samples={"ray": samples(44.0, 46.0, 1800, (34, 90))}))
+    assert "ray: " in found
+
+
+def test_a_process_that_ends_while_it_is_looked_at_ends_no_log():
+    class Gone:
+        def memory_full_info(self):
+            raise psutil.NoSuchProcess(17)
+
+    family = {Gone(): "coordinator", psutil.Process(): "gateway"}
+    taken = ResourceLog(SimpleNamespace(family=lambda: family))._look(1.0)
+    assert list(taken) == ["gateway"]
+    assert taken["gateway"].num_processes == 1
 
 
 def test_the_report_has_the_faults_and_what_went_wrong():
