@@ -133,9 +133,14 @@ class Scaler:
             self._show(line)
             news.put(self._progress(line, target))
 
+        started = time.monotonic()
         error = self._try(lambda: self._make(change, target, say))
         self._target = self._scale_now() or self._target
-        self._under_way = None
+        self._under_way = None  # before the last word: who hears that may ask for the next change
+        if error is None:
+            say(f"there are {target} now, after {time.monotonic() - started:.1f} s")
+        elif not self._is_stopping:
+            self._show(f"the change of scale failed: {error}")
         news.put(error)
 
     def _checked(self, num_groups: int, tensor_parallel_size: int) -> Scale:
@@ -190,24 +195,18 @@ class Scaler:
             make()
             return None
         except OctavoError as error:
-            failure = error
+            return error
         except Exception as error:  # a fault of ours, unless the server is ending
-            failure = InternalError(f"a fault of ours: {type(error).__name__}: {error}")
-        if not self._is_stopping:
-            self._show(f"the change of scale failed: {failure}")
-        return failure
+            return InternalError(f"a fault of ours: {type(error).__name__}: {error}")
 
     # The change
 
     def _make(self, change: Change, target: Scale, say: Say) -> None:
-        started = time.monotonic()
         for group_id in change.given_up:
             self._remove(group_id, say)
         if change.num_new:
             self._start_new(Scale(change.num_new, target.tensor_parallel_size), say)
         _for_each(change.leaving, lambda group_id: self._remove(group_id, say))
-        duration_s = time.monotonic() - started
-        say(f"there are {target} now, after {duration_s:.1f} s")
 
     def _start_new(self, new: Scale, say: Say) -> None:
         """All of them, or none."""

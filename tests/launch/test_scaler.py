@@ -30,7 +30,12 @@ class World:
         self.said = []
         self._lock = threading.Lock()
         self._next = num_groups
-        self.scaler = Scaler(self, self, self, Scale(num_groups, 1), ScaleBounds(**bounds), self.said.append)
+        self.on_line = lambda line: None
+        self.scaler = Scaler(self, self, self, Scale(num_groups, 1), ScaleBounds(**bounds), self._say)
+
+    def _say(self, line):
+        self.said.append(line)
+        self.on_line(line)
 
     # As WorkerGroups
 
@@ -104,6 +109,25 @@ class World:
 
     def scale(self, *size):
         return [progress.message for progress in self.scaler.scale(*size)]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_who_hears_the_last_word_of_a_change_may_ask_for_the_next(fails):
+    world, next_ones = World(), []
+
+    def ask_for_the_next(line):
+        if line.startswith(("there are 2", "the change of scale failed")):
+            next_ones.append(world.scaler.scale(3))
+
+    world.fails_to_load |= {1} if fails else set()
+    world.on_line = ask_for_the_next
+    if fails:
+        with pytest.raises(UnavailableError):
+            world.scale(2)
+    else:
+        world.scale(2)
+    [asked] = next_ones
+    assert "there are 3 group(s) of 1 rank(s) now" in list(asked)[-1].message
 
 
 def test_new_groups_start_all_at_once_beside_the_old_ones():

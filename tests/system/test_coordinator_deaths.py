@@ -152,7 +152,7 @@ class Gateway:
     """One of a server's gateways, at the door of its own."""
 
     def __init__(self, server: Server, index: int) -> None:
-        self._server, self._index = server, index
+        self._server, self._index, self.device = server, index, server.device
         config = Path(command_of(self.process).split()[-1])
         self._channel = grpc.insecure_channel(f"unix:{config.with_name(f'gateway-{index}.sock')}")
         self.generation = generation_pb2_grpc.GenerationStub(self._channel)
@@ -183,7 +183,9 @@ def test_a_gateway_is_killed_and_only_its_own_clients_notice(expected):
         with ThreadPoolExecutor(16) as pool:
             lost = [pool.submit(outcome, first, index) for index in range(8)]
             kept = [pool.submit(outcome, second, index) for index in range(8)]
+            deadline = time.monotonic() + 20
             while server.groups()[0].num_running < 12:
+                assert time.monotonic() < deadline, [future for future in (*lost, *kept) if future.done()]
                 time.sleep(0.01)
             before, status = server.groups()[0], second.status()
             first.process.kill()
