@@ -150,12 +150,13 @@ def test_what_moves_takes_its_blocks_along(server, expected, client):
 
 
 def test_a_change_goes_on_without_its_caller_and_beside_no_other(server, client):
+    num_lines = len(server.lines)  # other tests' changes were said, too
     news = client.scale(2)
     assert next(news).message == "starting 1 group(s) of 1 rank(s)"
     with pytest.raises(FailedPreconditionError, match=r"another change is under way, to 2 group\(s\) of 1 rank\(s\)"):
         scale(client, 1)
     news.close()
-    server.wait_until_said("there are 2 group(s) of 1 rank(s) now")
+    wait_until(lambda: any("there are 2 group(s) of 1 rank(s) now" in line for line in server.lines[num_lines:]))
     scale(client, 1)
 
 
