@@ -1,6 +1,7 @@
 """Ranks of a running server are killed and stopped under 64 streams: each stream ends with the tokens that it has where
 nothing happens."""
 
+import contextlib
 import os
 import re
 import signal
@@ -77,10 +78,11 @@ class Server:
     def process_of(self, group: int, rank: int) -> psutil.Process:
         port = int(self.groups()[group].ranks[rank].address.rpartition(":")[2])
         for process in psutil.Process(self.process.pid).children(recursive=True):
-            if "RankActor" in " ".join(process.cmdline()):
-                places = {c.laddr.port for c in process.net_connections() if c.status == psutil.CONN_LISTEN}
-                if port in places:
-                    return process
+            with contextlib.suppress(psutil.NoSuchProcess):  # it ended meanwhile
+                if "RankActor" in " ".join(process.cmdline()):
+                    places = {c.laddr.port for c in process.net_connections() if c.status == psutil.CONN_LISTEN}
+                    if port in places:
+                        return process
         raise AssertionError(f"no process listens on {port}")
 
     def wait_until_noticed(self, group: int, epoch: int, timeout_s: float) -> float:
