@@ -5,10 +5,6 @@ import os
 import subprocess
 import sys
 
-import pytest
-
-pytestmark = pytest.mark.served
-
 # Each kind that the server is to survive, on one group and on two.
 SCRIPT = """
 at 1 kill-rank group=0 rank=1

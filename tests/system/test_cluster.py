@@ -21,8 +21,6 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 from octavo.proto import admin_pb2, admin_pb2_grpc, generation_pb2, generation_pb2_grpc
 
-pytestmark = pytest.mark.served
-
 START_TIMEOUT_S = 120
 STOP_TIMEOUT_S = 30
 NUM_CONCURRENT = 64

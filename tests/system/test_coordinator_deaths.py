@@ -15,8 +15,6 @@ from octavo.proto import admin_pb2, admin_pb2_grpc, generation_pb2_grpc
 
 from .test_rank_deaths import READY, Server, ask, ask_all, request_of, running, streams_beside
 
-pytestmark = pytest.mark.served
-
 
 def process_of(server: Server, module: str, index: int = 0) -> psutil.Process:
     family = psutil.Process(server.process.pid).children(recursive=True)

@@ -18,8 +18,6 @@ from octavo.proto import generation_pb2, generation_pb2_grpc
 
 from .test_process_deaths import Server
 
-pytestmark = pytest.mark.served
-
 NUM_TOKENS = 150
 ENDLESS = 1800  # tokens: some ten seconds and more
 

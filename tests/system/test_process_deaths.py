@@ -16,8 +16,6 @@ from pathlib import Path
 import psutil
 import pytest
 
-pytestmark = pytest.mark.served
-
 START_TIMEOUT_S = 120
 END_TIMEOUT_S = 25
 PREFIX = "octavo: "

@@ -19,8 +19,6 @@ import pytest
 import torch
 from octavo.proto import admin_pb2, admin_pb2_grpc, generation_pb2, generation_pb2_grpc
 
-pytestmark = pytest.mark.served
-
 START_TIMEOUT_S = 120
 NUM_STREAMS = 64
 NUM_TOKENS = {"cpu": 100, "cuda": 800}  # so that streams last for a second

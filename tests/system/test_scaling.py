@@ -17,8 +17,6 @@ from octavo.proto import admin_pb2
 
 from .test_rank_deaths import NUM_STREAMS, READY, ask, ask_all, check_same, request_of, running
 
-pytestmark = pytest.mark.served
-
 NUM_PLACES = 4 * len(os.sched_getaffinity(0))  # of CPU ranks
 
 

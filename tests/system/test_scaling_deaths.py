@@ -5,15 +5,12 @@ from contextlib import suppress
 from threading import Thread
 
 import grpc
-import pytest
 from octavo.launch.client import Client
 from octavo.proto import admin_pb2
 
 from .test_coordinator_deaths import coordinator_of, incarnation_of, wait_until_serving
 from .test_rank_deaths import ask_all, running
 from .test_scaling import check_nothing_is_left_but, rank_processes, streams_without_end, wait_until
-
-pytestmark = pytest.mark.served
 
 STARTING, DRAINING = admin_pb2.GROUP_STATE_STARTING, admin_pb2.GROUP_STATE_DRAINING
 

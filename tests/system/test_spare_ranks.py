@@ -10,8 +10,6 @@ from octavo.proto import generation_pb2
 
 from .test_rank_deaths import READY, running
 
-pytestmark = pytest.mark.served
-
 NUM_STREAMS = 8
 SPARE_TIMEOUT_S = 60
 

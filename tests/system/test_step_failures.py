@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 from octavo.proto import engine_pb2
 
-pytestmark = pytest.mark.served
-
 MAX_TOKENS = 40
 KINDS = [
     {},
