@@ -123,14 +123,16 @@ async def with_gateway(tmp_path, use, most_tokens=100_000):
         await server.stop(0)
 
 
-def test_long_context_has_a_row_alone_and_one_beside_the_prompt(tmp_path, monkeypatch):
+def test_long_context_has_a_row_beside_the_prompt_and_one_alone_before_and_behind_it(tmp_path, monkeypatch):
     monkeypatch.setattr(long_context, "_ALONE_TOKENS", 8)
     report = Report("long-context", {})
     settings = LongContextSettings(prompt_len=64, num_streams=3, stream_len=4, num_repeats=2, seed=0)
     asyncio.run(with_gateway(tmp_path, lambda address: long_context._measure(address, 100, 5000, settings, report)))
     assert [row["prompt_tokens"] for row in report.tables["Prompt"]] == [64, 64]
-    assert [row["streams"] for row in report.tables["Streams"]] == ["alone", "beside the prompt"]
-    for row in report.tables["Streams"]:
+    rows = report.tables["Streams"]
+    assert [row["streams"] for row in rows] == ["alone, before", "beside the prompt", "alone, behind"]
+    assert rows[-1]["p99_times_alone_p99"] == 1.0
+    for row in rows:
         assert row["itl_p50_ms"] >= 2.0
         assert row["gaps"] >= 3
 

@@ -58,7 +58,7 @@ def test_without_a_price_a_step_takes_what_it_has_room_for():
 
 
 def test_behind_a_long_context_fewer_tokens_come_to_the_same():
-    for context, num_tokens in ((0, 252), (16_000, 124), (48_000, 60), (128_000, 16)):
+    for context, num_tokens in ((0, 252), (16_000, 124), (48_000, 60), (128_000, 32)):
         budget = ChunkBudget(8192, LONG, 252, num_decodes=4)
         assert budget.take(5000, context) == num_tokens
         assert budget.is_spent
@@ -71,7 +71,7 @@ def test_short_prompts_share_a_price_in_whole_tiles():
 
 
 def test_a_prompt_progresses_behind_any_context():
-    assert ChunkBudget(8192, LONG, 100, num_decodes=4).take(5000, 10_000_000) == 16
+    assert ChunkBudget(8192, LONG, 100, num_decodes=4).take(5000, 10_000_000) == 32
     assert ChunkBudget(8192, LONG, 100, num_decodes=4).take(3, 10_000_000) == 3
     assert ChunkBudget(5, LONG, 100, num_decodes=4).take(5000, 10_000_000) == 5
 
@@ -80,15 +80,15 @@ def test_of_a_long_prompt_only_so_much_counts_as_a_queue():
     assert [counted_tokens(price) for price in (0, 99.2, 2048, 100_000.0)] == [0, 100, 2048, 2048]
 
 
-def test_a_context_over_the_price_by_itself_is_worth_more_tokens():
+def test_behind_a_context_that_is_over_the_price_by_itself_a_quarter_of_its_cost_is_added():
     costs = StepCosts(fixed_ms=2.0, token_ms=0.02, entry_price=0.01)
     assert ChunkBudget(8192, costs, 300, num_decodes=4).take(5000, 10_000) == 188  # 100 before the first token
-    assert ChunkBudget(8192, costs, 300, num_decodes=4).take(5000, 28_000) == 16  # 280
-    assert ChunkBudget(8192, costs, 300, num_decodes=4).take(5000, 68_000) == 380  # 680, over by about as much
+    assert ChunkBudget(8192, costs, 300, num_decodes=4).take(5000, 28_000) == 64  # 280, and 70
+    assert ChunkBudget(8192, costs, 300, num_decodes=4).take(5000, 68_000) == 188  # 680, and 170
 
 
 def test_behind_a_long_context_chunks_are_as_many_tokens_as_attention_takes_at_once():
-    for price, num_tokens in ((100, 16), (280, 16), (300, 32), (340, 32), (480, 48)):
+    for price, num_tokens in ((100, 32), (280, 32), (340, 32), (480, 48), (600, 64)):
         assert ChunkBudget(8192, LONG, price, num_decodes=20).take(5000, 128_000) == num_tokens
 
 
