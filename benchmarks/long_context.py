@@ -1,7 +1,7 @@
 """`octavo bench long-context`: what short streams feel while one long prompt is computed beside them.
 
-Streams grow meanwhile: each of their tokens reads more than the one before, prompt or not. So they are watched alone once
-before the prompt and once behind it, as long as they are then, and the latter is what the prompt is held against.
+Streams grow meanwhile: each of their tokens reads more than the one before, prompt or not. So they are
+watched alone before the prompt and behind it, as long as they are then, and the latter is what it is held against.
 """
 
 import asyncio
