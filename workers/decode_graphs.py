@@ -4,7 +4,7 @@ A graph serves a bucket of batch sizes. It reads what changes between steps from
 are padding: they have no keys, cache nothing, and sample into the token table's spare row.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -64,28 +64,30 @@ class DecodeGraphs:
         """Captures nothing yet: see `capture`."""
         self._recorder = recorder
         self._model, self._kv_cache, self._slots, self._vocab = model, kv_cache, slots, vocab
-        self._sizes = bucket_sizes(slots.shape.num_slots)
-        device = slots.device
-        self._inputs = torch.zeros(_NUM_INPUTS * self._sizes[-1], dtype=torch.int64, device=device)
-        self._temperature = torch.zeros(self._sizes[-1], dtype=torch.float32, device=device)
-        self._seeds = torch.zeros((self._sizes[-1], 2), dtype=torch.int64, device=device)
-        self._query_starts = torch.arange(self._sizes[-1] + 1, dtype=torch.int32, device=device)
-        self._token_ids = torch.zeros(self._sizes[-1], dtype=torch.int32, device=device)
+        self._sizes: list[int] = []
+        device, most = slots.device, slots.shape.num_slots
+        self._inputs = torch.zeros(_NUM_INPUTS * most, dtype=torch.int64, device=device)
+        self._temperature = torch.zeros(most, dtype=torch.float32, device=device)
+        self._seeds = torch.zeros((most, 2), dtype=torch.int64, device=device)
+        self._query_starts = torch.arange(most + 1, dtype=torch.int32, device=device)
+        self._token_ids = torch.zeros(most, dtype=torch.int32, device=device)
         self._graphs: dict[int, _Graph] = {}
         self._sampling: SamplingBatch | None = None  # what temperature and seeds were last written for
 
-    def capture(self, keeps_all: bool = False) -> None:
-        """Captures every bucket, the largest first: the others then share its memory. On all ranks at once.
-
-        Drops those that a larger one outruns, unless `keeps_all`: finding them takes a while.
+    def capture(self, sizes: Sequence[int] | None = None) -> Sequence[int]:
+        """Captures buckets of `sizes`, ascending, the largest first: the others then share its memory. On all ranks at
+        once. Without `sizes` they are those of `bucket_sizes`, but for those that a larger one outruns: to find them
+        takes a while. Returns the sizes that there are graphs of.
         """
+        self._sizes = list(sizes) if sizes is not None else bucket_sizes(self._slots.shape.num_slots)
         with self._recorder.session():
             for size in reversed(self._sizes):
                 self._write_inputs(size, _padding(size, self._spare_cell))
                 self._graphs[size] = self._capture(size)
-            if not keeps_all:
+            if sizes is None:
                 self._sizes = sizes_worth_having(self._sizes, self._time_ms, self._vocab.tp)
         self._graphs = {size: self._graphs[size] for size in self._sizes}
+        return self._sizes
 
     def forward(self, rows: StepRows) -> DecodeOutput:
         """Runs a step of decodes up to the logits."""

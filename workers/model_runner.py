@@ -1,5 +1,6 @@
 """Runs the steps of one rank: plan in, tokens out, with the sampled tokens kept on the device for the next step."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -70,17 +71,20 @@ class ModelRunner:
             self._host_tier.wait()
 
     @torch.inference_mode()
-    def capture_graphs(self, segment_graphs: "SegmentGraphs", is_rehearsal: bool = False) -> None:
+    def capture_graphs(
+        self, segment_graphs: "SegmentGraphs", decode_sizes: Sequence[int] | None = None
+    ) -> Sequence[int]:
         """Has steps run as CUDA graphs from now on: those of decodes alone as a whole, others but for their attention.
 
-        The slot table must be empty. `segment_graphs` are captured already, and may serve several runners. In a
-        rehearsal nothing is timed: it shows only what memory graphs take.
+        The slot table must be empty. `segment_graphs` are captured already, and may serve several runners.
+        `decode_sizes` and what is returned: as DecodeGraphs.capture.
         """
         from .decode_graphs import DecodeGraphs  # Triton is there only beside a CUDA build of torch
 
         graphs = DecodeGraphs(self._model, self._kv_cache, self._slots, self._vocab, segment_graphs.recorder)
-        graphs.capture(keeps_all=is_rehearsal)
+        sizes = graphs.capture(decode_sizes)
         self._decode_graphs, self._segment_graphs = graphs, segment_graphs
+        return sizes
 
     @torch.inference_mode()
     def execute(self, plan: Plan) -> PendingResult:

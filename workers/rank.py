@@ -3,8 +3,9 @@
 import gc
 import logging
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -14,9 +15,7 @@ from ..proto import engine_pb2, worker_pb2
 from .device_memory import DeviceMemory
 from .gpu_support import GpuSupport
 from .graph_recorder import GraphRecorder
-from .host_memory import check_swap_space, num_host_blocks
-from .host_tier import HostTier
-from .kv_cache import FP8, BlockBudget, KVCache, num_blocks_that_fit
+from .host_memory import check_swap_space
 from .meeting import Meeting
 from .model_config import DTYPES
 from .model_loader import check_model, load_model, make_model
@@ -24,10 +23,13 @@ from .model_runner import ModelRunner
 from .models.registry import Model
 from .parallel import TensorParallel
 from .rendezvous import connect_store, join_group
+from .runner_builder import RunnerBuilder
 from .segment_graphs import SegmentGraphs
-from .slot_table import SlotTableShape
 from .warm_up import blocks_for_warm_up, run_all_kinds, warm_up
 from .weight_copy import layout_of
+
+if TYPE_CHECKING:
+    from .start_record import StartRecord
 
 _log = logging.getLogger(__name__)
 
@@ -120,33 +122,73 @@ def build_rank(
 
 def _stages(request: worker_pb2.ConfigureRequest, site: RankSite, kept: LoadedModel | None) -> Iterator[Stage]:
     device, num_ranks_on_host = site.device, site.num_ranks_on_host
-    config = request.config
-    check_swap_space(config.swap_space_bytes, num_ranks_on_host)
+    check_swap_space(request.config.swap_space_bytes, num_ranks_on_host)
     joined = _connect(request, site)
     yield Stage("connect")
-    if kept is not None and kept.is_of(request):
+    kept = kept if kept is not None and kept.is_of(request) else None
+    known = _known_start(request, joined, num_ranks_on_host, is_fresh=kept is None)
+    if kept is not None:
         kept.tp.rejoin(joined)
         loaded = kept
     else:
-        loaded = _load(request, joined, num_ranks_on_host, site.fetch)
+        loaded = _load(request, joined, num_ranks_on_host, site.fetch, known)
     model, tp = loaded.model, loaded.tp
     # Ranks meet: a kernel that waits for another rank does so for some seconds only, and disks differ by more.
     tp.min_int(0)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     yield Stage("weights", loaded, kept_weights=loaded is kept)
-    builder = _RunnerBuilder(config, model, tp, num_ranks_on_host)
+    try:
+        yield from _runner_stages(RunnerBuilder(request.config, model, tp, num_ranks_on_host), known)
+    except torch.OutOfMemoryError:
+        if known is not None:
+            known.record.forget_sizes()
+        raise
+
+
+@dataclass(frozen=True, slots=True)
+class _KnownStart:
+    """What earlier starts on a GPU found out."""
+
+    record: "StartRecord"
+    free_bytes: int | None  # as there
+
+
+def _known_start(
+    request: worker_pb2.ConfigureRequest, tp: TensorParallel, num_ranks_on_host: int, is_fresh: bool
+) -> _KnownStart | None:
+    """`is_fresh`: whether this process holds nothing on its device yet."""
+    if tp.device.type != "cuda":
+        return None
+    from .start_record import StartRecord  # Triton is there only beside a CUDA build of torch
+
+    record = StartRecord.of(request, tp, num_ranks_on_host)
+    return _KnownStart(record, DeviceMemory.of(tp.device).free_bytes if is_fresh else None)
+
+
+def _runner_stages(builder: RunnerBuilder, start: _KnownStart | None) -> Iterator[Stage]:
+    config, tp = builder.config, builder.tp
+    known = start.record.agreed_sizes(tp, start.free_bytes) if start is not None else None
     graphs = None
-    if device.type == "cuda" and not config.enforce_eager:
-        graphs = SegmentGraphs(model, config.max_num_batched_tokens, GraphRecorder(device), tp)
-    cache = builder.kv_cache(builder.num_blocks(graphs))
+    if tp.device.type == "cuda" and not config.enforce_eager:
+        sizes = known.segments if known is not None else None
+        graphs = SegmentGraphs(builder.model, config.max_num_batched_tokens, GraphRecorder(tp.device), tp, sizes)
+    num_blocks = known.num_blocks if known is not None else builder.num_blocks(graphs)
+    cache = builder.kv_cache(num_blocks)
     tier = builder.host_tier(cache, builder.num_host_blocks())
     runner = builder.runner(cache, tier)
+    if graphs is not None and known is not None:
+        graphs.capture(cache)
     yield Stage("kv cache")
+    decode_sizes: Sequence[int] = ()
     if graphs is not None:
-        runner.capture_graphs(graphs)
+        decode_sizes = runner.capture_graphs(graphs, known.decodes if known is not None else None)
         yield Stage("cuda graphs")
-    # The largest step has run on a GPU by now. A CPU needs little: its libraries load with the first token.
+    if start is not None and known is None:
+        segment_sizes = graphs.sizes if graphs is not None else ()
+        start.record.note_sizes(num_blocks, segment_sizes, decode_sizes, start.free_bytes)
+    # The largest step has run on a GPU, now or at the start that its sizes are known from. A CPU needs little: its
+    # libraries load with the first token.
     warm_up(runner, num_seqs=1, num_tokens=1)
     if tier is None:
         yield Stage("warm-up", runner=runner)
@@ -171,26 +213,36 @@ def _connect(request: worker_pb2.ConfigureRequest, site: RankSite) -> TensorPara
 
 
 def _load(
-    request: worker_pb2.ConfigureRequest, tp: TensorParallel, num_ranks_on_host: int, fetch: FetchWeights | None
+    request: worker_pb2.ConfigureRequest,
+    tp: TensorParallel,
+    num_ranks_on_host: int,
+    fetch: FetchWeights | None,
+    start: _KnownStart | None = None,
 ) -> LoadedModel:
-    config = request.config
-    if tp.device.type != "cuda":
+    """`start`: on a GPU."""
+    if start is None:
+        return _copy_or_read(request, tp, fetch)
+    config, dtype = request.config, _dtype_of(request)
+    check_model(config.model_path, config.load_format, dtype, tp)
+    if start.record.has_kernels:  # their first launches find them in Triton's cache
         return _copy_or_read(request, tp, fetch)
     from .kernel_compile import compiled_in_parallel  # Triton is there only beside a CUDA build of torch
 
-    dtype: torch.dtype = getattr(torch, config.dtype)
-    check_model(config.model_path, config.load_format, dtype, tp)
-    with compiled_in_parallel(num_ranks_on_host):
+    with start.record.noting_kernels(), compiled_in_parallel(num_ranks_on_host):
         _find_kernels(config, dtype, tp.for_compiling(), num_ranks_on_host)
         gc.collect()  # a model and its segments hold each other
         torch.cuda.empty_cache()
         return _copy_or_read(request, tp, fetch)
 
 
+def _dtype_of(request: worker_pb2.ConfigureRequest) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, request.config.dtype)
+    return dtype
+
+
 def _copy_or_read(request: worker_pb2.ConfigureRequest, tp: TensorParallel, fetch: FetchWeights | None) -> LoadedModel:
     """The weights of another rank, if the request names one that has them, else those of the disk."""
-    config = request.config
-    dtype: torch.dtype = getattr(torch, config.dtype)
+    config, dtype = request.config, _dtype_of(request)
     copy_failure = ""
     if request.weight_source and fetch is not None:
         model = make_model(config.model_path, config.load_format, dtype, tp, config.max_model_len)
@@ -214,104 +266,10 @@ def _find_kernels(
     num_tokens = config.max_num_batched_tokens
     with launches_compile():
         model = miniature(config.model_path, tp, dtype, config.max_model_len)
-        builder = _RunnerBuilder(config, model, tp, num_ranks_on_host)
+        builder = RunnerBuilder(config, model, tp, num_ranks_on_host)
         cache = builder.kv_cache(blocks_for_warm_up(1, num_tokens, config.block_size))
         graphs = SegmentGraphs(model, num_tokens, UnrecordedGraphs(), tp)
         graphs.capture(cache)
         runner = builder.runner(cache)
         runner.capture_graphs(graphs)
         run_all_kinds(runner, num_tokens)
-
-
-@dataclass(frozen=True, slots=True)
-class _RunnerBuilder:
-    """Makes runners of one loaded model that differ in the size of their KV cache."""
-
-    config: engine_pb2.WorkerConfig
-    model: Model
-    tp: TensorParallel
-    num_ranks_on_host: int
-
-    @property
-    def cache_dtype(self) -> torch.dtype:
-        return FP8 if self.config.kv_cache_dtype == "fp8" else self.model.dtype
-
-    def kv_cache(self, num_blocks: int) -> KVCache:
-        return KVCache(
-            num_layers=self.model.config.num_layers,
-            num_blocks=num_blocks,
-            block_size=self.config.block_size,
-            num_kv_heads=self.model.num_kv_heads,
-            head_dim=self.model.config.head_dim,
-            dtype=self.cache_dtype,
-            device=self.tp.device,
-        )
-
-    def host_tier(self, cache: KVCache, num_blocks: int) -> HostTier | None:
-        return HostTier(cache, num_blocks) if num_blocks else None
-
-    def num_host_blocks(self) -> int:
-        """Blocks that the host tier of every rank can have; 0 without one."""
-        return self.tp.min_int(num_host_blocks(self.config.swap_space_bytes, self._budget().bytes_per_block))
-
-    def runner(self, cache: KVCache, tier: HostTier | None = None) -> ModelRunner:
-        shape = SlotTableShape(
-            num_slots=self.config.max_num_seqs,
-            max_model_len=self.config.max_model_len,
-            block_size=self.config.block_size,
-            num_blocks=cache.num_blocks,
-            vocab_size=self.model.config.vocab_size,
-        )
-        return ModelRunner(self.model, cache, shape, self.tp, tier)
-
-    def num_blocks(self, graphs: SegmentGraphs | None) -> int:
-        """Blocks that the KV cache of every rank can have. Captures `graphs`."""
-        device, budget = self.tp.device, self._budget()
-        if device.type != "cuda":
-            return self.tp.min_int(num_blocks_that_fit(device, budget))
-        activation_bytes, memory = self._rehearse(graphs)
-        budget = replace(budget, activation_bytes=activation_bytes)
-        return self.tp.min_int(num_blocks_that_fit(device, budget, memory))
-
-    def _rehearse(self, graphs: SegmentGraphs | None) -> tuple[int, DeviceMemory]:
-        """Brings up a runner with a KV cache of few blocks, has it do all that takes GPU memory, and measures that.
-
-        Captures `graphs`, which stay. Those of decodes know the cache, so they are captured only to see what they take;
-        the memory that graphs work in stays too, and serves those of the next runner.
-        Returns the bytes that the largest step needs beyond what is there before it, and the device's memory beside a
-        runner without a KV cache.
-        """
-        num_seqs, num_tokens = self.config.max_num_seqs, self.config.max_num_batched_tokens
-        cache = self.kv_cache(blocks_for_warm_up(num_seqs, num_tokens, self.config.block_size))
-        tier = self.host_tier(cache, min(1, self.num_host_blocks()))  # as much as any takes on the device
-        if tier is not None:
-            tier.measure_block_us()
-        runner = self.runner(cache, tier)
-        if graphs is not None:
-            graphs.capture(cache)
-            runner.capture_graphs(graphs, is_rehearsal=True)
-        before_bytes = torch.cuda.memory_allocated(self.tp.device)
-        torch.cuda.reset_peak_memory_stats(self.tp.device)
-        warm_up(runner, num_seqs, num_tokens)
-        activation_bytes = torch.cuda.max_memory_allocated(self.tp.device) - before_bytes
-        torch.cuda.empty_cache()
-        # What torch keeps now lies between tensors or is the graphs': no KV cache can have it.
-        free_bytes, total_bytes = torch.cuda.mem_get_info(self.tp.device)
-        return activation_bytes, DeviceMemory(total_bytes, free_bytes + cache.num_bytes)
-
-    def _budget(self) -> BlockBudget:
-        return BlockBudget(
-            bytes_per_block=KVCache.bytes_per_block(
-                num_layers=self.model.config.num_layers,
-                block_size=self.config.block_size,
-                num_kv_heads=self.model.num_kv_heads,
-                head_dim=self.model.config.head_dim,
-                dtype=self.cache_dtype,
-            ),
-            block_size=self.config.block_size,
-            max_num_seqs=self.config.max_num_seqs,
-            max_model_len=self.config.max_model_len,
-            gpu_memory_utilization=self.config.gpu_memory_utilization,
-            num_blocks_override=self.config.num_blocks_override,
-            num_ranks_on_device=1 if self.tp.device.type == "cuda" else self.num_ranks_on_host,
-        )

@@ -6,6 +6,7 @@ Segments work row by row, and so do sums over ranks, so what becomes of padding 
 """
 
 from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -96,16 +97,29 @@ class SegmentGraphs:
     What a segment returns is overwritten by the next step's: all that reads it is queued before.
     """
 
-    def __init__(self, model: Model, max_num_tokens: int, recorder: Recorder, tp: TensorParallel) -> None:
-        """Records nothing yet: see `capture`."""
+    def __init__(
+        self,
+        model: Model,
+        max_num_tokens: int,
+        recorder: Recorder,
+        tp: TensorParallel,
+        sizes: Sequence[int] | None = None,
+    ) -> None:
+        """Records nothing yet: see `capture`. `sizes`, ascending: those that were found to be worth having before."""
         self._model, self.recorder, self._tp = model, recorder, tp
-        self._buckets = [_Bucket(size) for size in bucket_sizes(max_num_tokens)]
+        self._is_to_choose = sizes is None
+        self._buckets = [_Bucket(size) for size in (bucket_sizes(max_num_tokens) if sizes is None else sizes)]
         self._places = _Places()
+
+    @property
+    def sizes(self) -> Sequence[int]:
+        """Of the buckets, ascending."""
+        return [bucket.size for bucket in self._buckets]
 
     @torch.inference_mode()
     def capture(self, kv_cache: KVCache) -> None:
         """Records every bucket, the largest first: the others then share its memory. On all ranks at once. Those that a
-        larger one outruns are dropped.
+        larger one outruns are dropped, unless that was found before.
 
         Leaves a meaningless key and value in the first cell of `kv_cache`, which the graphs do not keep.
         """
@@ -116,10 +130,14 @@ class SegmentGraphs:
                 # Kernels compile, and libraries make their workspaces, before the recording.
                 self._model.forward(token_ids, batch, kv_cache)
                 self._model.forward(token_ids, batch, kv_cache, _BucketRecorder(self.recorder, self._places, bucket))
-            samples = {bucket.size: bucket.samples() for bucket in self._buckets}
-            worth_having = sizes_worth_having(
-                list(samples), lambda size, num_times: self.recorder.time_ms(samples[size], num_times), self._tp
-            )
+            if self._is_to_choose:
+                self._drop_outrun()
+
+    def _drop_outrun(self) -> None:
+        samples = {bucket.size: bucket.samples() for bucket in self._buckets}
+        worth_having = sizes_worth_having(
+            list(samples), lambda size, num_times: self.recorder.time_ms(samples[size], num_times), self._tp
+        )
         self._buckets = [bucket for bucket in self._buckets if bucket.size in worth_having]
 
     def runner(self, num_tokens: int) -> SegmentRunner:

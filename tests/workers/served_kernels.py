@@ -17,6 +17,7 @@ from octavo.workers import rank
 from octavo.workers.kernel_compile import UnrecordedGraphs, launches_compile
 from octavo.workers.parallel import TensorParallel
 from octavo.workers.plan import Join, Plan
+from octavo.workers.runner_builder import RunnerBuilder
 from octavo.workers.segment_graphs import SegmentGraphs
 
 NUM_SEQS, NUM_TOKENS = 80, 4608
@@ -130,7 +131,7 @@ def start_here(config):
     tp = TensorParallel(0, 1, torch.device("cpu"))
     rank._find_kernels(config, torch.bfloat16, tp, 1)
     request = worker_pb2.ConfigureRequest(epoch=1, rank=0, tensor_parallel_size=1, config=config)
-    builder = rank._RunnerBuilder(config, rank._load(request, tp, 1, fetch=None).model, tp, 1)
+    builder = RunnerBuilder(config, rank._load(request, tp, 1, fetch=None).model, tp, 1)
     cache = builder.kv_cache(1000)
     graphs = SegmentGraphs(builder.model, NUM_TOKENS, UnrecordedGraphs(), tp)
     runner = builder.runner(cache)

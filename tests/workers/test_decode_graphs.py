@@ -78,7 +78,7 @@ def test_a_step_reads_its_rows_and_feeds_its_tokens_to_the_next(monkeypatch):
     slots.token_ids[[4, 1, 2], [7, 0, 3]] = torch.tensor([11, 48, 49], dtype=torch.int32)
     vocab = VocabSlice(TensorParallel(0, 1, CPU), 0, VOCAB_SIZE, VOCAB_SIZE)
     graphs = DecodeGraphs(model, None, slots, vocab, Rerun())
-    graphs.capture()
+    assert graphs.capture() == [1, 2, 5]
     columns = SimpleNamespace(temperature=torch.zeros(3), seeds=torch.zeros(3, 2, dtype=torch.int64))
     sampling = SimpleNamespace(slots=np.array([4, 1, 2]), columns=columns)
     for step in range(2):
@@ -98,3 +98,15 @@ def test_a_step_reads_its_rows_and_feeds_its_tokens_to_the_next(monkeypatch):
         assert model.batch.kv_indices.tolist() == [*(positions + 40), -1, -1]
         assert model.batch.slots.tolist() == [4, 1, 2, 0, 0]
         assert graphs.sample(3, sampling).tolist() == [12 + step, (49 + step) % VOCAB_SIZE, step]
+
+
+def test_sizes_that_are_known_are_all_there_is(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    monkeypatch.setattr(decode_graphs, "candidate_keys", lambda logits, *rest: logits.argmax(dim=1))
+    monkeypatch.setattr(decode_graphs, "take_merged_tokens", _take)
+    monkeypatch.setattr(Rerun, "time_ms", None)  # nothing is timed
+    shape = SlotTableShape(num_slots=5, max_model_len=16, block_size=4, num_blocks=20, vocab_size=VOCAB_SIZE)
+    vocab = VocabSlice(TensorParallel(0, 1, CPU), 0, VOCAB_SIZE, VOCAB_SIZE)
+    graphs = DecodeGraphs(Successor(), None, SlotTable(shape, CPU), vocab, Rerun())
+    assert graphs.capture([2, 5]) == [2, 5]
+    assert [graphs._bucket(num_rows) for num_rows in (1, 2, 3)] == [2, 2, 5]

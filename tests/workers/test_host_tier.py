@@ -7,13 +7,13 @@ import pytest
 import torch
 from octavo.errors import FailedPreconditionError, InvalidArgumentError, ResourceExhaustedError
 from octavo.proto import engine_pb2, worker_pb2
-from octavo.workers import rank
 from octavo.workers.device_memory import DeviceMemory
 from octavo.workers.host_memory import check_swap_space, num_host_blocks
 from octavo.workers.host_tier import HostTier
 from octavo.workers.kv_cache import KVCache
 from octavo.workers.model_loader import load_model
 from octavo.workers.plan import decode_plan
+from octavo.workers.runner_builder import RunnerBuilder
 
 MIB = 1024 * 1024
 NUM_BLOCKS, NUM_HOST_BLOCKS = 24, 17
@@ -212,7 +212,7 @@ def test_ranks_agree_on_the_least(make_llama, run_ranks):
         model, _ = load_model(path, "dummy", torch.float32, tp, 64, seed=0)
         # Half the heads: a block takes 8 * 2 * 2 * 2 * 8 float32.
         config = engine_pb2.WorkerConfig(block_size=8, swap_space_bytes=2048 * (30 - tp.rank))
-        return rank._RunnerBuilder(config, model, tp, 2).num_host_blocks()
+        return RunnerBuilder(config, model, tp, 2).num_host_blocks()
 
     assert run_ranks(2, num_blocks_of) == [29, 29]
 

@@ -60,8 +60,8 @@ class Rerun:
 class Replaying:
     """A model whose steps run through graphs."""
 
-    def __init__(self, model, max_num_tokens, recorder, tp) -> None:
-        self._model, self.graphs = model, SegmentGraphs(model, max_num_tokens, recorder, tp)
+    def __init__(self, model, max_num_tokens, recorder, tp, sizes=None) -> None:
+        self._model, self.graphs = model, SegmentGraphs(model, max_num_tokens, recorder, tp, sizes)
 
     def __getattr__(self, name):
         return getattr(self._model, name)
@@ -123,6 +123,20 @@ def test_a_bucket_that_a_larger_one_outruns_is_not_used(slow_size, replayed_size
         expected = paged_sequences(model, tokens).step({index: len(sequence)})[index]
         torch.testing.assert_close(sequences.step({index: len(sequence)})[index], expected, **TOLERANCE)
     assert recorder.replayed_sizes == replayed_sizes
+
+
+def test_buckets_that_are_known_are_all_there_is(make_llama, paged_sequences, monkeypatch):
+    tp, recorder = TensorParallel(0, 1, CPU), Rerun()
+    monkeypatch.setattr(Rerun, "time_ms", None)  # nothing is timed
+    model = load(make_llama(), tp)
+    tokens = random_tokens([9, 30])
+    replaying = Replaying(model, 48, recorder, tp, sizes=[32, 48])
+    sequences = paged_sequences(replaying, tokens)
+    replaying.graphs.capture(sequences.cache)
+    assert replaying.graphs.sizes == [32, 48]
+    for index, sequence in enumerate(tokens):
+        sequences.step({index: len(sequence)})
+    assert recorder.replayed_sizes == {32}
 
 
 class NanToken:
