@@ -118,11 +118,12 @@ class ServeConfig:
             "and it is given up. 0: any death ends the server."
         ),
     )
-    num_spare_ranks: int = field(
-        default=0,
+    num_spare_ranks: int | None = field(
+        default=None,
         metadata=_help(
-            "Processes kept ready on each node of a rank to take the place of one that dies; each holds some 0.5 GiB "
-            "of host memory and no GPU."
+            "Processes kept ready on each node of a rank, for one that dies and for new groups; each holds some 0.5 "
+            "GiB of host memory and no GPU.",
+            "1 on GPUs, where processes take long to start; 0 on CPUs",
         ),
     )
     enforce_eager: bool = field(default=False, metadata=_help("Run without CUDA graphs, as a CPU does anyway."))

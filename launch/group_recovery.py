@@ -13,6 +13,7 @@ from ..proto import engine_pb2
 from .engine_control import GroupBlocks
 from .rank_probe import RankLoss
 from .restart_policy import WINDOW_S, RestartPolicy
+from .stage_times import StageTimes
 
 
 class Ranks(Protocol):
@@ -147,8 +148,10 @@ class GroupRecovery:
         group, and comes back by `take`."""
         if self._is_over(coordinator):
             return ""
+        times, began_at = StageTimes(), time.monotonic()
         try:
             replaced = self._replace_lost()
+            times.note("ranks", time.monotonic() - began_at)
         except OctavoError as error:
             self._note_failed_attempt(str(error), coordinator)
             return str(error)
@@ -163,19 +166,19 @@ class GroupRecovery:
         try:
             request = self._make_request(self._group_id)  # asks the coordinator, too
             request.has_served = True
-            self._control.add_group(request, lambda stage, duration_s: None)
+            self._control.add_group(request, times.note)
         except OctavoError as error:
             self._note_failed_attempt(str(error), coordinator)
             return ""
-        self._note_service(cause, replaced, coordinator)
+        self._note_service(cause, replaced, times, coordinator)
         return ""
 
-    def _note_service(self, cause: _Cause, replaced: Sequence[int], coordinator: int) -> None:
+    def _note_service(self, cause: _Cause, replaced: Sequence[int], times: StageTimes, coordinator: int) -> None:
         self._has_failed_to_rebuild = False
         self._serves_under = coordinator
         if cause.is_failure or replaced:  # otherwise it lives on, and the line about the coordinator says so
             self._policy.serves(time.monotonic())
-            self._say(self._describe(cause, replaced, time.monotonic() - cause.at))
+            self._say(self._describe(cause, replaced, times, time.monotonic() - cause.at))
 
     def _replace_lost(self) -> Sequence[int]:
         """Only what is lost, so that the others keep their weights; all, where nothing is and that did not help."""
@@ -201,6 +204,6 @@ class GroupRecovery:
         self._is_given_up = True
         self._on_given_up(self._group_id, why)
 
-    def _describe(self, cause: _Cause, replaced: Sequence[int], duration_s: float) -> str:
+    def _describe(self, cause: _Cause, replaced: Sequence[int], times: StageTimes, duration_s: float) -> str:
         ranks = f"started rank {', '.join(map(str, replaced))} anew" if replaced else "kept all ranks"
-        return f"group {self._group_id} {cause.what}; {ranks}, serves again after {duration_s:.1f} s"
+        return f"group {self._group_id} {cause.what}; {ranks}, serves again after {duration_s:.1f} s ({times})"

@@ -63,7 +63,7 @@ class RankActor:
 
         node_id = ray.get_runtime_context().get_node_id()
         self._end_predecessor(node_id)
-        own_device = _assigned_gpu() if device == "cuda" else device
+        own_device = assigned_gpu() if device == "cuda" else device
         self._server = WorkerServer(
             host="127.0.0.1" if is_local else ray.util.get_node_ip_address(),
             device=own_device,
@@ -88,8 +88,9 @@ class RankActor:
             self._server.stop()
 
 
-def _assigned_gpu() -> str:
-    """The GPU that Ray gave this actor, as torch counts: all GPUs stay visible, so that ranks reach each other's."""
+def assigned_gpu() -> str:
+    """The GPU that Ray gave this actor or task, as torch counts: all GPUs stay visible, so that ranks reach each
+    other's."""
     [assigned] = ray.get_runtime_context().get_accelerator_ids()["GPU"]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     index = visible.split(",").index(assigned) if visible else int(assigned)

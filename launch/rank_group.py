@@ -11,7 +11,7 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ..errors import UnavailableError
-from .rank_actor import RankActor, RankEndpoint, actor_options, spare_options
+from .rank_actor import RankActor, RankEndpoint, actor_options, assigned_gpu, spare_options
 from .rank_probe import RankLoss
 from .rank_process import kill_rank
 from .rank_spares import SpareCondition
@@ -26,20 +26,36 @@ class RankGroup:
     """Owner of a group's placement and of one actor for each of its ranks."""
 
     def __init__(
-        self, placement: PlacementGroup, device: str, num_ranks_on_node: Sequence[int], is_local: bool
+        self,
+        placement: PlacementGroup,
+        device: str,
+        num_ranks_on_node: Sequence[int],
+        is_local: bool,
+        spares: Sequence["SpareRank | None"] = (),
     ) -> None:
         """Begins to start the actors. `num_ranks_on_node`: by rank, those of all groups beside it. `is_local`: whether
-        the processes run on this machine."""
+        the processes run on this machine. `spares`: by rank, a process on its node that becomes the rank."""
         self._placement, self._device, self._is_local = placement, device, is_local
         self._num_ranks_on_node = num_ranks_on_node
         self.endpoints: list[RankEndpoint] = []
-        self.actors = [self._new_actor(rank) for rank in range(len(num_ranks_on_node))]
-        self.starts = [self._start(rank, device) for rank in range(len(num_ranks_on_node))]  # for `await_endpoints`
+        by_rank = dict(enumerate(spares))
+        ranks = range(len(num_ranks_on_node))
+        self.actors = [spare.actor if (spare := by_rank.get(rank)) else self._new_actor(rank) for rank in ranks]
+        # For `await_endpoints`.
+        self.starts = [
+            self._start(rank, self._device_in_place(rank) if by_rank.get(rank) else device) for rank in ranks
+        ]
+
+    def _device_in_place(self, rank: int) -> Any:  # noqa: ANN401 (Ray's future, or a device)
+        """For an actor that is not in the rank's place itself."""
+        if self._device != "cuda":
+            return self._device
+        return ray.remote(assigned_gpu).options(**actor_options(self._placement, rank, self._device)).remote()
 
     def _new_actor(self, rank: int) -> Any:  # noqa: ANN401 (an actor handle)
         return _new_actor(actor_options(self._placement, rank, self._device))
 
-    def _start(self, rank: int, device: str) -> Any:  # noqa: ANN401 (Ray's future)
+    def _start(self, rank: int, device: Any) -> Any:  # noqa: ANN401 (Ray's futures)
         return self.actors[rank].start.remote(rank, device, self._is_local, self._num_ranks_on_node[rank])
 
     def replace(

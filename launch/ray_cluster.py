@@ -1,4 +1,4 @@
-"""Ray: the cluster that the ranks run in. Only this module and launch/rank_*.py import ray.
+"""Ray: the cluster that the ranks run in. Only this module, launch/ray_places.py and launch/rank_*.py import ray.
 
 Ray places and starts the ranks; what they say to each other and to the coordinator goes over gRPC and NCCL or gloo.
 """
@@ -13,22 +13,17 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import ray
 from ray.exceptions import RayError
-from ray.util.placement_group import (
-    PlacementGroup,
-    placement_group,
-    placement_group_table,
-    remove_placement_group,
-)
+from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
-from ..errors import FailedPreconditionError, OctavoError, UnavailableError
-from .rank_actor import CPUS_PER_CPU_RANK, RankEndpoint
+from ..errors import OctavoError, UnavailableError
+from .rank_actor import RankEndpoint
 from .rank_group import RankGroup, SpareRank, await_endpoints, cause
 from .rank_probe import RankLoss, find_lost_ranks
 from .rank_spares import SpareRanks, SpareSettings
+from .ray_places import bundle_of, num_that_fit, place, require_room
 from .ray_processes import RayProcesses
 
 # Read by a Ray that starts here. Its workers would run at nice 15, and wait for every other process of the machine.
@@ -39,8 +34,6 @@ _RAY_SETTINGS = {
     "RAY_prestart_worker_first_driver": "0",
 }
 _OBJECT_STORE_BYTES = 80 * 1024 * 1024  # about Ray's minimum; nothing of ours goes through it
-_PLACEMENT_TIMEOUT_S = 30.0
-_STRICT_PLACEMENT_TIMEOUT_S = 5.0
 _FREED_S = 3.0  # in which places that a group has just left are free
 _ACTOR_STOP_TIMEOUT_S = 3.0
 # An orderly end takes one to three seconds; a Ray that is broken would wait for a minute.
@@ -110,7 +103,7 @@ class RayCluster:
     def num_free_ranks(self, device: str, wanted: int) -> int:
         """More that Ray has room for. Where that is less than `wanted`, places that a group has just left may still
         become free: that is waited for."""
-        while (num_free := _num_that_fit(_bundle(device))) < wanted and time.monotonic() < self._freed_at + _FREED_S:
+        while (num_free := num_that_fit(bundle_of(device))) < wanted and time.monotonic() < self._freed_at + _FREED_S:
             time.sleep(_POLL_S)
         return num_free
 
@@ -119,12 +112,29 @@ class RayCluster:
 
         Raises FailedPreconditionError if the cluster has no room, UnavailableError if a rank's process does not start.
         """
-        bundle = _bundle(device)
-        _require_room(bundle, len(group_ids) * num_ranks)
+        require_room(bundle_of(device), len(group_ids) * num_ranks)
+        spares: list[SpareRank] = []
+
+        def take_spare(node_id: str) -> SpareRank | None:
+            if spare := self._take_spare(node_id):
+                spares.append(spare)
+            return spare
+
+        try:
+            self._start_groups(group_ids, num_ranks, device, take_spare)
+        except UnavailableError:
+            self.require_alive()
+            if not spares:
+                raise
+            self._start_groups(group_ids, num_ranks, device, lambda node_id: None)
+
+    def _start_groups(
+        self, group_ids: Sequence[int], num_ranks: int, device: str, take_spare: Callable[[str], SpareRank | None]
+    ) -> None:
         try:
             for _ in group_ids:
-                self._placements.append(_place(bundle, num_ranks))
-            groups = self._begin_groups(group_ids, device)
+                self._placements.append(place(bundle_of(device), num_ranks))
+            groups = self._begin_groups(group_ids, device, take_spare)
             started = await_endpoints([start for group in groups for start in group.starts], self.require_alive)
         except OctavoError:
             self._forget_start(group_ids)
@@ -133,16 +143,20 @@ class RayCluster:
             group.endpoints = started[index * num_ranks :][:num_ranks]
         self._processes.note_descendants()
 
-    def _begin_groups(self, group_ids: Sequence[int], device: str) -> list[RankGroup]:
+    def _begin_groups(
+        self, group_ids: Sequence[int], device: str, take_spare: Callable[[str], SpareRank | None]
+    ) -> list[RankGroup]:
         """In the places that were found. Raises UnavailableError when the server is ending."""
         nodes = [placement_group_table(placement)["bundles_to_node_id"] for placement in self._placements]
+        spares = [[take_spare(group[rank]) for rank in range(len(group))] for group in nodes]
         num_on_node = self._num_ranks_on_nodes()
         num_on_node.update(node for group in nodes for node in group.values())
         with self._lock:
             self._require_going_on()
-            for group_id, group in zip(group_ids, nodes, strict=True):
+            for index, (group_id, group) in enumerate(zip(group_ids, nodes, strict=True)):
                 num_beside = [num_on_node[group[rank]] for rank in range(len(group))]
-                self._groups[group_id] = RankGroup(self._placements.pop(0), device, num_beside, self.is_local)
+                placement = self._placements.pop(0)
+                self._groups[group_id] = RankGroup(placement, device, num_beside, self.is_local, spares[index])
             return [self._groups[group_id] for group_id in group_ids]
 
     def _num_ranks_on_nodes(self) -> Counter[str]:
@@ -190,7 +204,8 @@ class RayCluster:
     # Spares
 
     def keep_spares(self, settings: SpareSettings, device: str, say: Callable[[str], None]) -> None:
-        """Has processes ready, from now until `stop_spares`, that `replace` then uses. `say` shows a line."""
+        """Has processes ready, from now until `stop_spares`, that `start_groups` and
+        `replace` then use. `say` shows a line."""
         self._spares = SpareRanks(settings, self._num_ranks_on_nodes, lambda node: self._start_spare(node, device), say)
         self._spares.start()
 
@@ -256,50 +271,6 @@ class RayCluster:
         if self._owns_connection:
             ray.shutdown()
         self._is_ended = True
-
-
-def _bundle(device: str) -> dict[str, float]:
-    """What one rank claims."""
-    return {"GPU": 1.0} if device == "cuda" else {"CPU": CPUS_PER_CPU_RANK}
-
-
-def _num_that_fit(bundle: dict[str, float]) -> int:
-    free = ray.available_resources()
-    return min(int(free.get(name, 0) / amount + 1e-6) for name, amount in bundle.items())
-
-
-def _place(bundle: dict[str, float], num_ranks: int) -> PlacementGroup:
-    """On one node if any has room, else on as few as possible."""
-    strategies = [("PACK", _PLACEMENT_TIMEOUT_S)]
-    if any(_fits(node, bundle, num_ranks) for node in ray.nodes()):
-        strategies.insert(0, ("STRICT_PACK", _STRICT_PLACEMENT_TIMEOUT_S))
-    for strategy, timeout_s in strategies:
-        placement: PlacementGroup = placement_group([bundle] * num_ranks, strategy=strategy)
-        if placement.wait(timeout_s):
-            return placement
-        remove_placement_group(placement)
-    raise _no_room(bundle, num_ranks)
-
-
-def _fits(node: dict[str, Any], bundle: dict[str, float], num_ranks: int) -> bool:
-    return bool(node["Alive"]) and all(
-        node["Resources"].get(name, 0) >= amount * num_ranks for name, amount in bundle.items()
-    )
-
-
-def _require_room(bundle: dict[str, float], num_ranks: int) -> None:
-    if _num_that_fit(bundle) < num_ranks:
-        raise _no_room(bundle, num_ranks)
-
-
-def _no_room(bundle: dict[str, float], num_ranks: int) -> OctavoError:
-    free = ray.available_resources()
-    needs = ", ".join(f"{amount * num_ranks:g} {name}" for name, amount in bundle.items())
-    has = ", ".join(f"{free.get(name, 0):g}" for name in bundle)
-    return FailedPreconditionError(
-        f"Ray has no room for {num_ranks} rank(s): they need {needs}, and {has} is free; lower "
-        "--tensor-parallel-size or --num-groups, or add nodes"
-    )
 
 
 @contextlib.contextmanager

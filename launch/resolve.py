@@ -144,6 +144,11 @@ def resolve_placement(config: ServeConfig, model: ModelConfig, num_free_gpus: in
     return Placement(device, dtype, num_batched_tokens)
 
 
+def num_spare_ranks(config: ServeConfig, device: str) -> int:
+    """Processes kept ready on each node of a rank."""
+    return int(device == "cuda") if config.num_spare_ranks is None else config.num_spare_ranks
+
+
 def check_ray_address(address: str | None) -> None:
     """Raises InvalidArgumentError or UnavailableError if no cluster can be there; Ray itself would try for minutes."""
     if address is None or address == "auto":

@@ -25,6 +25,7 @@ from ..proto import admin_pb2
 from .engine_control import CoordinatorLostError, GroupBlocks
 from .groups import WorkerGroups
 from .scale_plan import Change, GroupCondition, GroupNow, Scale, ScaleBounds, plan_change
+from .stage_times import StageTimes
 
 _MAX_RANKS = 1024  # of a group
 _SAY_S = 1.0  # between lines on how a group drains
@@ -221,10 +222,10 @@ class Scaler:
             raise UnavailableError(f"group {group_id} did not start, and {and_now}: {error}") from error
 
     def _add(self, group_id: int, say: Say) -> None:
-        started = time.monotonic()
-        blocks = self._keeper.join(group_id, lambda: self._groups.add(group_id, lambda stage, duration_s: None))
-        duration_s = time.monotonic() - started
-        say(f"group {group_id} serves, with {blocks.num_blocks} KV blocks; its ranks took {duration_s:.1f} s to load")
+        started, times = time.monotonic(), StageTimes()
+        blocks = self._keeper.join(group_id, lambda: self._groups.add(group_id, times.note))
+        took = f"its ranks took {time.monotonic() - started:.1f} s to load ({times})"
+        say(f"group {group_id} serves, with {blocks.num_blocks} KV blocks; {took}")
 
     def _undo(self, started: Sequence[int], failed: Collection[int]) -> Collection[int]:
         """Those that cannot leave, since no other serves any more."""

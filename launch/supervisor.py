@@ -27,7 +27,15 @@ from .kept_process import KeptProcess
 from .process_configs import GatewayAddresses, engine_config, gateway_config
 from .rank_spares import SpareSettings
 from .recovery import Recovery
-from .resolve import Placement, ServedModel, check_ports, check_ray_address, resolve_model, resolve_placement
+from .resolve import (
+    Placement,
+    ServedModel,
+    check_ports,
+    check_ray_address,
+    num_spare_ranks,
+    resolve_model,
+    resolve_placement,
+)
 from .restart_policy import RestartPolicy
 from .run_dir import RunDir
 from .scaling import Scaling
@@ -196,8 +204,8 @@ class Supervisor:
     def _keep_spares(self, placement: Placement) -> None:
         assert self._cluster is not None
         assert self._control is not None
-        if self._config.num_spare_ranks:
-            settings = SpareSettings(self._config.num_spare_ranks, self._control.is_calm, self._new_policy)
+        if num_spare := num_spare_ranks(self._config, placement.device):
+            settings = SpareSettings(num_spare, self._control.is_calm, self._new_policy)
             self._cluster.keep_spares(settings, placement.device, self._display.show)
 
     def _new_policy(self) -> RestartPolicy:

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
-from octavo.proto import generation_pb2
+from octavo.proto import admin_pb2, generation_pb2
 
 from .test_rank_deaths import READY, running
 
@@ -27,9 +27,9 @@ def ask_all(server) -> list[list[int]]:
         return list(pool.map(lambda index: ask(server, index), range(NUM_STREAMS)))
 
 
-def rank_processes(server) -> dict[int, psutil.Process]:
-    """By rank, of group 0."""
-    return {rank: server.process_of(0, rank) for rank in range(len(server.groups()[0].ranks))}
+def rank_processes(server, group: int = 0) -> dict[int, psutil.Process]:
+    """By rank."""
+    return {rank: server.process_of(group, rank) for rank in range(len(server.groups()[group].ranks))}
 
 
 def wait_for_spare(server, not_one_of=()) -> psutil.Process:
@@ -91,6 +91,21 @@ def test_a_spare_takes_the_place_of_each_rank_that_is_killed(server, expected):
         print(f"rank {rank} killed: whole {rebuild_s:.2f} s after it was noticed, by a spare")
     assert used[0] != used[1]
     assert len([line for line in server.lines if re.search(r"started rank \d anew, serves again after", line)]) == 2
+
+
+def test_a_new_group_takes_the_spares_that_there_are(server, expected):
+    spare = wait_for_spare(server)
+    time.sleep(1.0)  # until it answers
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(ask_all, server)
+        for num_groups in (2, 1):
+            list(server.admin.Scale(admin_pb2.ScaleRequest(num_groups=num_groups)))
+            if num_groups == 2:
+                ranks = rank_processes(server, 1)
+                assert ranks[0] == spare
+                assert ranks[1] != spare
+        assert asked.result(60) == expected
+    assert not spare.is_running()
 
 
 def test_without_a_spare_that_answers_a_new_process_starts(server, expected):
