@@ -62,6 +62,8 @@ class CpuOperations(Operations):
     """Products with packed weights, and kernels of numba between them for float32 and bfloat16; other dtypes are left
     to the reference."""
 
+    packs_weights = True
+
     def __init__(self) -> None:
         self._threads = KernelThreads()
 

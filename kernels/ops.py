@@ -4,7 +4,7 @@
 primitives. An implementation overrides what it does otherwise.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -16,6 +16,8 @@ Tensor = torch.Tensor
 
 class Operations:
     """Every operation of a step. Formulas and shapes are those of kernels/reference.py. Holds no state of a step."""
+
+    packs_weights: ClassVar[bool] = False  # whether `pack_weight` gives another tensor than it takes
 
     def pack_weight(self, weight: Tensor) -> Tensor:
         """Of a loaded weight [out_size, in_size], once: what this implementation's products take. Here: as it is."""

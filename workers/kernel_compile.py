@@ -7,7 +7,7 @@ with two layers and weights of zeros, and launches that compile and do not run.
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import triton
 from torch.overrides import TorchFunctionMode
+from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
 from ..kernels.launch import Launch
@@ -36,8 +37,22 @@ def compiled_in_parallel(num_ranks_on_host: int) -> Iterator[None]:
     A kernel that cannot be compiled is left to its first launch, which says why.
     """
     num_threads = max(1, min(_MAX_THREADS, len(os.sched_getaffinity(0)) // num_ranks_on_host))
-    with ThreadPoolExecutor(num_threads, "compile") as threads, triton.AsyncCompileMode(threads, ignore_errors=True):
+    with _CompileThreads(num_threads, "compile") as threads, triton.AsyncCompileMode(threads, ignore_errors=True):
         yield
+
+
+class _CompileThreads(ThreadPoolExecutor):
+    """Compile kernels, and what hands each its arguments: a C function for each signature, which Triton would have
+    compiled when the kernel first runs, for 0.3 s."""
+
+    def submit(self, compile_kernel: Callable[[], CompiledKernel]) -> Future[CompiledKernel]:  # type: ignore[override]
+        return super().submit(_with_launcher, compile_kernel)
+
+
+def _with_launcher(compile_kernel: Callable[[], CompiledKernel]) -> CompiledKernel:
+    kernel = compile_kernel()
+    triton.runtime.driver.active.launcher_cls(kernel.src, kernel.metadata)
+    return kernel
 
 
 @contextmanager

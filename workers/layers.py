@@ -54,6 +54,10 @@ class Parameter(Protocol):
 
     shape: tuple[int, ...]
 
+    def allocate(self) -> None:
+        """Where operations do not pack weights: settles where the tensor will lie, before it is there."""
+        ...
+
     def load(self, fill: Callable[[torch.Tensor], object]) -> None:
         """Has `fill` write the tensor [*shape], contiguous on the device; one loaded before may be gone by then."""
         ...
@@ -70,6 +74,9 @@ class PlainWeight:
         self.shape = tuple(tensor.shape)
         self._tensor = tensor
 
+    def allocate(self) -> None:
+        """It has been, by its layer."""
+
     def load(self, fill: Callable[[torch.Tensor], object]) -> None:
         fill(self._tensor)
 
@@ -82,15 +89,25 @@ class LinearWeight:
 
     def __init__(self, ctx: LayerContext, out_size: int, in_size: int, is_packed: bool = True) -> None:
         self.shape: tuple[int, ...] = (out_size, in_size)
-        self._ctx, self._is_packed = ctx, is_packed
+        self._ctx, self._is_packed = ctx, is_packed and ctx.ops.packs_weights
         self._packed: torch.Tensor | None = None
 
+    def allocate(self) -> None:
+        assert not self._is_packed, "packing gives the tensor another place"
+        self._packed = self._ctx.empty(*self.shape)
+
     def load(self, fill: Callable[[torch.Tensor], object]) -> None:
-        """Has `fill` write a new tensor [out_size, in_size], and packs it. One loaded before is gone by then."""
+        """Has `fill` write the tensor [out_size, in_size] where it will lie; or a new one, which it packs, with one
+        loaded before gone by then."""
+        if not self._is_packed:
+            if self._packed is None:
+                self.allocate()
+            fill(self.packed)
+            return
         self._packed = None
         weight = self._ctx.empty(*self.shape)
         fill(weight)
-        self._packed = self._ctx.ops.pack_weight(weight) if self._is_packed else weight
+        self._packed = self._ctx.ops.pack_weight(weight)
 
     def dense(self) -> torch.Tensor:
         return self._ctx.ops.unpack_weight(self.packed) if self._is_packed else self.packed

@@ -54,10 +54,14 @@ def load_model(
     Raises the errors of `check_model`, and InvalidArgumentError (tensor_parallel_size).
     """
     model = make_model(model_path, load_format, dtype, tp, max_model_len)
-    config = model.config
+    fill_model(model, model_path, load_format, tp.device, seed)
+    return model, model.config
+
+
+def fill_model(model: Model, model_path: str | Path, load_format: str, device: torch.device, seed: int) -> None:
+    """Gives a model that `make_model` made its weights. `seed` and errors: as `load_model`."""
     if load_format == "dummy":
-        model.load_weights(DummyWeights(model.tensor_shapes(config), seed, dtype, tp.device))
-        return model, config
-    with SafetensorsWeights(model_path, tp.device) as weights:
+        model.load_weights(DummyWeights(model.tensor_shapes(model.config), seed, model.dtype, device))
+        return
+    with SafetensorsWeights(model_path, device) as weights:
         model.load_weights(weights)
-    return model, config

@@ -10,6 +10,8 @@ _MODULES = {
     "cuda": ("server", "rank", "model_runner", "decode_graphs", "segment_graphs", "kernel_compile", "symmetric_memory"),
 }
 _KERNELS = {"cpu": "cpu", "cuda": "triton_ops"}
+# Triton imports it when it first looks at an argument.
+_TRITON_LATE = "triton.experimental.gluon.nvidia.hopper"
 
 
 def import_for(device_type: str) -> None:
@@ -21,7 +23,16 @@ def import_for(device_type: str) -> None:
     if device_type == "cpu":
         _run_first_kernel()
     else:
+        importlib.import_module(_TRITON_LATE)
+        _find_strides()
         _name_kernels()
+
+
+def _find_strides() -> None:
+    """Torch finds those of a tensor in symmetric memory by what imports sympy: 0.6 to 2.5 s of a start."""
+    from torch import _prims_common
+
+    _prims_common.make_contiguous_strides_for((1,))
 
 
 def _name_kernels() -> None:

@@ -1,40 +1,32 @@
 """One rank of a worker group, from rendezvous to a runner that takes plans."""
 
-import gc
-import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
-from ..errors import InvalidArgumentError, ResourceExhaustedError, UnavailableError
-from ..proto import engine_pb2, worker_pb2
+from ..errors import InvalidArgumentError, ResourceExhaustedError
+from ..proto import worker_pb2
 from .device_memory import DeviceMemory
 from .gpu_support import GpuSupport
 from .graph_recorder import GraphRecorder
 from .host_memory import check_swap_space
+from .host_tier import HostTier
+from .loading import FetchWeights, LoadedModel, Loading, begin_copying, load_now
 from .meeting import Meeting
 from .model_config import DTYPES
-from .model_loader import check_model, load_model, make_model
 from .model_runner import ModelRunner
-from .models.registry import Model
 from .parallel import TensorParallel
 from .rendezvous import connect_store, join_group
 from .runner_builder import RunnerBuilder
 from .segment_graphs import SegmentGraphs
-from .warm_up import blocks_for_warm_up, run_all_kinds, warm_up
-from .weight_copy import layout_of
+from .warm_up import warm_up
 
 if TYPE_CHECKING:
-    from .start_record import StartRecord
-
-_log = logging.getLogger(__name__)
-
-# Fills a model from the rank that a request names as its source. Raises UnavailableError; the model is worthless then.
-FetchWeights = Callable[[worker_pb2.ConfigureRequest, Model], None]
+    from .start_record import Sizes, StartRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,39 +41,12 @@ class RankSite:
 
 
 @dataclass(frozen=True, slots=True)
-class LoadedModel:
-    """A rank's weights on its device, as its kernels want them. They outlive the epochs of its group."""
-
-    model: Model
-    tp: TensorParallel  # what the model and all its layers sum with
-    description: tuple[object, ...]
-    copied: bool = False  # from another rank
-    copy_failure: str = ""  # why not, if they were to be
-
-    def is_of(self, request: worker_pb2.ConfigureRequest) -> bool:
-        """Whether the request would load the same."""
-        return self.description == _describe_model(request)
-
-    def has(self, wanted: worker_pb2.WeightsWanted) -> bool:
-        """Whether these are the weights wanted, if on another rank."""
-        return self.description[:-1] == _describe_weights(wanted) and layout_of(self.model) == wanted.layout
-
-
-def _describe_model(request: worker_pb2.ConfigureRequest) -> tuple[object, ...]:
-    return (*_describe_weights(request), request.config.max_model_len)
-
-
-def _describe_weights(request: worker_pb2.ConfigureRequest | worker_pb2.WeightsWanted) -> tuple[object, ...]:
-    config = request.config
-    shard = (request.rank, request.tensor_parallel_size)
-    return (*shard, config.model_path, config.load_format, config.dtype, config.seed)
-
-
-@dataclass(frozen=True, slots=True)
 class Stage:
-    """A stage of the start that is done. The one of the weights has the model, the last has the runner."""
+    """A stage of the start that is done. The first has the group, the one of the weights the model, the last the
+    runner."""
 
     name: str
+    group: TensorParallel | None = None
     loaded: LoadedModel | None = None
     kept_weights: bool = False  # of another epoch
     runner: ModelRunner | None = None
@@ -121,29 +86,43 @@ def build_rank(
 
 
 def _stages(request: worker_pb2.ConfigureRequest, site: RankSite, kept: LoadedModel | None) -> Iterator[Stage]:
-    device, num_ranks_on_host = site.device, site.num_ranks_on_host
-    check_swap_space(request.config.swap_space_bytes, num_ranks_on_host)
+    check_swap_space(request.config.swap_space_bytes, site.num_ranks_on_host)
     joined = _connect(request, site)
-    yield Stage("connect")
+    yield Stage("connect", group=joined)
     kept = kept if kept is not None and kept.is_of(request) else None
-    known = _known_start(request, joined, num_ranks_on_host, is_fresh=kept is None)
+    known = _known_start(request, joined, is_fresh=kept is None)
     if kept is not None:
         kept.tp.rejoin(joined)
-        loaded = kept
-    else:
-        loaded = _load(request, joined, num_ranks_on_host, site.fetch, known)
-    model, tp = loaded.model, loaded.tp
-    # Ranks meet: a kernel that waits for another rank does so for some seconds only, and disks differ by more.
-    tp.min_int(0)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    yield Stage("weights", loaded, kept_weights=loaded is kept)
+    loading = Loading.of(kept) if kept is not None else _load(request, joined, site, known)
+    _meet(loading.tp)
+    if loading.is_done:
+        yield Stage("weights", loaded=loading.finish(), kept_weights=kept is not None)
+    builder = RunnerBuilder(request.config, loading.model, loading.tp, site.num_ranks_on_host)
     try:
-        yield from _runner_stages(RunnerBuilder(request.config, model, tp, num_ranks_on_host), known)
+        runner, tier = yield from _runner_stages(builder, known)
     except torch.OutOfMemoryError:
         if known is not None:
             known.record.forget_sizes()
         raise
+    loaded = loading.finish()
+    _meet(loading.tp)
+    if not loading.is_done:
+        yield Stage("weights", loaded=loaded)
+    # The largest step has run on a GPU, now or at the start that its sizes are known from. A CPU needs little: its
+    # libraries load with the first token.
+    warm_up(runner, num_seqs=1, num_tokens=1)
+    if tier is None:
+        yield Stage("warm-up", runner=runner)
+    else:
+        block_us = tier.measure_block_us()
+        yield Stage("warm-up", runner=runner, num_host_blocks=tier.num_blocks, host_block_us=block_us)
+
+
+def _meet(tp: TensorParallel) -> None:
+    """A kernel that waits for another rank does so for some seconds only, and disks differ by more."""
+    tp.min_int(0)
+    if tp.device.type == "cuda":
+        torch.cuda.synchronize(tp.device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,23 +131,37 @@ class _KnownStart:
 
     record: "StartRecord"
     free_bytes: int | None  # as there
+    sizes: "Sizes | None"  # the same on all ranks
 
 
-def _known_start(
-    request: worker_pb2.ConfigureRequest, tp: TensorParallel, num_ranks_on_host: int, is_fresh: bool
-) -> _KnownStart | None:
-    """`is_fresh`: whether this process holds nothing on its device yet."""
+def _known_start(request: worker_pb2.ConfigureRequest, tp: TensorParallel, is_fresh: bool) -> _KnownStart | None:
+    """`is_fresh`: whether this process holds nothing on its device yet. On all ranks at once."""
     if tp.device.type != "cuda":
         return None
     from .start_record import StartRecord  # Triton is there only beside a CUDA build of torch
 
-    record = StartRecord.of(request, tp, num_ranks_on_host)
-    return _KnownStart(record, DeviceMemory.of(tp.device).free_bytes if is_fresh else None)
+    record = StartRecord.of(request, tp)
+    free_bytes = DeviceMemory.of(tp.device).free_bytes if is_fresh else None
+    return _KnownStart(record, free_bytes, record.agreed_sizes(tp, free_bytes))
 
 
-def _runner_stages(builder: RunnerBuilder, start: _KnownStart | None) -> Iterator[Stage]:
+def _load(
+    request: worker_pb2.ConfigureRequest, tp: TensorParallel, site: RankSite, known: _KnownStart | None
+) -> Loading:
+    """Copies go on beside the rest of the start, where that compiles nothing and measures no memory."""
+    is_all_known = known is not None and known.sizes is not None and known.record.has_kernels
+    if is_all_known and request.weight_source and site.fetch is not None:
+        return begin_copying(request, tp, site.fetch)
+    record = known.record if known is not None else None
+    return Loading.of(load_now(request, tp, site.num_ranks_on_host, site.fetch, record))
+
+
+def _runner_stages(
+    builder: RunnerBuilder, start: _KnownStart | None
+) -> Generator[Stage, None, tuple[ModelRunner, HostTier | None]]:
+    """For weights that may be still on their way."""
     config, tp = builder.config, builder.tp
-    known = start.record.agreed_sizes(tp, start.free_bytes) if start is not None else None
+    known = start.sizes if start is not None else None
     graphs = None
     if tp.device.type == "cuda" and not config.enforce_eager:
         sizes = known.segments if known is not None else None
@@ -187,14 +180,7 @@ def _runner_stages(builder: RunnerBuilder, start: _KnownStart | None) -> Iterato
     if start is not None and known is None:
         segment_sizes = graphs.sizes if graphs is not None else ()
         start.record.note_sizes(num_blocks, segment_sizes, decode_sizes, start.free_bytes)
-    # The largest step has run on a GPU, now or at the start that its sizes are known from. A CPU needs little: its
-    # libraries load with the first token.
-    warm_up(runner, num_seqs=1, num_tokens=1)
-    if tier is None:
-        yield Stage("warm-up", runner=runner)
-    else:
-        block_us = tier.measure_block_us()
-        yield Stage("warm-up", runner=runner, num_host_blocks=tier.num_blocks, host_block_us=block_us)
+    return runner, tier
 
 
 def _connect(request: worker_pb2.ConfigureRequest, site: RankSite) -> TensorParallel:
@@ -210,66 +196,3 @@ def _connect(request: worker_pb2.ConfigureRequest, site: RankSite) -> TensorPara
     store = site.store or connect_store(request.config.store_address)
     meeting = Meeting(store, request.epoch, request.rank, request.tensor_parallel_size, site.is_over)
     return join_group(meeting, device)
-
-
-def _load(
-    request: worker_pb2.ConfigureRequest,
-    tp: TensorParallel,
-    num_ranks_on_host: int,
-    fetch: FetchWeights | None,
-    start: _KnownStart | None = None,
-) -> LoadedModel:
-    """`start`: on a GPU."""
-    if start is None:
-        return _copy_or_read(request, tp, fetch)
-    config, dtype = request.config, _dtype_of(request)
-    check_model(config.model_path, config.load_format, dtype, tp)
-    if start.record.has_kernels:  # their first launches find them in Triton's cache
-        return _copy_or_read(request, tp, fetch)
-    from .kernel_compile import compiled_in_parallel  # Triton is there only beside a CUDA build of torch
-
-    with start.record.noting_kernels(), compiled_in_parallel(num_ranks_on_host):
-        _find_kernels(config, dtype, tp.for_compiling(), num_ranks_on_host)
-        gc.collect()  # a model and its segments hold each other
-        torch.cuda.empty_cache()
-        return _copy_or_read(request, tp, fetch)
-
-
-def _dtype_of(request: worker_pb2.ConfigureRequest) -> torch.dtype:
-    dtype: torch.dtype = getattr(torch, request.config.dtype)
-    return dtype
-
-
-def _copy_or_read(request: worker_pb2.ConfigureRequest, tp: TensorParallel, fetch: FetchWeights | None) -> LoadedModel:
-    """The weights of another rank, if the request names one that has them, else those of the disk."""
-    config, dtype = request.config, _dtype_of(request)
-    copy_failure = ""
-    if request.weight_source and fetch is not None:
-        model = make_model(config.model_path, config.load_format, dtype, tp, config.max_model_len)
-        try:
-            fetch(request, model)
-            return LoadedModel(model, tp, _describe_model(request), copied=True)
-        except UnavailableError as error:
-            copy_failure = str(error)
-            _log.warning("the weights are loaded, not copied: %s", copy_failure)
-        del model  # before there is another
-    model = load_model(config.model_path, config.load_format, dtype, tp, config.max_model_len, config.seed)[0]
-    return LoadedModel(model, tp, _describe_model(request), copy_failure=copy_failure)
-
-
-def _find_kernels(
-    config: engine_pb2.WorkerConfig, dtype: torch.dtype, tp: TensorParallel, num_ranks_on_host: int
-) -> None:
-    """Has all kernels of the model's steps compiled. `tp` meets nobody."""
-    from .kernel_compile import UnrecordedGraphs, launches_compile, miniature
-
-    num_tokens = config.max_num_batched_tokens
-    with launches_compile():
-        model = miniature(config.model_path, tp, dtype, config.max_model_len)
-        builder = RunnerBuilder(config, model, tp, num_ranks_on_host)
-        cache = builder.kv_cache(blocks_for_warm_up(1, num_tokens, config.block_size))
-        graphs = SegmentGraphs(model, num_tokens, UnrecordedGraphs(), tp)
-        graphs.capture(cache)
-        runner = builder.runner(cache)
-        runner.capture_graphs(graphs)
-        run_all_kinds(runner, num_tokens)

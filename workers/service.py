@@ -18,10 +18,12 @@ from ..proto import worker_pb2, worker_pb2_grpc
 from .call_status import status_for_errors
 from .copies import Copies
 from .copy_thread import CopySettings
+from .loading import FetchWeights, LoadedModel
 from .model_runner import ModelRunner
 from .models.registry import Model
+from .parallel import TensorParallel
 from .peer_sender import Holdings
-from .rank import FetchWeights, LoadedModel, RankSite, Stage, build_rank, check_request
+from .rank import RankSite, Stage, build_rank, check_request
 from .rendezvous import leave_group
 from .step_pipeline import StepPipeline
 from .step_stream import StepStream
@@ -54,6 +56,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         self._num_ranks_on_host = num_ranks_on_host
         self._end_process = end_process
         self._request: worker_pb2.ConfigureRequest | None = None
+        self._group: TensorParallel | None = None  # of the epoch
         self._loaded: LoadedModel | None = None
         self._runner: ModelRunner | None = None
         self._stream: StepStream | None = None
@@ -103,6 +106,8 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         progress = worker_pb2.ConfigureProgress(
             stage=stage.name, duration_s=duration_s, kept_weights=stage.kept_weights
         )
+        if stage.group is not None:
+            self._group = replace(stage.group)  # a model that stays will have another epoch's
         if stage.loaded is not None:
             self._loaded = stage.loaded
             if not stage.kept_weights:
@@ -136,9 +141,8 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         """Nothing waits for other ranks any more: the epoch is over. On a thread of its own, since ends of groups take
         a while, and the device's thread may be among what waits."""
         self._is_over.set()
-        if self._loaded is not None:
-            this_group = replace(self._loaded.tp)  # the model's own will be another epoch's
-            freeing = asyncio.get_running_loop().run_in_executor(None, this_group.abandon)
+        if self._group is not None:
+            freeing = asyncio.get_running_loop().run_in_executor(None, self._group.abandon)
             self._freeing.add(freeing)
             freeing.add_done_callback(self._freeing.discard)
 
@@ -147,6 +151,7 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         leave_group()  # first: what is dropped next may wait for the device, and that for a peer that is gone
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)  # kernels read memory of the epoch until their end
+        self._group = None
         if self._loaded is not None:
             self._loaded.tp.leave()
         if self._device.type == "cuda":
@@ -167,8 +172,8 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         """For the device thread: it waits for this one."""
         loop = asyncio.get_running_loop()
 
-        def fetch(request: worker_pb2.ConfigureRequest, model: Model) -> None:
-            asyncio.run_coroutine_threadsafe(self._copies.fetch_weights(request, model), loop).result()
+        def fetch(request: worker_pb2.ConfigureRequest, model: Model) -> Callable[[], None]:
+            return asyncio.run_coroutine_threadsafe(self._copies.fetch_weights(request, model), loop).result
 
         return fetch
 

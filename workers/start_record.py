@@ -57,7 +57,7 @@ class StartRecord:
         self._content: dict[str, Any] = _read(path)
 
     @classmethod
-    def of(cls, request: worker_pb2.ConfigureRequest, tp: TensorParallel, num_ranks_on_host: int) -> Self:
+    def of(cls, request: worker_pb2.ConfigureRequest, tp: TensorParallel) -> Self:
         """Of what `request` describes, on a CUDA device. Raises CheckpointError for a model that is not served."""
         config = type(request.config)()
         config.CopyFrom(request.config)
@@ -65,7 +65,7 @@ class StartRecord:
         properties = torch.cuda.get_device_properties(tp.device)
         described = (
             *(_hash_of_sources(), torch.__version__, triton.__version__),
-            *(properties.name, properties.total_memory, tp.symmetric_memory is not None, num_ranks_on_host),
+            *(properties.name, properties.total_memory, tp.symmetric_memory is not None),
             *(tp.rank, tp.size, config.SerializeToString(deterministic=True)),
             ModelConfig.from_directory(config.model_path, registered_architectures()),
         )

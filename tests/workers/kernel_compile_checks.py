@@ -12,6 +12,12 @@ from triton.runtime.jit import JITFunction
 class _Hopper:
     """A driver of a GPU that is not there."""
 
+    def __init__(self):
+        self.launched = []  # names of the kernels that have a launcher
+
+    def launcher_cls(self, src, metadata):
+        self.launched.append(src.name)
+
     def get_current_device(self):
         return 0
 
@@ -48,6 +54,7 @@ def test_launches_compile_each_variant_once_and_run_nothing(compiled):
         for block in (32, 64, 32):
             kernel[(1,)](x, out, block=block)
     assert compiled == ["_add"] * 2
+    assert triton.runtime.driver.active.launched == ["_add"] * 2, "made at the start, not when the kernel first runs"
     assert not out.any()
     with launches_compile():
         kernel[(1,)](x, out, block=64)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import triton
 from octavo.proto import engine_pb2, sampling_pb2, worker_pb2
-from octavo.workers import rank
+from octavo.workers import loading, rank
 from octavo.workers.kernel_compile import UnrecordedGraphs, launches_compile
 from octavo.workers.parallel import TensorParallel
 from octavo.workers.plan import Join, Plan
@@ -129,9 +129,9 @@ def start_here(config):
     """What the start finds on a pretended GPU, and a runner."""
     pretend_gpu()
     tp = TensorParallel(0, 1, torch.device("cpu"))
-    rank._find_kernels(config, torch.bfloat16, tp, 1)
+    loading.find_kernels(config, torch.bfloat16, tp, 1)
     request = worker_pb2.ConfigureRequest(epoch=1, rank=0, tensor_parallel_size=1, config=config)
-    builder = RunnerBuilder(config, rank._load(request, tp, 1, fetch=None).model, tp, 1)
+    builder = RunnerBuilder(config, loading.load_now(request, tp, 1, fetch=None, record=None).model, tp, 1)
     cache = builder.kv_cache(1000)
     graphs = SegmentGraphs(builder.model, NUM_TOKENS, UnrecordedGraphs(), tp)
     runner = builder.runner(cache)
@@ -166,7 +166,7 @@ def main(device, model_path, kv_cache_dtype, num_ranks="1"):
         pretend_gpu()
         with kernels_noted(is_real=False) as found:
             one_of_them = TensorParallel(0, int(num_ranks), torch.device("cpu")).for_compiling()
-            rank._find_kernels(config, torch.bfloat16, one_of_them, 1)
+            loading.find_kernels(config, torch.bfloat16, one_of_them, 1)
         print(f"{len(found)} found alone")
         return
     with kernels_noted(is_real) as started:

@@ -24,7 +24,8 @@ print(*sys.modules)
         (
             "cuda",
             {"octavo.workers.server", "octavo.workers.decode_graphs", "octavo.workers.segment_graphs"}
-            | {"octavo.workers.symmetric_memory", "octavo.kernels.triton_ops"},
+            | {"octavo.workers.symmetric_memory", "octavo.kernels.triton_ops", "torch.fx.experimental.symbolic_shapes"}
+            | {"triton.experimental.gluon.nvidia.hopper"},
         ),
     ],
 )
