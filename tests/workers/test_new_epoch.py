@@ -23,9 +23,11 @@ class StuckLlama(LlamaForCausalLM):
 
     is_stuck = threading.Event()
     let_go = threading.Event()
+    is_in_it = threading.Event()
 
     def forward(self, *args, **kwargs):
         if self.is_stuck.is_set():
+            self.is_in_it.set()
             self.let_go.wait(30)
         return super().forward(*args, **kwargs)
 
@@ -141,14 +143,18 @@ def stuck_model(make_llama, tmp_path):
 
 
 def begin_stuck_step(rank, path):
-    """The stream of a step that hangs."""
+    """The stream of a step that hangs, with two behind it."""
     StuckLlama.let_go.clear()
+    StuckLlama.is_in_it.clear()
     rank.configure(path, epoch=1)
     StuckLlama.is_stuck.set()
     plans = queue.SimpleQueue()
     stream = rank.stub.Steps(iter(plans.get, None))
     for plan in (first_plan(1), decode_plan(1, 2), decode_plan(1, 3)):
         plans.put(plan)
+    assert StuckLlama.is_in_it.wait(30)
+    while rank.server._pipeline._launcher._work_queue.qsize() < 2:
+        time.sleep(0.01)
     return stream, plans
 
 
