@@ -1,5 +1,6 @@
 """A process of Octavo's own beside this one: coordinator or gateway. Its log lines come through here."""
 
+import os
 import subprocess
 import sys
 import threading
@@ -9,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import UnavailableError
+from .library_logs import quiet_libraries
 
 _NUM_KEPT_LINES = 200
 _POLL_S = 0.05
@@ -31,6 +33,7 @@ class ChildProcess:
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
+            env=os.environ | quiet_libraries(),
             start_new_session=True,
         )
         self._reader = threading.Thread(target=self._read, name=f"{name} log", daemon=True)

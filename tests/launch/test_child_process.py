@@ -7,6 +7,7 @@ from google.protobuf import json_format
 from octavo.errors import UnavailableError
 from octavo.launch.child_process import ChildProcess
 from octavo.launch.engine_control import EngineControl
+from octavo.launch.library_logs import quiet_libraries
 from octavo.proto import engine_pb2
 
 
@@ -52,6 +53,14 @@ def test_a_coordinator_comes_up_answers_and_ends(engine_config):
     child.wait(20, threading.Event())
     with pytest.raises(UnavailableError, match="ended with status 0"):
         child.require_alive()
+
+
+@pytest.mark.parametrize("chosen", [None, "INFO"])
+def test_libraries_say_no_more_than_errors_unless_they_are_told_to(chosen, monkeypatch):
+    monkeypatch.delenv("GRPC_VERBOSITY", raising=False)
+    if chosen is not None:
+        monkeypatch.setenv("GRPC_VERBOSITY", chosen)
+    assert quiet_libraries() == {"GRPC_VERBOSITY": chosen or "ERROR", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
 
 def test_hurry_ends_a_wait(engine_config):
