@@ -1,7 +1,7 @@
 """What libraries in C++ say aloud in our processes: errors only, unless whoever runs Octavo wants more.
 
-gRPC tells of every connection that ends in order, torch of every peer that is gone, with a stack: in a log of deaths and
-scaling that are ours to report, and are.
+gRPC tells of every connection that ends in order, torch of every peer that is gone, with a stack: in a log of deaths
+and scaling that are ours to report, and are.
 """
 
 import os
