@@ -27,7 +27,7 @@ def _memory_of(reports: Sequence[worker_pb2.ConfigureProgress]) -> GroupMemory:
 def _log_weights(progress: worker_pb2.ConfigureProgress, rank: int, source: str) -> None:
     """How they came, of a rank that was to copy them."""
     if progress.copied_weights:
-        _log.info("rank %d: its weights were copied from %s in %.2f s", rank, source, progress.duration_s)
+        _log.info("rank %d: its weights were copied from %s", rank, source)
     elif progress.copy_failure:
         _log.warning("rank %d: its weights were loaded, not copied: %s", rank, progress.copy_failure)
 
