@@ -11,7 +11,7 @@ from collections.abc import Callable
 from ..errors import UnavailableError
 from .child_process import ChildProcess
 from .engine_control import EngineControl
-from .kept_process import Heartbeat, KeptProcess
+from .kept_process import KeptProcess
 from .recovery import Recovery
 
 _POLL_S = 0.05
@@ -35,7 +35,6 @@ class Keeper:
         self._coordinator, self._gateways = coordinator, gateways
         self._recovery, self._control = recovery, control
         self._require_cluster, self._say = require_cluster, say
-        self._heartbeat = Heartbeat(control.begin_status)
         self._is_draining = False
         self._lock = threading.Lock()  # of the gateways and of _is_draining
         self._stopping, self._ended = threading.Event(), threading.Event()
@@ -111,11 +110,7 @@ class Keeper:
         before = coordinator.child
         coordinator.tend(time.monotonic())
         if coordinator.child is not before:
-            self._heartbeat.reset()
             self._restore_groups(coordinator.child)
-        elif self._heartbeat.has_stopped(time.monotonic()):
-            self._heartbeat.reset()
-            coordinator.put_down(self._heartbeat.words, time.monotonic())
         self._recovery.check()
         self._take_failures()
 

@@ -9,8 +9,8 @@ from ..errors import UnavailableError
 from .child_process import ChildProcess
 from .restart_policy import WINDOW_S, RestartPolicy
 
-# A coordinator answers between two steps, so two answers in a row that take so long are no load: it hangs. If it does
-# not, its end costs the streams some seconds and no token. Two, since one may be late because this process stood still.
+# A coordinator answers between two steps and a gateway between two messages, so two answers in a row that take so long
+# are no load: it hangs. Two, since one may be late because this process stood still.
 _ANSWER_S = 4.0
 _NUM_MISSED = 2
 _ASK_S = 1.0
@@ -33,12 +33,15 @@ class KeptProcess:
         child: ChildProcess,
         start: Callable[[], ChildProcess],
         serves: Callable[[], bool],
+        heartbeat: "Heartbeat",
         policy: RestartPolicy,
         say: Callable[[str], None],
     ) -> None:
-        """`start` starts another, `serves` says whether that one does its work, `say` shows a line."""
+        """`start` starts another, `serves` says whether that one does its work, `heartbeat` whether it does anything,
+        `say` shows a line."""
         self.child = child
-        self._start, self._serves, self._policy, self._say = start, serves, policy, say
+        self._start, self._serves, self._heartbeat = start, serves, heartbeat
+        self._policy, self._say = policy, say
         self._downtime: _Downtime | None = None
 
     @property
@@ -47,8 +50,8 @@ class KeptProcess:
 
     def tend(self, now: float) -> None:
         """Does what there is to do. Raises UnavailableError when the process has died too often."""
-        if self.child.has_ended and (self._downtime is None or self._downtime.starts_at is None):
-            self._note_end(self.child.describe_end(), now)
+        if self._downtime is None or self._downtime.starts_at is None:
+            self._look(now)
         if self._downtime is None:
             return
         if self._downtime.starts_at is None:
@@ -56,12 +59,15 @@ class KeptProcess:
                 self._note_service(self._downtime, now)
         elif self._downtime.starts_at <= now:
             self._downtime.starts_at = None
+            self._heartbeat.reset()
             self.child = self._start()
 
-    def put_down(self, why: str, now: float) -> None:
-        """It lives, and does not do its work. Raises what `tend` raises."""
-        self.child.kill()
-        self._note_end(f"{self.child.name} {why}", now)
+    def _look(self, now: float) -> None:
+        if self.child.has_ended:
+            self._note_end(self.child.describe_end(), now)
+        elif self._heartbeat.has_stopped(now):
+            self.child.kill()
+            self._note_end(f"{self.child.name} {self._heartbeat.words}", now)
 
     def _note_end(self, what: str, now: float) -> None:
         self.child.reap()
@@ -79,7 +85,7 @@ class KeptProcess:
 
 
 class Heartbeat:
-    """Finds a coordinator that lives and does not answer."""
+    """Finds a process that lives and does not answer."""
 
     def __init__(self, ask: Callable[[float], grpc.Future]) -> None:
         """`ask(timeout_s)` begins a call that ends with DEADLINE_EXCEEDED after so long."""

@@ -20,10 +20,10 @@ from ..proto import admin_pb2
 from .child_process import ChildProcess
 from .config import ServeConfig
 from .engine_control import EngineControl
-from .gateway_health import gateway_serves
+from .gateway_health import begin_gateway_check, gateway_serves
 from .groups import GroupSettings, WorkerGroups
 from .keeper import Keeper
-from .kept_process import KeptProcess
+from .kept_process import Heartbeat, KeptProcess
 from .process_configs import GatewayAddresses, engine_config, gateway_config
 from .rank_spares import SpareSettings
 from .recovery import Recovery
@@ -190,6 +190,7 @@ class Supervisor:
             self._coordinator,
             partial(self._start_coordinator, model, placement),
             lambda: recovery.is_restored,
+            Heartbeat(self._control.begin_status),
             self._new_policy(),
             say,
         )
@@ -198,8 +199,10 @@ class Supervisor:
 
     def _keep_gateway(self, model: ServedModel, index: int) -> KeptProcess:
         start = partial(self._start_gateway, model, index)
-        serves = partial(gateway_serves, self.local_addresses[index])
-        return KeptProcess(self._gateways[index], start, serves, self._new_policy(), self._display.show)
+        address = self.local_addresses[index]
+        heartbeat = Heartbeat(partial(begin_gateway_check, address))
+        policy, say = self._new_policy(), self._display.show
+        return KeptProcess(self._gateways[index], start, partial(gateway_serves, address), heartbeat, policy, say)
 
     def _keep_spares(self, placement: Placement) -> None:
         assert self._cluster is not None

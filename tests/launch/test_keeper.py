@@ -45,10 +45,16 @@ class Scene:
         self.name = name
         self.started = [Child(name)]
         self.said = []
-        self.serves = True
+        self.serves, self.hangs = True, False
+        policy = RestartPolicy(max_restarts)
         self.kept = KeptProcess(
-            self.started[0], self.start, lambda: self.serves, RestartPolicy(max_restarts), self.said.append
+            self.started[0], self.start, lambda: self.serves, Heartbeat(self.ask), policy, self.said.append
         )
+
+    def ask(self, timeout_s):
+        answer = Future()
+        answer.set_exception(DeadlineError()) if self.hangs else answer.set_result(None)
+        return answer
 
     def start(self):
         self.started.append(Child(self.name))
@@ -147,14 +153,8 @@ def test_only_answers_that_do_not_come_twice_in_a_row_are_those_of_one_that_hang
 
 class Control:
     def __init__(self) -> None:
-        self.hangs = False
         self.failures = []
         self.waited = []
-
-    def begin_status(self, timeout_s):
-        answer = Future()
-        answer.set_exception(DeadlineError()) if self.hangs else answer.set_result(None)
-        return answer
 
     def await_failures(self, known_epochs, timeout_s):
         time.sleep(0.005)
@@ -230,14 +230,17 @@ def test_a_coordinator_that_dies_comes_back_and_takes_over_the_groups(server):
     assert not any(len(gateway.started) > 1 for gateway in server.gateways)
 
 
-def test_a_coordinator_that_hangs_is_killed_first(server):
-    server.control.hangs = True
-    wait_until(lambda: len(server.coordinator.started) > 1)
-    server.control.hangs = False
-    wait_until(lambda: server.coordinator.said)
-    assert server.coordinator.started[0].has_ended
-    said = "coordinator did not answer for 8 s, and was killed; started anew, serves again after "
-    assert server.coordinator.said[0].startswith(said)
+@pytest.mark.parametrize("kind", ["coordinator", "gateway 1"])
+def test_one_that_hangs_is_killed_first(server, kind):
+    scene = server.coordinator if kind == "coordinator" else server.gateways[1]
+    scene.hangs = True
+    wait_until(lambda: len(scene.started) > 1)
+    scene.hangs = False
+    wait_until(lambda: scene.said)
+    assert scene.started[0].has_ended
+    assert scene.said[0].startswith(f"{kind} did not answer for 8 s, and was killed; started anew, serves again after ")
+    assert server.recovery.restored == (kind == "coordinator")
+    assert len(scene.started) == 2, "the answers of the one before do not count against it"
 
 
 def test_a_gateway_that_dies_comes_back_and_one_that_was_drained_does_not(server):

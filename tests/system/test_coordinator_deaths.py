@@ -175,7 +175,8 @@ def outcome(gateway: Gateway, index: int):
         return error.code()
 
 
-def test_a_gateway_is_killed_and_only_its_own_clients_notice(expected):
+@pytest.mark.parametrize("fault", ["killed", "stopped"])
+def test_a_gateway_is_lost_and_only_its_own_clients_notice(fault, expected):
     with running("--tensor-parallel-size", "2", "--num-gateways", "2") as server:
         first, second = Gateway(server, 0), Gateway(server, 1)
         with ThreadPoolExecutor(16) as pool:
@@ -186,9 +187,9 @@ def test_a_gateway_is_killed_and_only_its_own_clients_notice(expected):
                 assert time.monotonic() < deadline, [future for future in (*lost, *kept) if future.done()]
                 time.sleep(0.01)
             before, status = server.groups()[0], second.status()
-            first.process.kill()
-            killed_at = time.monotonic()
-            assert {future.result(20) for future in lost} == {grpc.StatusCode.UNAVAILABLE}
+            first.process.kill() if fault == "killed" else first.process.suspend()
+            lost_at = time.monotonic()
+            assert {future.result(30) for future in lost} == {grpc.StatusCode.UNAVAILABLE}
             found = [future.result(60) for future in kept]
         assert [one[0] for one in found] == [one[0] for one in expected[:8]]
         after = second.status()
@@ -196,8 +197,9 @@ def test_a_gateway_is_killed_and_only_its_own_clients_notice(expected):
         assert (after.groups[0].epoch, after.groups[0].num_restarts) == (before.epoch, 0)
         assert after.counters.num_failed == 0
         assert after.groups[0].num_free_blocks == after.groups[0].num_blocks
-        said = server.wait_until_said("gateway 0 was killed by signal 9; started anew, serves again after", 30)
-        print(f"{said}; seen {time.monotonic() - killed_at:.1f} s later")
+        why = {"killed": "was killed by signal 9", "stopped": "did not answer for 8 s, and was killed"}[fault]
+        said = server.wait_until_said(f"gateway 0 {why}; started anew, serves again after", 30)
+        print(f"{said}; seen {time.monotonic() - lost_at:.1f} s later")
         first.close()
         again = Gateway(server, 0)
         assert ask(again, 0)[0] == expected[0][0]
