@@ -27,6 +27,13 @@ class ServedModel:
     config: ModelConfig
     max_model_len: int  # prompt and output, in tokens
 
+    @property
+    def description(self) -> str:
+        """A line for people."""
+        config = self.config
+        shape = f"{config.num_layers} layers, {config.num_heads}/{config.num_kv_heads} heads"
+        return f"{self.names[0]}: {config.architecture}, {shape}, context {self.max_model_len}"
+
 
 @dataclass(frozen=True, slots=True)
 class Placement:

@@ -5,6 +5,9 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from google.protobuf import json_format
+from google.protobuf.message import Message
+
 _PREFIX = "octavo-"
 _LOCK = "lock"
 # A Unix socket's path has at most 107 bytes, and Ray adds about 70 to the directory's.
@@ -23,6 +26,16 @@ class RunDir:
         self._lock = unlocked.open("w")
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         unlocked.rename(self.path / _LOCK)  # seen by others only now that it is held
+
+    def socket(self, name: str) -> str:
+        """The gRPC address of a Unix socket in it."""
+        return f"unix:{self.path}/{name}.sock"
+
+    def write(self, name: str, config: Message) -> Path:
+        """A process's configuration, in protobuf's JSON form."""
+        path = self.path / f"{name.replace(' ', '-')}.json"
+        path.write_text(json_format.MessageToJson(config))
+        return path
 
     def remove(self) -> None:
         """With all that is in it, also what Ray's last processes still write."""

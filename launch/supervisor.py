@@ -9,10 +9,8 @@ import threading
 import time
 from collections.abc import Iterable
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from google.protobuf import json_format
 from google.protobuf.message import Message
 
 from ..errors import UnavailableError
@@ -48,6 +46,7 @@ _GATEWAY_START_TIMEOUT_S = 60.0
 _GATEWAY_STOP_TIMEOUT_S = 5.0  # beyond what running requests have
 _LAST_WORDS_S = 3.0  # of a gateway that is to be quick
 _COORDINATOR_STOP_TIMEOUT_S = 5.0
+_DEATH_S = 1.0  # from the end of a process's connections to that of the process
 _POLL_S = 0.05
 _WATCH_S = 0.5
 
@@ -76,7 +75,7 @@ class Supervisor:
     @property
     def local_addresses(self) -> list[str]:
         """Each gateway's own gRPC door."""
-        return [self._socket(f"gateway-{index}") for index in range(self._config.num_gateways)]
+        return [self._files.socket(f"gateway-{index}") for index in range(self._config.num_gateways)]
 
     # Start
 
@@ -84,7 +83,7 @@ class Supervisor:
         """Until the server is ready. Raises OctavoError, in one line, if it cannot be; then call `stop`."""
         with self._display.step("model", f"Checking {self._config.model}") as step:
             model = resolve_model(self._config)
-            step.detail = _describe(model)
+            step.detail = model.description
         check_ports(self._config)
         check_ray_address(self._config.ray_address)
         self._run_dir = RunDir()
@@ -111,8 +110,8 @@ class Supervisor:
             self._gateways.append(self._start_gateway(model, index))
 
     def _start_gateway(self, model: ServedModel, index: int) -> ChildProcess:
-        launcher = self._socket("launcher") if self._is_served else ""
-        addresses = GatewayAddresses(self.local_addresses[index], self._socket("engine"), launcher)
+        launcher = self._files.socket("launcher") if self._is_served else ""
+        addresses = GatewayAddresses(self.local_addresses[index], self._files.socket("engine"), launcher)
         config = gateway_config(self._config, model, addresses, self._rebuilds_groups)
         return self._spawn(f"gateway {index}", "octavo.gateway", config)
 
@@ -123,7 +122,7 @@ class Supervisor:
 
             num_ranks = self._config.num_groups * self._config.tensor_parallel_size
             most = (self._config.max_num_groups or self._config.num_groups) * self._config.tensor_parallel_size
-            temp_dir = self._directory / "ray"
+            temp_dir = self._files.path / "ray"
             self._cluster = RayCluster(self._config.ray_address, most, self._config.device, temp_dir)
             placement = resolve_placement(self._config, model.config, self._cluster.num_free_gpus)
             step.detail = (
@@ -133,7 +132,7 @@ class Supervisor:
 
     def _start_coordinator(self, model: ServedModel, placement: Placement) -> ChildProcess:
         """The first, or one that follows another: then nothing of that one lives."""
-        config = engine_config(self._config, model, placement, self._socket("engine"), self._rebuilds_groups)
+        config = engine_config(self._config, model, placement, self._files.socket("engine"), self._rebuilds_groups)
         config.incarnation = self._num_coordinators
         self._num_coordinators += 1
         if self._control is not None:
@@ -145,7 +144,7 @@ class Supervisor:
         assert self._coordinator is not None
         with self._display.step("ranks", "Starting the ranks and the coordinator") as step:
             config = self._config
-            self._control = EngineControl(self._socket("engine"))
+            self._control = EngineControl(self._files.socket("engine"))
             groups = self._groups = WorkerGroups(self._cluster, self._control, settings)
             groups.start_ranks(config.num_groups, config.tensor_parallel_size)
             self._control.wait_until_up(self._require_children)
@@ -216,7 +215,9 @@ class Supervisor:
 
     def _begin_scaling(self, groups: WorkerGroups, recovery: Recovery | None) -> Scaling:
         assert self._control is not None
-        return Scaling(self._socket("launcher"), self._config, groups, self._control, recovery, self._display.show)
+        return Scaling(
+            self._files.socket("launcher"), self._config, groups, self._control, recovery, self._display.show
+        )
 
     def watch(self) -> None:
         """Returns never: raises UnavailableError when a process of the server fails that does not come back."""
@@ -230,9 +231,21 @@ class Supervisor:
         assert self._control is not None
         assert self._groups is not None
         self._require_children()
-        for group in self._control.status().groups:
+        try:
+            groups = self._control.status().groups
+        except UnavailableError:
+            self._await_dead_child()
+            raise
+        for group in groups:
             if group.state == admin_pb2.GROUP_STATE_FAILED:
                 raise self._groups.named(UnavailableError(f"worker group {group.group_id} failed: {group.failure}"))
+
+    def _await_dead_child(self) -> None:
+        """Raises as `check`, if the coordinator does not answer because it died: its line breaks just before."""
+        deadline = time.monotonic() + _DEATH_S
+        while time.monotonic() < deadline:
+            self._require_children()
+            time.sleep(_POLL_S)
 
     def _require_children(self) -> None:
         if self._cluster is not None:
@@ -328,17 +341,12 @@ class Supervisor:
     # Processes and files
 
     @property
-    def _directory(self) -> Path:
+    def _files(self) -> RunDir:
         assert self._run_dir is not None
-        return self._run_dir.path
-
-    def _socket(self, name: str) -> str:
-        return f"unix:{self._directory}/{name}.sock"
+        return self._run_dir
 
     def _spawn(self, name: str, module: str, config: Message) -> ChildProcess:
-        path = self._directory / f"{name.replace(' ', '-')}.json"
-        path.write_text(json_format.MessageToJson(config))
-        return ChildProcess(name, module, path, self._take_log)
+        return ChildProcess(name, module, self._files.write(name, config), self._take_log)
 
     def _take_log(self, name: str, line: str) -> None:
         """During the start the log is kept back: if the start fails, one line says why."""
@@ -350,9 +358,3 @@ class Supervisor:
         if not self._is_ready and len(child.log) > 1:
             for line in child.log:
                 self._display.log(child.name, line)
-
-
-def _describe(model: ServedModel) -> str:
-    config = model.config
-    shape = f"{config.num_layers} layers, {config.num_heads}/{config.num_kv_heads} heads"
-    return f"{model.names[0]}: {config.architecture}, {shape}, context {model.max_model_len}"
