@@ -2,7 +2,7 @@
 
 Column-parallel layers split their outputs over the ranks, row-parallel ones their inputs: what these give is a rank's
 share of a sum, which the norm behind them takes over the ranks.
-Weights are plain tensors: Octavo only infers. A layer allocates and fills them in `load`.
+Weights are plain tensors: Octavo only infers. A layer allocates them in `load`, unless it has before, and fills them.
 """
 
 from collections.abc import Callable, Iterator

@@ -107,7 +107,8 @@ def _begin(
     config = request.config
     model = make_model(config.model_path, config.load_format, dtype_of(request), tp, config.max_model_len)
     if has_places:
-        model.allocate_weights()
+        for parameter in model.parameters():
+            parameter.allocate()
     arrive = fetch(request, model) if request.weight_source and fetch is not None else None
 
     def finish() -> LoadedModel:
@@ -116,8 +117,8 @@ def _begin(
             try:
                 arrive()
                 return LoadedModel(model, tp, _describe_model(request), copied=True)
-            except UnavailableError as error:
-                failure = str(error)
+            except (UnavailableError, torch.OutOfMemoryError) as error:  # it needs some memory of its own
+                failure = str(error).splitlines()[0]
                 _log.warning("the weights are loaded, not copied: %s", failure)
         fill_model(model, config.model_path, config.load_format, tp.device, config.seed)
         return LoadedModel(model, tp, _describe_model(request), copy_failure=failure)

@@ -24,9 +24,9 @@ import torch.distributed as dist
 from ..errors import UnavailableError
 
 MEET_S = 20.0  # how long the two may take to find each other
-# How long a piece of a copy may take. A GPU may stand still for blocks no longer than a step may take; beside weights
-# no step runs on the receiver.
-WEIGHTS_PATIENCE_S = 30.0
+# How long a piece of a copy may take. A GPU may stand still for blocks no longer than a step may take. Beside weights
+# no step runs on the receiver, but it may capture graphs, and other ranks wait half a minute for it there.
+WEIGHTS_PATIENCE_S = 10.0
 BLOCKS_PATIENCE_S = {"cpu": 15.0, "cuda": 3.0}
 _MEET = timedelta(seconds=MEET_S)
 # Torch's own watchdog is never to act: it ends the process. Ours has by then.

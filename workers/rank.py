@@ -100,22 +100,25 @@ def _stages(request: worker_pb2.ConfigureRequest, site: RankSite, kept: LoadedMo
     builder = RunnerBuilder(request.config, loading.model, loading.tp, site.num_ranks_on_host)
     try:
         runner, tier = yield from _runner_stages(builder, known)
+        loaded = loading.finish()
+        _meet(loading.tp)
+        if not loading.is_done:
+            yield Stage("weights", loaded=loaded)
+        yield _warmed_up(runner, tier)
     except torch.OutOfMemoryError:
         if known is not None:
             known.record.forget_sizes()
         raise
-    loaded = loading.finish()
-    _meet(loading.tp)
-    if not loading.is_done:
-        yield Stage("weights", loaded=loaded)
+
+
+def _warmed_up(runner: ModelRunner, tier: HostTier | None) -> Stage:
     # The largest step has run on a GPU, now or at the start that its sizes are known from. A CPU needs little: its
     # libraries load with the first token.
     warm_up(runner, num_seqs=1, num_tokens=1)
     if tier is None:
-        yield Stage("warm-up", runner=runner)
-    else:
-        block_us = tier.measure_block_us()
-        yield Stage("warm-up", runner=runner, num_host_blocks=tier.num_blocks, host_block_us=block_us)
+        return Stage("warm-up", runner=runner)
+    block_us = tier.measure_block_us()
+    return Stage("warm-up", runner=runner, num_host_blocks=tier.num_blocks, host_block_us=block_us)
 
 
 def _meet(tp: TensorParallel) -> None:

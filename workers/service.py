@@ -173,9 +173,13 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         loop = asyncio.get_running_loop()
 
         def fetch(request: worker_pb2.ConfigureRequest, model: Model) -> Callable[[], None]:
-            return asyncio.run_coroutine_threadsafe(self._copies.fetch_weights(request, model), loop).result
+            return asyncio.run_coroutine_threadsafe(self._fetch_weights(request, model), loop).result
 
         return fetch
+
+    async def _fetch_weights(self, request: worker_pb2.ConfigureRequest, model: Model) -> None:
+        self._check_is_current(request)  # else nobody would end the copy
+        await self._copies.fetch_weights(request, model)
 
     async def Send(  # noqa: N802
         self, requests: AsyncIterator[worker_pb2.SendRequest], context: grpc.aio.ServicerContext

@@ -46,17 +46,23 @@ class WorkerLink:
 
     async def configure(self, report: Callable[[str, float], Any]) -> GroupMemory:
         """Has all ranks load the model at once; calls `report(stage, duration_s)` when the slowest has passed a stage.
+        Ranks pass as many stages; weights that are copied come later than others.
 
         Returns what they have room for. Raises WorkerError with the first rank's error.
         """
         streams = [self._configure_rank(rank) for rank in range(len(self._channels))]
         last: list[worker_pb2.ConfigureProgress] = []
+        passed: dict[str, list[float]] = {}  # seconds of the ranks that have, by stage
         while True:
             answers = await asyncio.gather(*(anext(stream, None) for stream in streams))
             reports = [answer for answer in answers if answer is not None]
             if not reports:
                 return _memory_of(last)
-            report(reports[0].stage, max(answer.duration_s for answer in reports))
+            for answer in reports:
+                durations = passed.setdefault(answer.stage, [])
+                durations.append(answer.duration_s)
+                if len(durations) == len(streams):
+                    report(answer.stage, max(durations))
             last = reports
 
     async def _configure_rank(self, rank: int) -> AsyncIterator[worker_pb2.ConfigureProgress]:

@@ -220,6 +220,7 @@ class CountingWorker(worker_pb2_grpc.WorkerServicer):
         self.spoil_at_step = 0
         self.spoil = lambda result: None  # what is wrong with that step's result
         self.num_blocks = NUM_BLOCKS
+        self.weights_come_late = False  # behind the KV cache, as they do when they are copied
         self.hold_at_step = 0  # clears `hold` before it computes that step
         self.received: list[worker_pb2.ReceiveBlocksRequest] = []
         self.copy_failure = ""
@@ -245,8 +246,12 @@ class CountingWorker(worker_pb2_grpc.WorkerServicer):
         if request.config.model_path == "broken":
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "tensor w is missing")
         await self.loaded.wait()
-        yield worker_pb2.ConfigureProgress(stage="weights", duration_s=1.0 + self.rank)
-        yield worker_pb2.ConfigureProgress(stage="kv cache", duration_s=0.5, num_blocks=self.num_blocks)
+        yield worker_pb2.ConfigureProgress(stage="connect", duration_s=0.25)
+        weights = worker_pb2.ConfigureProgress(stage="weights", duration_s=1.0 + self.rank)
+        cache = worker_pb2.ConfigureProgress(stage="kv cache", duration_s=0.5 - self.rank / 4)
+        for progress in (cache, weights) if self.weights_come_late else (weights, cache):
+            yield progress
+        yield worker_pb2.ConfigureProgress(stage="warm-up", num_blocks=self.num_blocks)
 
     async def Ping(self, request, context):
         await self.answers_pings.wait()

@@ -12,8 +12,8 @@ def test_tokens_come_in_order_once_and_the_blocks_come_back(cluster, submit, run
     async def scenario():
         async with cluster() as it:
             progress = await it.add_group()
-            assert [p.stage for p in progress] == ["weights", "kv cache", "ready"]
-            assert progress[0].duration_s == 2.0  # of the slowest rank
+            assert [p.stage for p in progress] == ["connect", "weights", "kv cache", "warm-up", "ready"]
+            assert progress[1].duration_s == 2.0  # of the slowest rank
             assert progress[-1].num_blocks == it.num_blocks
             first, second = await it.session(), await it.session()
             for handle in range(20):
@@ -32,6 +32,18 @@ def test_tokens_come_in_order_once_and_the_blocks_come_back(cluster, submit, run
             assert status.num_gateways == 2
             ranks = [[plan.SerializeToString() for plan in worker.plans] for worker in it.workers]
             assert ranks[0] == ranks[1]
+
+    run(scenario())
+
+
+def test_ranks_that_pass_the_stages_in_another_order_are_told_apart_by_name(cluster, run):
+    async def scenario():
+        async with cluster() as it:
+            it.workers[1].weights_come_late = True
+            progress = await it.add_group()
+            durations = {p.stage: p.duration_s for p in progress[:4]}
+            assert durations == {"connect": 0.25, "weights": 2.0, "kv cache": 0.5, "warm-up": 0.0}
+            assert progress[-1].num_blocks == it.num_blocks
 
     run(scenario())
 

@@ -57,7 +57,8 @@ def test_a_coordinator_comes_up_answers_and_ends(engine_config):
 
 @pytest.mark.parametrize("chosen", [None, "INFO"])
 def test_libraries_say_no_more_than_errors_unless_they_are_told_to(chosen, monkeypatch):
-    monkeypatch.delenv("GRPC_VERBOSITY", raising=False)
+    for name in ("GRPC_VERBOSITY", "TORCH_CPP_LOG_LEVEL"):
+        monkeypatch.delenv(name, raising=False)
     if chosen is not None:
         monkeypatch.setenv("GRPC_VERBOSITY", chosen)
     assert quiet_libraries() == {"GRPC_VERBOSITY": chosen or "ERROR", "TORCH_CPP_LOG_LEVEL": "ERROR"}

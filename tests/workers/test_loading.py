@@ -64,15 +64,16 @@ def test_copied_weights_come_to_the_places_that_were_settled(shape, request_for)
         assert torch.equal(parameter.dense(), tensor)
 
 
+@pytest.mark.parametrize("error", [UnavailableError, torch.OutOfMemoryError])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_weights_that_do_not_come_are_read_to_the_same_places(shape, request_for):
+def test_weights_that_do_not_come_are_read_to_the_same_places(shape, error, request_for):
     request = request_for(**shape)
 
     def fetch(request, model):
         def arrive():
             for parameter in model.parameters():
                 parameter.load(lambda place: place.fill_(7))  # some had come
-            raise UnavailableError("it is gone")
+            raise error("it is gone\nand more")
 
         return arrive
 

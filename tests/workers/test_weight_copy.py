@@ -5,11 +5,12 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import grpc
 import pytest
 import torch
 import torch.distributed as dist
 from octavo.proto import sampling_pb2, worker_pb2
-from octavo.workers import copies, peer_group
+from octavo.workers import copies, loading, peer_group
 from octavo.workers.model_loader import load_model, make_model
 from octavo.workers.parallel import TensorParallel
 from octavo.workers.peer_group import PeerGroup
@@ -238,6 +239,32 @@ def test_a_source_that_goes_on_to_another_epoch_breaks_the_copy_off(ranks, check
     assert not stage.copied_weights
     assert stage.copy_failure
     assert generate(source, 3) == generate(receiver, 2) == expected
+
+
+def test_a_copy_does_not_begin_in_an_epoch_that_is_over(ranks, checkpoint, monkeypatch):
+    """Nobody would end it, and it would hold a model's memory beside the next epoch's."""
+    source, receiver = ranks(), ranks()
+    source.configure(checkpoint, epoch=1)
+    is_made, go_on, begun, make_model = threading.Event(), threading.Event(), [], loading.make_model
+
+    def make_slowly(*arguments):
+        is_made.set()
+        assert go_on.wait(60)
+        return make_model(*arguments)
+
+    monkeypatch.setattr(loading, "make_model", make_slowly)
+    monkeypatch.setattr(copies.Copies, "fetch_weights", lambda *arguments: begun.append(arguments))
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(receiver.configure, checkpoint, 2, source.address)
+        assert is_made.wait(60)
+        second = pool.submit(receiver.configure, checkpoint, 3)
+        while receiver.stub.Ping(worker_pb2.PingRequest()).epoch < 3:
+            time.sleep(0.01)
+        go_on.set()
+        with pytest.raises(grpc.RpcError, match="epoch 2 is over"):
+            first.result(60)
+        second.result(60)
+    assert not begun
 
 
 def _at_the_fifth_tensor(method, action) -> None:

@@ -163,11 +163,6 @@ class LlamaForCausalLM:
         """Columns of `logits`, the same on each rank: vocab_size / tp.size, rounded up."""
         return self._head_table.num_rows
 
-    def allocate_weights(self) -> None:
-        """Settles where they will lie, before they are there: for operations that do not pack them."""
-        for parameter in self.parameters():
-            parameter.allocate()
-
     def load_weights(self, weights: Weights) -> None:
         """Fills this rank's shard, converting to the model's dtype."""
         self._embedding_table.load(weights, "model.embed_tokens")
