@@ -118,7 +118,7 @@ def _begin(
                 arrive()
                 return LoadedModel(model, tp, _describe_model(request), copied=True)
             except (UnavailableError, torch.OutOfMemoryError) as error:  # it needs some memory of its own
-                failure = str(error).splitlines()[0]
+                failure = str(error).partition("\n")[0]
                 _log.warning("the weights are loaded, not copied: %s", failure)
         fill_model(model, config.model_path, config.load_format, tp.device, config.seed)
         return LoadedModel(model, tp, _describe_model(request), copy_failure=failure)
