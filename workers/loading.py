@@ -82,13 +82,13 @@ def load_now(
     """The weights, and on a GPU (with `record`) the kernels of its steps. Raises the errors of load_model."""
     if record is None:
         return _begin(request, tp, fetch).finish()
-    check_model(request.config.model_path, request.config.load_format, dtype_of(request), tp)
+    check_model(request.config.model_path, request.config.load_format, _dtype_of(request), tp)
     if record.has_kernels:  # their first launches find them in Triton's cache
         return _begin(request, tp, fetch).finish()
     from .kernel_compile import compiled_in_parallel  # Triton is there only beside a CUDA build of torch
 
     with record.noting_kernels(), compiled_in_parallel(num_ranks_on_host):
-        find_kernels(request.config, dtype_of(request), tp.for_compiling(), num_ranks_on_host)
+        find_kernels(request.config, _dtype_of(request), tp.for_compiling(), num_ranks_on_host)
         gc.collect()  # a model and its segments hold each other
         torch.cuda.empty_cache()
         return _begin(request, tp, fetch).finish()
@@ -105,7 +105,7 @@ def _begin(
 ) -> Loading:
     """Begins to copy, if the request names a rank that has the weights; else `finish` reads them from the disk."""
     config = request.config
-    model = make_model(config.model_path, config.load_format, dtype_of(request), tp, config.max_model_len)
+    model = make_model(config.model_path, config.load_format, _dtype_of(request), tp, config.max_model_len)
     if has_places:
         for parameter in model.parameters():
             parameter.allocate()
@@ -126,7 +126,7 @@ def _begin(
     return Loading(model, tp, finish)
 
 
-def dtype_of(request: worker_pb2.ConfigureRequest) -> torch.dtype:
+def _dtype_of(request: worker_pb2.ConfigureRequest) -> torch.dtype:
     dtype: torch.dtype = getattr(torch, request.config.dtype)
     return dtype
 

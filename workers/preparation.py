@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from contextlib import suppress
 
 import torch
 
@@ -10,7 +11,7 @@ _MODULES = {
     "cuda": ("server", "rank", "model_runner", "decode_graphs", "segment_graphs", "kernel_compile", "symmetric_memory"),
 }
 _KERNELS = {"cpu": "cpu", "cuda": "triton_ops"}
-# Triton imports it when it first looks at an argument.
+# Triton 3.6 imports it when it first looks at an argument.
 _TRITON_LATE = "triton.experimental.gluon.nvidia.hopper"
 
 
@@ -23,7 +24,8 @@ def import_for(device_type: str) -> None:
     if device_type == "cpu":
         _run_first_kernel()
     else:
-        importlib.import_module(_TRITON_LATE)
+        with suppress(ImportError):  # another release may have no such module, and import none
+            importlib.import_module(_TRITON_LATE)
         _find_strides()
         _name_kernels()
 

@@ -133,7 +133,7 @@ class _KnownStart:
     """What earlier starts on a GPU found out."""
 
     record: "StartRecord"
-    free_bytes: int | None  # as there
+    free_bytes: int | None  # on the device, as StartRecord.agreed_sizes takes it
     sizes: "Sizes | None"  # the same on all ranks
 
 
