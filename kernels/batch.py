@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .shared_prefixes import SharedPrefix
+
 
 @dataclass(frozen=True, slots=True)
 class AttentionBatch:
@@ -21,6 +23,8 @@ class AttentionBatch:
     query_starts: torch.Tensor  # [num_rows + 1] int32: each row's first token, and behind the last one its tokens' end
     host_seq_lens: tuple[int, ...]  # seq_lens and query_starts, known to the host
     host_query_starts: tuple[int, ...]
+    # Those that are worth being read once for all of their rows; operations may do without.
+    prefixes: tuple[SharedPrefix, ...] = ()
 
     @property
     def num_rows(self) -> int:

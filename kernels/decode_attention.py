@@ -9,6 +9,9 @@ split that has a row's last position writes its cell before it reads its keys; n
 cell.
 
 The grid depends on shapes alone, so a CUDA graph can replay it; which keys a program takes it reads on the device.
+
+Rows may share prefixes, to which kernels/prefix_attention.py attends in front of this launch. A row's keys then are
+those behind its prefix, and the parts of that are merged like splits of its own, in front of those.
 """
 
 import math
@@ -36,6 +39,7 @@ from .launch import Launch
 from .paged_cache import check_cache, check_rows, padded
 from .pdl import let_next_kernel_start, starts_early, wait_for_earlier_kernels
 from .rope_cache import check_qkv
+from .shared_prefixes import PrefixJobs
 
 __all__ = ["DecodeWorkspace", "decode_workspace", "paged_decode_attention"]
 
@@ -91,8 +95,8 @@ def _rotate(heads: tl.tensor, partners: tl.tensor, cos: tl.tensor, sin: tl.tenso
 
 # Where a step's rows lie in its tensors changes with their number; the kernel must not.
 @triton.jit(
-    do_not_specialize=["num_splits", "min_keys_per_split"],
-    do_not_specialize_on_alignment=["kv_indices_ptr", "slots_ptr", "seq_lens_ptr"],
+    do_not_specialize=["num_splits", "parts_per_row", "min_keys_per_split"],
+    do_not_specialize_on_alignment=["kv_indices_ptr", "slots_ptr", "seq_lens_ptr", "prefix_keys_ptr", "prefix_parts_ptr"],
 )
 def _decode_kernel(
     out_ptr: tl.tensor,  # [num_rows, num_heads, head_dim]
@@ -106,14 +110,17 @@ def _decode_kernel(
     block_tables_ptr: tl.tensor,
     slots_ptr: tl.tensor,
     seq_lens_ptr: tl.tensor,
-    partials_ptr: tl.tensor,
-    log_sums_ptr: tl.tensor,
+    prefix_keys_ptr: tl.tensor,  # [num_rows] int32: keys that were attended to already; None: of no row
+    prefix_parts_ptr: tl.tensor,  # [num_rows] int32: partial results of these
+    partials_ptr: tl.tensor,  # [num_rows, num_kv_heads, parts_per_row, group, head_dim]
+    log_sums_ptr: tl.tensor,  # [num_rows, num_kv_heads, parts_per_row, group]
     arrivals_ptr: tl.tensor,
     log2_scale: tl.tensor,  # scale * log2(e): scores are exponents of 2
     out_stride: tl.tensor,
     qkv_stride: tl.tensor,
     table_stride: tl.tensor,
     num_splits: tl.tensor,
+    parts_per_row: tl.tensor,
     min_keys_per_split: tl.tensor,
     is_split: tl.constexpr,
     num_kv_heads: tl.constexpr,
@@ -156,13 +163,18 @@ def _decode_kernel(
     sin = tl.load(sin_ptr + row * head_dim + dims, mask=is_dim, other=0.0)
     cell = tl.load(kv_indices_ptr + row)
 
+    first_key = 0
+    num_prefix_parts = 0
+    if prefix_keys_ptr is not None:
+        first_key = tl.load(prefix_keys_ptr + row)
+        num_prefix_parts = tl.load(prefix_parts_ptr + row)
     # Whole tiles for each split but the last. A padding row is one split of no keys, whose attention is 0.
-    start = 0
+    start = first_key
     end = seq_len
     if is_split:
-        share = tl.maximum(tl.cdiv(seq_len, num_splits), min_keys_per_split)
+        share = tl.maximum(tl.cdiv(seq_len - first_key, num_splits), min_keys_per_split)
         keys_per_split = tl.cdiv(share, keys_per_tile) * keys_per_tile
-        start = split * keys_per_split
+        start += split * keys_per_split
         end = tl.minimum(start + keys_per_split, seq_len)
 
     table_ptr = block_tables_ptr + slot * table_stride
@@ -257,12 +269,13 @@ def _decode_kernel(
     if (start == 0) & (end == seq_len):
         tl.store(out_row_ptr + in_row, attention.to(out_ptr.dtype.element_ty), mask=is_real)
     elif is_split:
-        first_partial = row_head.to(tl.int64) * num_splits * group
+        first_partial = row_head.to(tl.int64) * parts_per_row * group
         meet_splits(
             attention,
             top + tl.log2(total),
+            num_prefix_parts,
             split,
-            tl.cdiv(seq_len, keys_per_split),
+            tl.cdiv(seq_len - first_key, keys_per_split),
             partials_ptr + first_partial * head_dim,
             log_sums_ptr + first_partial,
             arrivals_ptr + row_head,
@@ -328,8 +341,10 @@ def decode_attention_launch(
     workspace: DecodeWorkspace,
     out: torch.Tensor,
     scales: torch.Tensor | None = None,
+    prefixes: PrefixJobs | None = None,
 ) -> Launch:
-    """What paged_decode_attention launches: to be run only if there are rows."""
+    """What paged_decode_attention launches: to be run only if there are rows, and with `prefixes` behind the launch of
+    kernels/prefix_attention.py."""
     check_qkv(qkv, cos, sin, kv_indices, k_cache, v_cache, scales, num_heads)
     q = qkv[:, :num_heads]
     check_cache(q, k_cache, v_cache, out, scales)
@@ -341,10 +356,14 @@ def decode_attention_launch(
     max_keys = block_tables.shape[1] * block_size
     shape = num_rows, num_heads, num_kv_heads, head_dim
     config = decode_config(*shape, q.dtype, max_keys, num_sms(q.device), is_fp8=scales is not None)
-    workspace.check(num_rows, num_heads, num_kv_heads, head_dim, config.num_splits)
+    parts_per_row = config.num_splits + (0 if prefixes is None else prefixes.max_parts)
+    workspace.check(num_rows, num_heads, num_kv_heads, head_dim, parts_per_row)
+    if prefixes is not None and len(prefixes.num_keys) != num_rows:
+        raise ValueError(f"a plan for the prefixes of {len(prefixes.num_keys)} rows, where {num_rows} decode")
     group = num_heads // num_kv_heads
     # One row's programs would wait in the way of the product in front (8B on an H200: a step of 4.20 ms, 3.99 without).
-    pdl = num_rows > 1 and starts_early(q.device, num_rows)
+    # Behind prefixes one variant does: the kernel in front is launched in the usual way.
+    pdl = prefixes is None and num_rows > 1 and starts_early(q.device, num_rows)
     arguments = {
         "out_ptr": out,
         "qkv_ptr": qkv,
@@ -357,6 +376,8 @@ def decode_attention_launch(
         "block_tables_ptr": block_tables,
         "slots_ptr": slots,
         "seq_lens_ptr": seq_lens,
+        "prefix_keys_ptr": None if prefixes is None else prefixes.num_keys,
+        "prefix_parts_ptr": None if prefixes is None else prefixes.num_parts,
         "partials_ptr": workspace.partials,
         "log_sums_ptr": workspace.log_sums,
         "arrivals_ptr": workspace.arrivals,
@@ -365,8 +386,9 @@ def decode_attention_launch(
         "qkv_stride": qkv.stride(0),
         "table_stride": block_tables.stride(0),
         "num_splits": config.num_splits,
+        "parts_per_row": parts_per_row,
         "min_keys_per_split": config.min_keys_per_split,
-        "is_split": config.num_splits > 1,
+        "is_split": prefixes is not None or config.num_splits > 1,
         "num_kv_heads": num_kv_heads,
         "group": group,
         "tile_rows": padded(group + 2),

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from .paged_cache import padded
+from .shared_prefixes import max_prefix_parts
 
 H200_NUM_SMS = 132
 # Programs wanted on each multiprocessor: four keep enough copies in flight. With few rows most programs find no keys,
@@ -97,9 +98,9 @@ class DecodeWorkspace:
     log_sums: torch.Tensor  # [num_partials] float32: log2 of the split's sum of exponentials
     arrivals: torch.Tensor  # [num_rows * num_kv_heads] int32: splits done; 0 between calls
 
-    def check(self, num_rows: int, num_heads: int, num_kv_heads: int, head_dim: int, num_splits: int) -> None:
+    def check(self, num_rows: int, num_heads: int, num_kv_heads: int, head_dim: int, parts_per_row: int) -> None:
         """Raises ValueError if a call of this shape needs more."""
-        num_partials = num_rows * num_heads * num_splits
+        num_partials = num_rows * num_heads * parts_per_row
         if self.log_sums.numel() < num_partials or self.partials.numel() < num_partials * head_dim:
             raise ValueError(f"a workspace of {self.log_sums.numel()} partial results: {num_partials} needed")
         if self.arrivals.numel() < num_rows * num_kv_heads:
@@ -115,13 +116,16 @@ def decode_workspace(
     max_keys: int,
     device: torch.device,
 ) -> DecodeWorkspace:
-    """Memory for calls of up to `num_rows` rows whose block tables hold up to `max_keys` keys each."""
-    # Fewer rows are split into more parts.
+    """Memory for calls of up to `num_rows` rows whose block tables hold up to `max_keys` keys each, shared or not."""
     sms = num_sms(device)
-    num_partials = max(
-        rows * num_heads * decode_config(rows, num_heads, num_kv_heads, head_dim, dtype, max_keys, sms).num_splits
-        for rows in range(1, num_rows + 1)
-    )
+    heads = num_heads, num_kv_heads
+
+    def parts_per_row(rows: int) -> int:
+        config = decode_config(rows, *heads, head_dim, dtype, max_keys, sms)
+        return config.num_splits + max_prefix_parts(rows, *heads, sms)
+
+    # Fewer rows are split into more parts.
+    num_partials = max(rows * num_heads * parts_per_row(rows) for rows in range(1, num_rows + 1))
     return DecodeWorkspace(
         partials=torch.empty(num_partials * head_dim, dtype=torch.float32, device=device),
         log_sums=torch.empty(num_partials, dtype=torch.float32, device=device),
@@ -133,10 +137,11 @@ def decode_workspace(
 def meet_splits(
     attention: tl.tensor,  # [group_padded, head_dim_padded] float32: this split's
     log_sums: tl.tensor,  # [group_padded] float32
+    num_done: tl.tensor,  # parts of this row that are in the workspace already, in front of its splits'
     split: tl.tensor,
-    num_active: tl.tensor,  # splits of this row, two or more
-    partials_ptr: tl.tensor,  # of this row and KV head: [num_splits, group, head_dim]
-    log_sums_ptr: tl.tensor,  # the same: [num_splits, group]
+    num_active: tl.tensor,  # splits of this row; with what is done two or more
+    partials_ptr: tl.tensor,  # of this row and KV head: [parts_per_row, group, head_dim]
+    log_sums_ptr: tl.tensor,  # the same: [parts_per_row, group]
     arrivals_ptr: tl.tensor,  # the same: one
     out_ptr: tl.tensor,  # the same: [group, head_dim]
     group: tl.constexpr,
@@ -147,7 +152,7 @@ def meet_splits(
     """Leaves a split's part in the workspace; the last of the row and KV head to arrive merges all into `out`."""
     heads = tl.arange(0, attention.shape[0])
     dims = tl.arange(0, attention.shape[1])
-    partial = split * group + heads
+    partial = (num_done + split) * group + heads
     is_real = (heads < group)[:, None] & (dims < head_dim)[None, :]
     tl.store(partials_ptr + partial[:, None] * head_dim + dims[None, :], attention, mask=is_real)
     tl.store(log_sums_ptr + partial, log_sums, mask=heads < group)
@@ -160,7 +165,7 @@ def meet_splits(
             partials_ptr,
             log_sums_ptr,
             out_ptr,
-            num_active,
+            num_done + num_active,
             group,
             group,
             head_dim,

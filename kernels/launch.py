@@ -32,7 +32,7 @@ class Launch:
     ) -> None:
         """`arguments`: of all the kernel's parameters, by name; `options`: num_warps and the like."""
         self._kernel, self._grid, self._options = kernel, grid, options
-        self._arguments = dict(arguments)
+        self.arguments: dict[str, Any] = dict(arguments)
         # What the compiled kernel takes, in the order of its parameters; None until it has been run.
         self._compiled: CompiledKernel | None = None
         self._stream = 0
@@ -49,8 +49,8 @@ class Launch:
 
     def run_anew(self, **tensors: torch.Tensor) -> None:
         """Launches as Triton does: finds the kernel's variant, and compiles it if need be."""
-        self._arguments.update(tensors)
-        compiled = self._kernel[self._grid](**self._arguments, **self._options)
+        self.arguments.update(tensors)
+        compiled = self._kernel[self._grid](**self.arguments, **self._options)
         # The interpreter gives nothing, and a compiler that works beside us the promise of a kernel.
         if isinstance(compiled, CompiledKernel):
             self._remember(compiled)
@@ -69,7 +69,7 @@ class Launch:
 
     def _remember(self, compiled: CompiledKernel) -> None:
         names = self._kernel.arg_names
-        arguments = self._arguments
+        arguments = self.arguments
         # Triton takes an address for a pointer, and asks nothing about it.
         self._values = [
             value.data_ptr() if isinstance(value, torch.Tensor) else value for value in (arguments[n] for n in names)

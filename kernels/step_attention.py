@@ -12,7 +12,9 @@ from .decode_attention import decode_attention_launch
 from .decode_splits import DecodeWorkspace, num_sms
 from .gathered_chunks import GatherPlan, attend_gathered, is_worth_gathering, plan_gather
 from .launch import Launch
+from .prefix_attention import prefix_attention_launch
 from .rope_cache import rope_and_cache_launch
+from .shared_prefixes import PrefixJobs
 from .split_chunk_attention import split_chunk_launches
 
 Tensor = torch.Tensor
@@ -31,10 +33,13 @@ class StepAttention:
         batch: AttentionBatch,
         decode_workspace: Callable[[Tensor, int, Tensor], DecodeWorkspace],
         chunk_workspace: Callable[[Tensor, Tensor], ChunkWorkspace],
+        prefix_jobs: Callable[[AttentionBatch, Tensor, int, int], PrefixJobs | None],
     ) -> None:
         """`decode_workspace`: for block tables, a number of query heads and a layer's keys; `chunk_workspace`: for
-        queries and a layer's keys."""
+        queries and a layer's keys; `prefix_jobs`: for a layer's QKV product and the numbers of its query heads and KV
+        heads."""
         self._batch = batch
+        self._prefix_jobs = prefix_jobs
         self._decode_workspace, self._chunk_workspace = decode_workspace, chunk_workspace
         starts = batch.host_query_starts[batch.num_decode_rows :]
         self._max_query_len = max((end - start for start, end in pairwise(starts)), default=0)  # of the chunks
@@ -79,7 +84,8 @@ class StepAttention:
         if n:
             workspace = self._decode_workspace(batch.block_tables, num_heads, cache[0])
             rows = batch.block_tables, batch.slots[:n], batch.seq_lens[:n]
-            layers.decodes = decode_attention_launch(
+            jobs = self._prefix_jobs(batch, qkv, num_heads, keys.shape[2]) if batch.prefixes else None
+            layers.decodes = decodes = decode_attention_launch(
                 qkv[:n],
                 cos[:n],
                 sin[:n],
@@ -92,7 +98,10 @@ class StepAttention:
                 workspace,
                 out[:n],
                 scales,
+                jobs,
             )
+            if jobs is not None:
+                layers.prefixes = prefix_attention_launch(decodes, jobs)
         if not self._max_query_len:
             return layers
         layers.q = q = torch.empty_like(out)  # the chunks' places are those in the step
@@ -126,10 +135,11 @@ class StepAttention:
 class _Layers:
     """What each layer of a step launches: in this order, what there is of it."""
 
-    __slots__ = ("_num_decodes", "_scale", "chunks", "decodes", "gather", "q", "rope")
+    __slots__ = ("_num_decodes", "_scale", "chunks", "decodes", "gather", "prefixes", "q", "rope")
 
     def __init__(self, num_decodes: int, scale: float) -> None:
         self._num_decodes, self._scale = num_decodes, scale
+        self.prefixes: Launch | None = None  # what decodes share
         self.decodes: Launch | None = None
         # Of the chunks: the memory that all layers' rotated queries take, what puts them there, and what reads them.
         self.q: Tensor | None = None
@@ -139,6 +149,8 @@ class _Layers:
 
     def attend(self, qkv: Tensor, cache: tuple[Tensor, ...], out: Tensor) -> None:
         cache_ptrs = dict(zip(_CACHE_ARGUMENTS, cache, strict=False))
+        if self.prefixes is not None:
+            self.prefixes.run(qkv_ptr=qkv, **cache_ptrs)
         if self.decodes is not None:
             self.decodes.run(qkv_ptr=qkv, out_ptr=out, **cache_ptrs)
         if self.rope is not None:

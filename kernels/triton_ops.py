@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 
@@ -16,6 +16,7 @@ from .linear_config import LinearKernel, linear_kernel
 from .lookup import embed, rope_rows
 from .norm import add_rms_norm, rms_norm
 from .ops import Operations
+from .shared_prefixes import PrefixJobs, SharedPrefix, plan_prefix_jobs, sent
 from .small_matmul import SplitWorkspace, small_matmul, small_matmul_silu_and_mul
 from .step_attention import StepAttention
 
@@ -39,11 +40,15 @@ def _cublas_lt() -> Iterator[None]:
 class TritonOperations(Operations):
     """Triton kernels; what they refuse, the reference does, which the log says once."""
 
+    reads_prefixes_once: ClassVar[bool] = True
+
     def __init__(self, device: torch.device) -> None:
         """For one stream of `device`: launches share a workspace."""
         self._split_workspace = SplitWorkspace(device)
         self._decode_workspaces: dict[tuple[object, ...], DecodeWorkspace] = {}
         self._chunk_workspaces: dict[tuple[object, ...], ChunkWorkspace] = {}
+        # The last step's plan, and what it was made of: decodes go on step by step with the same prefixes.
+        self._prefix_jobs: tuple[tuple[tuple[SharedPrefix, ...], int, int, int], PrefixJobs | None] | None = None
         self._refusals: set[str] = set()
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
@@ -96,7 +101,7 @@ class TritonOperations(Operations):
     def plan_attention(self, batch: AttentionBatch, block_size: int, dtype: torch.dtype) -> StepAttention:
         """Computes nothing: the kernels read the step's tensors."""
         del block_size, dtype
-        return StepAttention(batch, self._decode_workspace, self._chunk_workspace)
+        return StepAttention(batch, self._decode_workspace, self._chunk_workspace, self._plan_prefixes)
 
     def attention(
         self,
@@ -128,6 +133,13 @@ class TritonOperations(Operations):
         if key not in self._chunk_workspaces:
             self._chunk_workspaces[key] = chunk_workspace(*key, num_sms(q.device), q.device)
         return self._chunk_workspaces[key]
+
+    def _plan_prefixes(self, batch: AttentionBatch, qkv: Tensor, *num_heads: int) -> PrefixJobs | None:
+        made_of = batch.prefixes, batch.num_decode_rows, *num_heads
+        if self._prefix_jobs is None or self._prefix_jobs[0] != made_of:
+            jobs = plan_prefix_jobs(*made_of, qkv.shape[-1], qkv.dtype, num_sms(qkv.device))
+            self._prefix_jobs = made_of, jobs and sent(jobs, qkv.device)
+        return self._prefix_jobs[1]
 
     def _or_reference(self, kernel: Callable[..., T], slower: Callable[..., T], *args: object) -> T:
         try:

@@ -50,6 +50,11 @@ class KVCache:
         if len(scales):
             self.layers = [(*layer, self._scales(scales, i)) for i, layer in enumerate(self.layers)]
 
+    @property
+    def bytes_per_key(self) -> int:
+        """Of a token's key and value in one layer, their scales included."""
+        return self.num_bytes // (self.num_layers * self.num_blocks * self.block_size)
+
     def _scales(self, groups: torch.Tensor, layer: int) -> torch.Tensor:
         """Those of one layer, out of [num_groups, num_blocks, block_size, num_kv_heads, head_dim]."""
         group, place = divmod(layer, _scales_per_group(self.head_dim))

@@ -13,6 +13,7 @@ from .kv_cache import KVCache
 from .models.registry import Model
 from .parallel import TensorParallel
 from .plan import Ints, Plan
+from .prefix_groups import PrefixGroups
 from .sampler.batch import SamplingBatch, build_batch
 from .sampler.logprobs import Logprobs, logprobs_of, measure
 from .sampler.operations import sampler_operations_for
@@ -49,6 +50,8 @@ class ModelRunner:
         self._slots = SlotTable(shape, tp.device)
         self._sampler_ops = sampler_operations_for(tp.device)
         self._vocab = VocabSlice(tp, model.vocab_start, model.local_vocab_size, shape.vocab_size)
+        # None where attention would read shared prefixes for each sequence anyway.
+        self.prefix_groups = PrefixGroups(self._slots, kv_cache.bytes_per_key) if model.ops.reads_prefixes_once else None
         # None on a CPU, and before they are captured.
         self._decode_graphs: DecodeGraphs | None = None
         self._segment_graphs: SegmentGraphs | None = None
@@ -112,9 +115,11 @@ class ModelRunner:
             raise FailedPreconditionError("a plan moves blocks to or from the host, where this rank has none")
 
     def _compute(self, clock: StepClock, rows: StepRows) -> PendingResult:
-        if self._decode_graphs is not None and not rows.chunks:
+        prefixes = self.prefix_groups.of(rows) if self.prefix_groups is not None else ()
+        # How prefixes are read hangs on who shares them, so no graph can have that in it.
+        if self._decode_graphs is not None and not rows.chunks and not prefixes:
             return self._replay(clock, rows, self._decode_graphs)
-        batch = send_step(rows, self._slots)
+        batch = send_step(rows, self._slots, prefixes)
         token_ids = self._slots.token_ids.view(-1).index_select(0, batch.token_cells).long()
         run = run_now if self._segment_graphs is None else self._segment_graphs.runner(len(token_ids))
         hidden = self._model.forward(token_ids, batch.attention, self._kv_cache, run)

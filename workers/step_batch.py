@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from ..kernels.batch import AttentionBatch
+from ..kernels.shared_prefixes import SharedPrefix
 from .plan import Ints, Plan
 from .slot_table import SlotTable
 from .transfer import to_device
@@ -105,8 +106,8 @@ def take_step(table: SlotTable, plan: Plan) -> StepRows | None:
     )
 
 
-def send_step(rows: StepRows, table: SlotTable) -> StepBatch:
-    """The step as tensors on the device."""
+def send_step(rows: StepRows, table: SlotTable, prefixes: tuple[SharedPrefix, ...] = ()) -> StepBatch:
+    """The step as tensors on the device. prefixes: that its decodes share, to be read once for all of them."""
     num_rows, num_tokens = len(rows.slots), len(rows.positions)
     sections = _send(
         [
@@ -135,6 +136,7 @@ def send_step(rows: StepRows, table: SlotTable) -> StepBatch:
             query_starts=counts[num_rows:-1],
             host_seq_lens=tuple(rows.seq_lens.tolist()),
             host_query_starts=(*rows.starts.tolist(), num_tokens),
+            prefixes=prefixes,
         ),
         # In a step of decodes alone every token samples, in order.
         samples=SampleRows(sections[5] if rows.chunks else None, sections[6], sections[7]),

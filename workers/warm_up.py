@@ -59,21 +59,40 @@ def run_all_kinds(runner: ModelRunner, max_num_tokens: int) -> None:
             for length in (2, 3):
                 warm_up(runner, rows, min(rows * length, max_num_tokens), params)
     _attend_to_the_longest_context(runner)
+    _share_a_prefix(runner)
 
 
 def _attend_to_the_longest_context(runner: ModelRunner) -> None:
     """With one token: if programs ever share a context (kernels/chunk_splits.py), they share that one."""
-    shape, slots = runner.shape, np.zeros(1, dtype=np.int64)
-    join = Join(
-        slot=0,
-        token_ids=np.zeros(shape.max_model_len, dtype=np.int32),
-        num_prompt_tokens=shape.max_model_len,
-        num_computed_tokens=shape.max_model_len - 1,
-        block_ids=np.zeros(shape.max_blocks, dtype=np.int32),  # one for all: nothing of it means anything
+    slots = np.zeros(1, dtype=np.int64)
+    joins = (_join_with_context(0, runner.shape.max_model_len, runner.shape),)
+    runner.execute(_plan(joins=joins, chunk_slots=slots, chunk_num_tokens=np.ones(1, dtype=np.int64))).wait()
+    runner.execute(_plan(leave_slots=slots, decode_slots=_EMPTY)).wait()
+
+
+def _share_a_prefix(runner: ModelRunner) -> None:
+    """By as many decodes as there can be, and long enough to be read once for them, if one ever is."""
+    num_seqs, shape = runner.shape.num_slots, runner.shape
+    num_keys = runner.prefix_groups and runner.prefix_groups.keys_worth_sharing(num_seqs)
+    # Behind the prefix, of whole blocks, is the token that is computed.
+    num_tokens = 1 if num_keys is None else -(-num_keys // shape.block_size) * shape.block_size + 1
+    if 1 < num_tokens <= shape.max_model_len:
+        slots = np.arange(num_seqs, dtype=np.int64)
+        joins = tuple(_join_with_context(slot, num_tokens, shape) for slot in slots)
+        runner.execute(_plan(joins=joins, decode_slots=slots)).wait()
+        runner.execute(_plan(leave_slots=slots, decode_slots=_EMPTY)).wait()
+
+
+def _join_with_context(slot: int, num_tokens: int, shape: SlotTableShape) -> Join:
+    """With one token left to compute. One block stands for all others: nothing of it means anything."""
+    return Join(
+        slot=slot,
+        token_ids=np.zeros(num_tokens, dtype=np.int32),
+        num_prompt_tokens=num_tokens,
+        num_computed_tokens=num_tokens - 1,
+        block_ids=np.zeros(-(-num_tokens // shape.block_size), dtype=np.int32),
         sampling_params=_PLAIN,
     )
-    runner.execute(_plan(joins=(join,), chunk_slots=slots, chunk_num_tokens=np.ones(1, dtype=np.int64))).wait()
-    runner.execute(_plan(leave_slots=slots, decode_slots=_EMPTY)).wait()
 
 
 def blocks_for_warm_up(num_seqs: int, num_tokens: int, block_size: int) -> int:

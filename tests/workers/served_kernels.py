@@ -45,6 +45,8 @@ def serve(runner):
         serve_batch(runner, 1, length, {})
     for num_rows, num_tokens in itertools.product((1, 2, 3), (1, 2, 16, 40, 100)):
         serve_cached(runner, num_rows, num_tokens)
+    for num_rows in (NUM_SEQS - 10, NUM_SEQS - 1):
+        serve_shared(runner, num_rows)
 
 
 def serve_batch(runner, num_rows, length, fields):
@@ -70,6 +72,15 @@ def serve_cached(runner, num_rows, num_tokens):
     chunks, counts = np.array([*others, *last]), np.array([num_tokens] * num_rows + [70])
     run(runner, joins=(*joins, new), decode_slots=slots, chunk_slots=chunks, chunk_num_tokens=counts)
     run(runner, leave_slots=np.array([*slots, *chunks]), decode_slots=EMPTY)
+
+
+def serve_shared(runner, num_rows):
+    """Decodes of prompts that begin alike, alone and beside a prompt."""
+    slots, late = np.arange(num_rows), np.array([num_rows])
+    joins = tuple(join(runner.shape, slot, 3000, {}, 2999) for slot in slots)
+    run(runner, joins=joins, decode_slots=slots)
+    run(runner, joins=(join(runner.shape, num_rows, 40, {}),), chunk_slots=late, chunk_num_tokens=np.array([40]))
+    run(runner, leave_slots=np.arange(num_rows + 1), decode_slots=EMPTY)
 
 
 def join(shape, slot, length, fields, num_computed=0):

@@ -7,6 +7,7 @@ import torch
 
 from ...errors import CheckpointError, InvalidArgumentError
 from ...kernels.batch import AttentionBatch
+from ...kernels.ops import Operations
 from ..kv_cache import KVCache
 from ..layers import Parameter
 from ..model_config import ModelConfig
@@ -21,6 +22,7 @@ class Model(Protocol):
 
     config: ModelConfig
     dtype: torch.dtype
+    ops: Operations
 
     def __init__(self, config: ModelConfig, tp: TensorParallel, dtype: torch.dtype, max_model_len: int) -> None: ...
 
