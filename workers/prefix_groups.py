@@ -14,7 +14,7 @@ from .step_batch import StepRows
 
 # Bytes of keys and values of a layer that must not be read again, so that a step gains more than it loses to a launch
 # and to running without one graph for the whole of it.
-_MIN_SAVED_BYTES = 48 * 2**20
+_MIN_SAVED_BYTES = 256 * 2**20
 _MIN_ROWS = 8
 _MIN_KEYS = 128  # of a prefix
 
