@@ -37,7 +37,7 @@ class BlockCopies:
         """Of the blocks of a prefix those that `source` has and `target` lacks, as far as there is room for them beside
         what runs there; None if there are none, or computing them again is cheaper."""
         kept, missing = self._compare(names, source, target)
-        num_free_kept = sum(target.blocks.pool.is_free(block_id) for block_id in kept)
+        num_free_kept = target.blocks.pool.count_free(kept)
         room = target.blocks.num_free_blocks - target.num_spare_blocks - num_free_kept
         missing = missing[: max(0, room)]
         if not missing or not self.costs.pays(source, target, len(missing)):

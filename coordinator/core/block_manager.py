@@ -1,6 +1,7 @@
 """Block tables: which blocks of a group hold the KV of which sequence, shared where sequences begin alike."""
 
 from collections import Counter, OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -76,11 +77,7 @@ class BlockManager:
         if not sequence.reads_cache:
             return PrefixHit([], [])
         names = sequence.block_names((sequence.num_tokens - 1) // self.block_size)
-        device_blocks = []
-        for name in names:
-            if (block_id := self.cache.find(name)) is None:
-                break
-            device_blocks.append(block_id)
+        device_blocks = self.cache.find_run(names)
         host_blocks = self._find_on_host(names, len(device_blocks)) if use_host and self.host else []
         return PrefixHit(names[: len(device_blocks) + len(host_blocks)], device_blocks, host_blocks)
 
@@ -95,7 +92,7 @@ class BlockManager:
 
     def num_needed_blocks(self, hit: PrefixHit, num_tokens: int) -> int:
         """Free blocks that a sequence of `num_tokens` takes, with what it found."""
-        num_taken = sum(map(self.pool.is_free, hit.device_blocks))
+        num_taken = self.pool.count_free(hit.device_blocks)
         return num_blocks_for(num_tokens, self.block_size) - len(hit.device_blocks) + num_taken
 
     # Tables
@@ -111,7 +108,7 @@ class BlockManager:
         table = list(hit.device_blocks)
         self._tables[sequence] = table
         self.num_table_entries += len(table)
-        waits_for = max((self._loading.get(block_id, 0) for block_id in table), default=0)
+        waits_for = max((self._loading.get(block_id, 0) for block_id in table if self._loading), default=0)
         if hit.host_blocks:
             self._load(self.allocate(sequence, len(hit) * self.block_size), hit, step_id)
             waits_for = step_id
@@ -208,25 +205,26 @@ class BlockManager:
         table = self._tables.pop(sequence)
         self.num_table_entries -= len(table)
         sequence.num_published_blocks = 0
-        for block_id in reversed(table):
-            if not keep and self.pool.ref_count(block_id) == 1:
-                self.cache.forget(block_id)
-            self._release(block_id)
+        if not keep:
+            for block_id in table:
+                if self.pool.ref_count(block_id) == 1:
+                    self.cache.forget(block_id)
+        self._release(reversed(table))
 
     def _retain(self, block_ids: list[int]) -> None:
         """Adds an owner to blocks with a name."""
-        self.num_cached_blocks -= sum(map(self.pool.is_free, block_ids))
+        self.num_cached_blocks -= self.pool.count_free(block_ids)
         self.pool.retain(block_ids)
 
-    def _release(self, block_id: int) -> None:
-        """A block in which nothing can be found is the next to be taken."""
-        name = self.cache.name_of(block_id)
-        self.pool.release(block_id, reuse_first=name is None)
-        if name is None or not self.pool.is_free(block_id):
-            return
-        self.num_cached_blocks += 1
-        if self.host and self.host.find(name) is None:
-            self._unsaved[block_id] = None
+    def _release(self, block_ids: Iterable[int]) -> None:
+        """One after the other. A block in which nothing can be found is the next to be taken."""
+        name_of, release = self.cache.name_of, self.pool.release
+        for block_id in block_ids:
+            name = name_of(block_id)
+            if release(block_id, name is None) and name is not None:
+                self.num_cached_blocks += 1
+                if self.host and self.host.find(name) is None:
+                    self._unsaved[block_id] = None
 
     # Transfers
 
@@ -269,11 +267,11 @@ class BlockManager:
             for name, block_id, _ in ended.saves:
                 self._unpin(name)
                 self.num_saving_blocks -= 1
-                self._release(block_id)  # saves come in the order of last use, and so do blocks that are free again
+                self._release([block_id])  # saves come in the order of last use, and so do blocks that are free again
             for name, block_id, _ in ended.loads:
                 self._unpin(name)
                 del self._loading[block_id]
-                self._release(block_id)
+                self._release([block_id])
 
     def _unpin(self, name: bytes) -> None:
         assert self.host is not None
@@ -307,7 +305,7 @@ class BlockManager:
         """The copy is over."""
         for block_id in reversed(block_ids):
             self._copied[block_id] -= 1
-            self._release(block_id)
+            self._release([block_id])
 
     # Checks
 

@@ -22,8 +22,10 @@ class BlockPool:
     def num_free(self) -> int:
         return len(self._free)
 
-    def is_free(self, block_id: int) -> bool:
-        return self._ref_counts[block_id] == 0
+    def count_free(self, block_ids: Iterable[int]) -> int:
+        """How many of the blocks have no owner."""
+        ref_counts = self._ref_counts
+        return [ref_counts[block_id] for block_id in block_ids].count(0)
 
     def next_free(self, num_blocks: int) -> Iterator[int]:
         """The free blocks that will be taken next, at most so many."""
@@ -39,23 +41,28 @@ class BlockPool:
 
     def retain(self, block_ids: Iterable[int]) -> None:
         """Adds an owner to each block, free or not."""
+        ref_counts, free = self._ref_counts, self._free
         for block_id in block_ids:
-            self._ref_counts[block_id] += 1
-            if self._ref_counts[block_id] == 1:
-                del self._free[block_id]
-            elif self._ref_counts[block_id] == 2:
+            ref_counts[block_id] = ref_count = ref_counts[block_id] + 1
+            if ref_count == 1:
+                del free[block_id]
+            elif ref_count == 2:
                 self.num_shared += 1
 
-    def release(self, block_id: int, reuse_first: bool) -> None:
-        """Takes one owner from the block. With none left it is free, to be taken before all others or after them."""
-        assert self._ref_counts[block_id] > 0, f"block {block_id} released twice"
-        self._ref_counts[block_id] -= 1
-        if self._ref_counts[block_id] == 1:
+    def release(self, block_id: int, reuse_first: bool) -> bool:
+        """Takes one owner from the block. With none left it is free, to be taken before all others or after them.
+        Returns whether it is."""
+        ref_count = self._ref_counts[block_id] - 1
+        assert ref_count >= 0, f"block {block_id} released twice"
+        self._ref_counts[block_id] = ref_count
+        if ref_count == 1:
             self.num_shared -= 1
-        elif self._ref_counts[block_id] == 0:
-            self._free[block_id] = None
-            if reuse_first:
-                self._free.move_to_end(block_id, last=False)
+        if ref_count:
+            return False
+        self._free[block_id] = None
+        if reuse_first:
+            self._free.move_to_end(block_id, last=False)
+        return True
 
     def ref_count(self, block_id: int) -> int:
         return self._ref_counts[block_id]

@@ -60,9 +60,12 @@ def has_room(group: WorkerGroup, sequence: Sequence) -> bool:
     if not could_hold(group, sequence.samples):
         return False
     together = [sequence] if beams is None else sequence.samples.sequences
+    num_free = group.blocks.num_free_blocks - group.num_spare_blocks
+    if sum(num_blocks_for(each.num_tokens, group.blocks.block_size) for each in together) <= num_free:
+        return True  # whatever is found of them
     # Of beams each is counted as if it were alone: how much they will share hangs on what is cached when they come.
     needed = sum(group.blocks.num_needed_blocks(group.find_prefix(each), each.num_tokens) for each in together)
-    return needed + group.num_spare_blocks <= group.blocks.num_free_blocks
+    return needed <= num_free
 
 
 def could_hold(group: WorkerGroup, samples: SequenceGroup) -> bool:

@@ -1,5 +1,7 @@
 """Which blocks of a group hold which content, for requests that begin alike."""
 
+from collections.abc import Sequence
+
 
 class PrefixCache:
     """Names (core/block_hashes.py) of device blocks, in use or free: a free one keeps its name until it is allocated.
@@ -14,6 +16,11 @@ class PrefixCache:
     def find(self, name: bytes) -> int | None:
         """The block of that name."""
         return self._blocks.get(name)
+
+    def find_run(self, names: Sequence[bytes]) -> list[int]:
+        """The blocks of the first names, as far as all are there."""
+        found = list(map(self._blocks.get, names))
+        return found[: found.index(None)] if None in found else found  # type: ignore[return-value]
 
     def name_of(self, block_id: int) -> bytes | None:
         return self._names.get(block_id)
