@@ -152,6 +152,11 @@ class Scheduler:
         self._let_samples_follow(plan)
         return plan
 
+    def expected_ms(self, group_id: int) -> float:
+        """How long the group's step in flight should take where the next one is better planned towards its end, so that
+        it has what comes meanwhile; 0: the next may be planned now."""
+        return self.groups[group_id].expected_ms if self.config.itl_target_ms else 0.0
+
     def update(self, group_id: int, report: StepReport) -> StepOutcome:
         """Takes the result of the group's oldest step in flight."""
         group = self.groups[group_id]

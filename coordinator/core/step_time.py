@@ -131,6 +131,12 @@ class StepTimeModel:
         fixed_ms = self._costs.fixed_ms + self._costs.token_ms * _TOKENS_PER_DECODE * num_decodes
         return replace(self._costs, fixed_ms=fixed_ms)
 
+    def expected_ms(self, load: StepLoad) -> float:
+        """Of such a step. The model must be fitted."""
+        costs = self.costs(load.num_decodes)
+        price = load.num_chunk_tokens + load.num_attended / costs.doubling_context + costs.entry(load.num_context)
+        return costs.fixed_ms + costs.token_ms * price
+
     def _fit(self) -> StepCosts:
         """Of a step without decode rows."""
         prices = self._prices()

@@ -14,6 +14,7 @@ from .step_time import StepTimeModel
 # From the end of a step on the workers to the start of the one that its result let go: slow, as round trips go.
 _ROUND_TRIP_MS = 3.0
 _MAX_MORE_STEPS = 2
+_DECODE_MEMORY = 8  # steps; what they take changes slowly, as sequences grow
 # Tokens of the blocks on their way to the host at once: of an 8B model 128 MiB, some 3 ms. They are not free meanwhile.
 _MAX_SAVED_TOKENS = 1024
 # Steps from the moment that blocks are short to the one in which those of a preempted sequence are on the host.
@@ -52,6 +53,7 @@ class WorkerGroup:
         self.totals = GroupTotals()
         self._host_block_ms = memory.host_block_ms
         self._last_step_ms = 0.0  # 0: not measured
+        self._decodes_ms: deque[float] = deque(maxlen=_DECODE_MEMORY)  # of the last steps without prompt tokens
         self._max_num_seqs = max_num_seqs
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
         self._reserved_slots: dict[SequenceGroup, int] = {}  # for beams to come
@@ -87,6 +89,16 @@ class WorkerGroup:
         if self._last_step_ms:
             enough = min(1 + math.ceil(_ROUND_TRIP_MS / self._last_step_ms), num_inflight_steps + _MAX_MORE_STEPS)
         return len(self.inflight) < max(num_inflight_steps, enough)
+
+    @property
+    def expected_ms(self) -> float:
+        """How long the step in flight should take if it is the only one, rather less than more; 0: not known."""
+        if len(self.inflight) != 1:
+            return 0.0
+        (plan,) = self.inflight
+        if not plan.chunk_slots:
+            return min(self._decodes_ms, default=0.0)
+        return self.step_time.expected_ms(plan.load) if self.step_time.is_fitted else 0.0
 
     @property
     def num_sent_steps(self) -> int:
@@ -275,6 +287,8 @@ class WorkerGroup:
         self._last_step_ms = model_time_us / 1e3
         if plan.chunk_slots and model_time_us:
             self.step_time.observe(plan.load, model_time_us / 1e3)
+        elif plan.rows and model_time_us:
+            self._decodes_ms.append(model_time_us / 1e3)
         return plan
 
     def check_invariants(self) -> None:

@@ -13,6 +13,7 @@ from ...proto import admin_pb2, engine_pb2, worker_pb2
 from ..core.batch_plan import BatchPlan
 from ..core.scheduler import Scheduler
 from ..core.step_deadlines import StepDeadlines
+from ..core.step_lead import StepLead
 from ..core.worker_group import GroupMemory
 from .codec import encode_plan
 from .watchdog import Watchdog
@@ -42,8 +43,16 @@ class Downfall:
     silent_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class _SentStep:
+    sent_at: float
+    num_tokens: int
+    was_held: bool  # it could have been planned earlier
+
+
 class GroupRunner:
-    """The engine loop of one group: `schedule` while there is room in flight, then wait for a result or new work.
+    """The engine loop of one group: `schedule` while there is room in flight, then wait for a result or new work. Behind
+    a step that takes its time, the next one is scheduled towards its end.
 
     Once it has failed it takes nothing more from its ranks: its epoch is over.
     """
@@ -70,8 +79,11 @@ class GroupRunner:
         self._wake = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._closing: asyncio.Task[None] | None = None  # of the link, once it failed
-        self._inflight: deque[tuple[float, int]] = deque()  # when each step was sent, and its tokens
+        self._inflight: deque[_SentStep] = deque()
         self._last_result_at = 0.0
+        self._lead = StepLead()
+        self._is_holding = False  # the next step is better planned later, or was so until now
+        self._hold: asyncio.TimerHandle | None = None  # wakes the loop then
 
     async def configure(self, report: Callable[[str, float], Any]) -> GroupMemory:
         """As WorkerLink.configure; a rank that hangs fails it too."""
@@ -123,18 +135,38 @@ class GroupRunner:
     async def _send_steps(self) -> None:
         """As many as may be in flight. A group that failed meanwhile is no longer the scheduler's."""
         while self._is_running:
+            if self._is_too_early():
+                return
             plan = self._scheduler.schedule(self.group_id)
             if self._scheduler.moves.has_wanted:
                 self._events.on_wanted_copies()
             if plan is None:
+                self._is_holding = False
                 return
             await self._send(plan)
+
+    def _is_too_early(self) -> bool:
+        """Whether the next step is better planned later. The loop is woken then, if nothing wakes it before."""
+        if self._hold is not None:
+            self._hold.cancel()
+            self._hold = None
+        expected_ms = self._scheduler.expected_ms(self.group_id)
+        if not expected_ms:
+            return False
+        started_at = max(self._inflight[0].sent_at, self._last_result_at)
+        hold_s = started_at + self._lead.hold_ms(expected_ms) / 1e3 - time.monotonic()
+        if hold_s <= 0:
+            return False
+        self._is_holding = True
+        self._hold = asyncio.get_running_loop().call_later(hold_s, self.wake)
+        return True
 
     async def _send(self, plan: BatchPlan) -> None:
         encoded = encode_plan(plan, self.epoch)
         self.steps.plan_bytes += len(encoded)
         self.steps.num_tokens += plan.num_tokens
-        self._inflight.append((time.monotonic(), plan.num_tokens))
+        self._inflight.append(_SentStep(time.monotonic(), plan.num_tokens, self._is_holding))
+        self._is_holding = False
         if len(self._inflight) == 1:
             self._expect_oldest()
         await self.link.send(encoded)
@@ -142,7 +174,7 @@ class GroupRunner:
     def _expect_oldest(self) -> None:
         """The workers are at the oldest step in flight."""
         if self._inflight:
-            self._watchdog.expect_step(self.deadlines.allowed_s(self._inflight[0][1]))
+            self._watchdog.expect_step(self.deadlines.allowed_s(self._inflight[0].num_tokens))
         else:
             self._watchdog.rest()
 
@@ -157,9 +189,11 @@ class GroupRunner:
 
     def _count_step(self, result: worker_pb2.StepResult) -> None:
         now = time.monotonic()
-        sent_at, num_tokens = self._inflight.popleft()
-        duration_s = now - max(sent_at, self._last_result_at)
-        self.deadlines.observe(num_tokens, duration_s)
+        step = self._inflight.popleft()
+        duration_s = now - max(step.sent_at, self._last_result_at)
+        if step.was_held:
+            self._lead.observe((now - self._last_result_at) * 1e3 - result.model_time_us / 1e3)
+        self.deadlines.observe(step.num_tokens, duration_s)
         self.steps.num_steps += 1
         self.steps.step_time_s += duration_s
         self.steps.model_time_s += result.model_time_us / 1e6

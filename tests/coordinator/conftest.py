@@ -214,6 +214,7 @@ class CountingWorker(worker_pb2_grpc.WorkerServicer):
         self.epochs: list[int] = []
         self.weight_source = ""
         self.plans: list[worker_pb2.BatchPlan] = []  # of the last epoch
+        self.model_time_us = 5
         self.fail_at_step = 0
         self.abort_at_step = 0  # end the call without a word before, as no worker does that lives
         self.poison = b""  # steps with a sequence of this prompt fail
@@ -281,7 +282,7 @@ class CountingWorker(worker_pb2_grpc.WorkerServicer):
             if self.rank == 0:
                 packed = np.asarray(tokens, "<i4").tobytes()
                 step = {"epoch": plan.epoch, "step_id": plan.step_id}
-                result = worker_pb2.StepResult(**step, token_ids=packed, model_time_us=5)
+                result = worker_pb2.StepResult(**step, token_ids=packed, model_time_us=self.model_time_us)
                 if plan.step_id == self.spoil_at_step:
                     self.spoil(result)
                 yield result
