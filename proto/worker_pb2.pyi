@@ -223,7 +223,7 @@ class SlotJoin(_message.Message):
     def __init__(self, slot: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., num_prompt_tokens: _Optional[int] = ..., num_computed_tokens: _Optional[int] = ..., block_ids: _Optional[bytes] = ..., sampling_params: _Optional[_Union[_sampling_pb2.SamplingParams, _Mapping]] = ...) -> None: ...
 
 class StepResult(_message.Message):
-    __slots__ = ("epoch", "step_id", "token_ids", "logprobs", "prompt_logprobs", "model_time_us", "failure", "finished_transfers", "failed_rows")
+    __slots__ = ("epoch", "step_id", "token_ids", "logprobs", "prompt_logprobs", "model_time_us", "failure", "finished_transfers", "failed_rows", "idle_us")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     STEP_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -233,6 +233,7 @@ class StepResult(_message.Message):
     FAILURE_FIELD_NUMBER: _ClassVar[int]
     FINISHED_TRANSFERS_FIELD_NUMBER: _ClassVar[int]
     FAILED_ROWS_FIELD_NUMBER: _ClassVar[int]
+    IDLE_US_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     step_id: int
     token_ids: bytes
@@ -242,7 +243,8 @@ class StepResult(_message.Message):
     failure: str
     finished_transfers: int
     failed_rows: bytes
-    def __init__(self, epoch: _Optional[int] = ..., step_id: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., logprobs: _Optional[_Iterable[_Union[RowLogprobs, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[ChunkLogprobs, _Mapping]]] = ..., model_time_us: _Optional[int] = ..., failure: _Optional[str] = ..., finished_transfers: _Optional[int] = ..., failed_rows: _Optional[bytes] = ...) -> None: ...
+    idle_us: int
+    def __init__(self, epoch: _Optional[int] = ..., step_id: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., logprobs: _Optional[_Iterable[_Union[RowLogprobs, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[ChunkLogprobs, _Mapping]]] = ..., model_time_us: _Optional[int] = ..., failure: _Optional[str] = ..., finished_transfers: _Optional[int] = ..., failed_rows: _Optional[bytes] = ..., idle_us: _Optional[int] = ...) -> None: ...
 
 class RowLogprobs(_message.Message):
     __slots__ = ("row", "table")

@@ -57,6 +57,7 @@ class ModelRunner:
         self._segment_graphs: SegmentGraphs | None = None
         self._sampling: SamplingBatch | None = None
         self._last_step = 0  # that was queued
+        self._clock: StepClock | None = None  # its own
         self._sampling_key: tuple[int, bytes] | None = None  # what _sampling was built for
 
     @property
@@ -97,7 +98,7 @@ class ModelRunner:
         is then not to be used on.
         """
         self._transfer(plan)  # which is none of the step's time, where the host does it
-        clock = StepClock(self._tp.device)
+        clock = self._clock = StepClock(self._tp.device, self._clock)
         self._slots.apply(plan)
         if len(plan.copies):
             self._kv_cache.copy(plan.copies)

@@ -55,10 +55,12 @@ class PendingResult:
 
     def wait(self) -> worker_pb2.StepResult:
         """Waits for the device; the caller fills in epoch and step_id. Raises UnavailableError if ranks lost touch."""
-        model_time_us = self._clock.wait_us()
+        model_time_us, idle_us = self._clock.wait_us()
         self._tp.check()
         finished_transfers = self._finished_transfers()
-        result = worker_pb2.StepResult(model_time_us=model_time_us, finished_transfers=finished_transfers)
+        result = worker_pb2.StepResult(
+            model_time_us=model_time_us, idle_us=idle_us, finished_transfers=finished_transfers
+        )
         if self._token_ids is not None:
             token_ids = self._token_ids.numpy()
             result.token_ids = token_ids.tobytes()

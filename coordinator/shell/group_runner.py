@@ -192,7 +192,7 @@ class GroupRunner:
         step = self._inflight.popleft()
         duration_s = now - max(step.sent_at, self._last_result_at)
         if step.was_held:
-            self._lead.observe((now - self._last_result_at) * 1e3 - result.model_time_us / 1e3)
+            self._lead.observe(result.idle_us / 1e3)
         self.deadlines.observe(step.num_tokens, duration_s)
         self.steps.num_steps += 1
         self.steps.step_time_s += duration_s

@@ -8,22 +8,22 @@ from octavo.coordinator.core.step_lead import StepLead
 
 def test_short_steps_are_planned_at_once():
     assert StepLead().hold_ms(0.0) == 0.0
-    assert StepLead().hold_ms(3.0) == 0.0
+    assert StepLead().hold_ms(2.0) == 0.0
 
 
 def test_long_steps_leave_time_and_may_end_a_little_early():
-    assert StepLead().hold_ms(20.0) == 20.0 - 2.0 - 3.0
+    assert StepLead().hold_ms(20.0) == 20.0 - 2.0 - 2.0
 
 
 def test_who_lets_the_workers_wait_plans_earlier_for_a_while():
     lead = StepLead()
     holds = []
-    for idle_ms in [4.0, 4.0, *[0.2] * 100]:
+    for idle_ms in [4.0, 0.3, *[0.1] * 100]:
         lead.observe(idle_ms)
         holds.append(lead.hold_ms(100.0))
-    assert holds[1] < holds[0] < 87.0
+    assert holds[1] < holds[0] < 88.0
     assert holds[2:] == sorted(holds[2:])
-    assert holds[-1] == 87.0
+    assert holds[-1] == 88.0
     for _ in range(100):
         lead.observe(50.0)
     assert lead.hold_ms(100.0) == 90.0 - 24.0

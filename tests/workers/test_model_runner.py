@@ -1,5 +1,7 @@
 """One rank's runner: plans in, tokens and logprobs out; the oracle is transformers."""
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -169,3 +171,13 @@ def test_a_step_without_rows_answers_nothing(runner):
 def test_a_plan_that_does_not_fit_the_slot_table_is_refused(runner):
     with pytest.raises(FailedPreconditionError, match="free"):
         runner.execute(make_plan(decode_slots=[3]))
+
+
+def test_a_result_says_how_long_the_device_waited_for_its_step(runner):
+    first = runner.execute(make_plan(joins=(make_join(),), chunk_slots=[0], chunk_num_tokens=[len(PROMPT)])).wait()
+    time.sleep(0.05)
+    second = runner.execute(make_plan(decode_slots=[0])).wait()
+    third = runner.execute(make_plan()).wait()
+    assert min(first.model_time_us, second.model_time_us) > 0
+    assert second.idle_us >= 50_000
+    assert third.idle_us < 50_000
