@@ -96,7 +96,13 @@ def _rotate(heads: tl.tensor, partners: tl.tensor, cos: tl.tensor, sin: tl.tenso
 # Where a step's rows lie in its tensors changes with their number; the kernel must not.
 @triton.jit(
     do_not_specialize=["num_splits", "parts_per_row", "min_keys_per_split"],
-    do_not_specialize_on_alignment=["kv_indices_ptr", "slots_ptr", "seq_lens_ptr", "prefix_keys_ptr", "prefix_parts_ptr"],
+    do_not_specialize_on_alignment=[
+        "kv_indices_ptr",
+        "slots_ptr",
+        "seq_lens_ptr",
+        "prefix_keys_ptr",
+        "prefix_parts_ptr",
+    ],
 )
 def _decode_kernel(
     out_ptr: tl.tensor,  # [num_rows, num_heads, head_dim]

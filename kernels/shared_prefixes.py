@@ -1,7 +1,7 @@
 """What the decodes of a step have in common: prefixes that many of them share, and how attention to those is cut.
 
-A prefix in the cache is one run of blocks, however many sequences begin with it. Programs of kernels/prefix_attention.py
-read it once for a tile of sequences, not once for each.
+A prefix in the cache is one run of blocks, however many sequences begin with it. A program of
+kernels/prefix_attention.py reads it once for a tile of sequences, not once for each.
 """
 
 from collections.abc import Sequence

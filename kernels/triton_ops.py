@@ -1,5 +1,6 @@
 """The operations of a GPU: Triton kernels, put together as layers call them, and cuBLAS for large matrix products."""
 
+import functools
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,6 +38,21 @@ def _cublas_lt() -> Iterator[None]:
         torch.backends.cuda.preferred_blas_library(before)
 
 
+def _prefix_jobs(
+    prefixes: tuple[SharedPrefix, ...],
+    num_rows: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> PrefixJobs | None:
+    """As plan_prefix_jobs, on the device."""
+    shape = num_rows, num_heads, num_kv_heads, head_dim
+    jobs = plan_prefix_jobs(prefixes, *shape, dtype, num_sms(device))
+    return None if jobs is None else sent(jobs, device)
+
+
 class TritonOperations(Operations):
     """Triton kernels; what they refuse, the reference does, which the log says once."""
 
@@ -47,8 +63,8 @@ class TritonOperations(Operations):
         self._split_workspace = SplitWorkspace(device)
         self._decode_workspaces: dict[tuple[object, ...], DecodeWorkspace] = {}
         self._chunk_workspaces: dict[tuple[object, ...], ChunkWorkspace] = {}
-        # The last step's plan, and what it was made of: decodes go on step by step with the same prefixes.
-        self._prefix_jobs: tuple[tuple[tuple[SharedPrefix, ...], int, int, int], PrefixJobs | None] | None = None
+        # The last step's plan is kept: decodes go on step by step with the same prefixes.
+        self._prefix_jobs = functools.lru_cache(maxsize=1)(_prefix_jobs)
         self._refusals: set[str] = set()
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
@@ -134,12 +150,11 @@ class TritonOperations(Operations):
             self._chunk_workspaces[key] = chunk_workspace(*key, num_sms(q.device), q.device)
         return self._chunk_workspaces[key]
 
-    def _plan_prefixes(self, batch: AttentionBatch, qkv: Tensor, *num_heads: int) -> PrefixJobs | None:
-        made_of = batch.prefixes, batch.num_decode_rows, *num_heads
-        if self._prefix_jobs is None or self._prefix_jobs[0] != made_of:
-            jobs = plan_prefix_jobs(*made_of, qkv.shape[-1], qkv.dtype, num_sms(qkv.device))
-            self._prefix_jobs = made_of, jobs and sent(jobs, qkv.device)
-        return self._prefix_jobs[1]
+    def _plan_prefixes(
+        self, batch: AttentionBatch, qkv: Tensor, num_heads: int, num_kv_heads: int
+    ) -> PrefixJobs | None:
+        shape = batch.num_decode_rows, num_heads, num_kv_heads, qkv.shape[-1]
+        return self._prefix_jobs(batch.prefixes, *shape, qkv.dtype, qkv.device)
 
     def _or_reference(self, kernel: Callable[..., T], slower: Callable[..., T], *args: object) -> T:
         try:

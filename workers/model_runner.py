@@ -51,7 +51,8 @@ class ModelRunner:
         self._sampler_ops = sampler_operations_for(tp.device)
         self._vocab = VocabSlice(tp, model.vocab_start, model.local_vocab_size, shape.vocab_size)
         # None where attention would read shared prefixes for each sequence anyway.
-        self.prefix_groups = PrefixGroups(self._slots, kv_cache.bytes_per_key) if model.ops.reads_prefixes_once else None
+        groups = PrefixGroups(self._slots, kv_cache.bytes_per_key)
+        self.prefix_groups = groups if model.ops.reads_prefixes_once else None
         # None on a CPU, and before they are captured.
         self._decode_graphs: DecodeGraphs | None = None
         self._segment_graphs: SegmentGraphs | None = None

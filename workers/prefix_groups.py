@@ -60,12 +60,22 @@ class PrefixGroups:
 
 
 def shared_prefixes(tables: NDArray[np.int64], num_blocks: Ints) -> list[tuple[Ints, int]]:
-    """The groups of rows, and how many blocks each has in common at the start, that save the most reads of a block.
+    """Groups of rows, and how many blocks each has in common at the start, that save many reads of a block.
 
-    tables: [num_rows, max_blocks], of which row i counts as far as num_blocks[i]. A row is in one group at most. In the
-    order of the tables rows that begin alike lie side by side, so groups are runs of them: runs are joined from the
-    longest common start to the shortest, and a run is one group if that saves as much as the groups in it do.
+    tables: [num_rows, max_blocks], of which row i counts as far as num_blocks[i]. A row is in one group at most; of
+    those in none, no two begin alike.
     """
+    groups: list[tuple[Ints, int]] = []
+    rows = np.arange(len(tables))
+    while len(found := _runs_in_common(tables[rows], num_blocks[rows])):
+        groups += [(rows[members], length) for members, length in found]
+        rows = np.delete(rows, np.concatenate([members for members, _ in found]))
+    return groups
+
+
+def _runs_in_common(tables: NDArray[np.int64], num_blocks: Ints) -> list[tuple[Ints, int]]:
+    """In the order of the tables rows that begin alike lie side by side, and groups are runs of them: runs are joined
+    from the longest common start to the shortest, and one is one group if that saves as much as the groups in it do."""
     order = np.lexsort(tables.T[::-1]) if tables.size else np.arange(len(tables))
     common = _common_starts(tables[order], num_blocks[order])
     runs = {row: _Run(row, row + 1, 0, ()) for row in range(len(tables))}  # by their first row, and by their last one
@@ -102,9 +112,12 @@ class _Run:
 
 def _common_starts(tables: NDArray[np.int64], num_blocks: Ints) -> Ints:
     """[num_rows - 1]: blocks that each row has in common with the next."""
+    if not tables.size:
+        return np.zeros(max(0, len(tables) - 1), dtype=np.int64)
     differs = tables[1:] != tables[:-1]
     first = np.where(differs.any(1), differs.argmax(1), tables.shape[1])
-    return np.minimum(first, np.minimum(num_blocks[1:], num_blocks[:-1]))
+    common: Ints = np.minimum(first, np.minimum(num_blocks[1:], num_blocks[:-1]))
+    return common
 
 
 def _has_equal(values: Ints) -> bool:

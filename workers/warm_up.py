@@ -73,12 +73,12 @@ def _attend_to_the_longest_context(runner: ModelRunner) -> None:
 def _share_a_prefix(runner: ModelRunner) -> None:
     """By as many decodes as there can be, and long enough to be read once for them, if one ever is."""
     num_seqs, shape = runner.shape.num_slots, runner.shape
-    num_keys = runner.prefix_groups and runner.prefix_groups.keys_worth_sharing(num_seqs)
+    num_keys = None if runner.prefix_groups is None else runner.prefix_groups.keys_worth_sharing(num_seqs)
     # Behind the prefix, of whole blocks, is the token that is computed.
     num_tokens = 1 if num_keys is None else -(-num_keys // shape.block_size) * shape.block_size + 1
     if 1 < num_tokens <= shape.max_model_len:
         slots = np.arange(num_seqs, dtype=np.int64)
-        joins = tuple(_join_with_context(slot, num_tokens, shape) for slot in slots)
+        joins = tuple(_join_with_context(slot, num_tokens, shape) for slot in range(num_seqs))
         runner.execute(_plan(joins=joins, decode_slots=slots)).wait()
         runner.execute(_plan(leave_slots=slots, decode_slots=_EMPTY)).wait()
 

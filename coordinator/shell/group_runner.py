@@ -51,8 +51,8 @@ class _SentStep:
 
 
 class GroupRunner:
-    """The engine loop of one group: `schedule` while there is room in flight, then wait for a result or new work. Behind
-    a step that takes its time, the next one is scheduled towards its end.
+    """The engine loop of one group: `schedule` while there is room in flight, then wait for a result or new work.
+    Behind a step that takes its time, the next one is scheduled towards its end.
 
     Once it has failed it takes nothing more from its ranks: its epoch is over.
     """
