@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import triton
 from octavo.proto import engine_pb2, sampling_pb2, worker_pb2
-from octavo.workers import loading, rank
+from octavo.workers import loading, prefix_groups, rank
 from octavo.workers.kernel_compile import UnrecordedGraphs, launches_compile
 from octavo.workers.parallel import TensorParallel
 from octavo.workers.plan import Join, Plan
@@ -173,6 +173,7 @@ def main(device, model_path, kv_cache_dtype, num_ranks="1"):
         kv_cache_dtype=kv_cache_dtype,
     )  # fmt: skip
     is_real = device != "cpu"
+    prefix_groups._MIN_SAVED_BYTES = 2**20  # or a model so small would never gain from sharing
     if num_ranks != "1":
         pretend_gpu()
         with kernels_noted(is_real=False) as found:
