@@ -7,6 +7,7 @@ from .admission import check_fits, check_resumed, find_misfits
 from .batch_plan import BatchPlan, ScheduledRow
 from .chunk_budget import ChunkBudget, counted_tokens
 from .drain import Moves, WantedCopy, is_drained
+from .hot_prefixes import HotPrefixes
 from .ordered_sequences import OrderedSequences, WaitingQueue
 from .outputs import Outputs
 from .placement import Queue, belongs
@@ -34,7 +35,8 @@ class Scheduler:
         self.counters = SchedulerCounters()
         self.suspects = Suspects(self.waiting, self._preempt)
         self._outputs = Outputs(self.groups, self.waiting, self.suspects, self.counters)
-        self.moves = Moves(config.copies_moves)
+        self.moves = Moves(config.copies_blocks)
+        self.hot_prefixes = HotPrefixes(config.copies_blocks)
 
     # Events from outside
 
@@ -61,7 +63,12 @@ class Scheduler:
 
     def is_drained(self, group_id: int) -> bool:
         is_empty = is_drained(self.groups[group_id], self.groups.values(), self.waiting)
-        return is_empty and not self.moves.touches(group_id)
+        return is_empty and not (self.moves.touches(group_id) or self.hot_prefixes.touches(group_id))
+
+    @property
+    def has_wanted_copies(self) -> bool:
+        """Whether `moves` or `hot_prefixes` want some that nobody has heard of yet."""
+        return self.moves.has_wanted or self.hot_prefixes.has_wanted
 
     def end_copy(self, copy: WantedCopy) -> None:
         """One that `moves` wanted is over, whatever became of it."""
@@ -277,8 +284,15 @@ class Scheduler:
             together = [sequence] if sequence.samples.beams is None else [sequence, *sequence.samples.take_held()]
             for each in together:
                 group.admit(each, plan)
+                self._note_found(each, group)
                 if group.is_ready(each) and not budget.is_spent:
                     self._add_chunk(each, group, budget, plan)
+
+    def _note_found(self, sequence: Sequence, group: WorkerGroup) -> None:
+        """Once for each request: other samples, and what was preempted, find what is their own."""
+        if sequence.num_published_blocks and sequence.index == 0 and not sequence.num_preemptions:
+            names = sequence.block_names(sequence.num_published_blocks)
+            self.hot_prefixes.note(names, group, self.groups.values())
 
     @staticmethod
     def _add_chunk(sequence: Sequence, group: WorkerGroup, budget: ChunkBudget, plan: BatchPlan) -> None:
@@ -371,6 +385,7 @@ class Scheduler:
                 assert plan.num_tokens <= self.config.max_num_batched_tokens, "over the token budget"
         tried = self.suspects.queued
         self.moves.check_invariants()
+        self.hot_prefixes.check_invariants()
         held = self._outputs.check_invariants([*running, *self.waiting, *tried])
         for sequence in (*self.waiting, *held, *tried):
             assert sequence.status is SequenceStatus.WAITING

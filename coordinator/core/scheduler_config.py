@@ -16,7 +16,7 @@ class SchedulerConfig:
     max_num_waiting: int
     num_inflight_steps: int = 2
     itl_target_ms: float = 0.0  # for which a step that decodes takes smaller chunks; 0: none
-    copies_moves: bool = False  # somebody copies the blocks of sequences that are to move to another group
+    copies_blocks: bool = False  # somebody copies blocks from group to group, as the scheduler wants it
 
     def __post_init__(self) -> None:
         # A budget below the slots could be eaten by decodes alone, and prompts would starve.

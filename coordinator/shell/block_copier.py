@@ -1,4 +1,4 @@
-"""Runs copies of KV blocks between groups, beside their steps: for sequences that are to move."""
+"""Runs copies of KV blocks between groups, beside their steps: of sequences that are to move, and of hot prefixes."""
 
 import asyncio
 import logging
@@ -43,6 +43,10 @@ class BlockCopier:
             return sequence.block_names(num_tokens // self._scheduler.groups[from_group].blocks.block_size)
 
         return await self._copy_blocks(names, from_group, to_group)
+
+    async def copy_prefix(self, names: Sequence[bytes], from_group: int, to_group: int) -> int:
+        """As copy_sequence_blocks, for what the one group has of blocks of these names."""
+        return await self._copy_blocks(lambda: names, from_group, to_group)
 
     async def _copy_blocks(self, names: Callable[[], Sequence[bytes]], from_group: int, to_group: int) -> int:
         async with self._lanes.setdefault(to_group, asyncio.Lock()):

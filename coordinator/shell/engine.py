@@ -46,7 +46,7 @@ class Engine:
                 max_num_waiting=config.max_num_waiting,
                 num_inflight_steps=config.num_inflight_steps,
                 itl_target_ms=config.itl_target_ms,
-                copies_moves=True,
+                copies_blocks=True,
             )
         )
         self._membership = Membership(config.rebuilds_groups, config.incarnation)

@@ -138,7 +138,7 @@ class GroupRunner:
             if self._is_too_early():
                 return
             plan = self._scheduler.schedule(self.group_id)
-            if self._scheduler.moves.has_wanted:
+            if self._scheduler.has_wanted_copies:
                 self._events.on_wanted_copies()
             if plan is None:
                 self._is_holding = False

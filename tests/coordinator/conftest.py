@@ -47,7 +47,7 @@ class ScriptedScheduler:
     rebuild_all                all groups are lost, if they were there, and back
     drain GROUP                a group is to leave
     drained GROUP              whether nothing of it is left
-    copied NAME                the copy of its blocks, wanted before it moves, is over (copies_moves=1)
+    copied NAME                the copy of its blocks, wanted before it moves, is over (copies_blocks=1)
     state                      what runs and what waits
     """
 

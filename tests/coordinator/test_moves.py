@@ -97,7 +97,7 @@ def run_trace(seed: int) -> MoveTrace:
     draw = random.Random(seed)
     config = SchedulerConfig(
         block_size=draw.choice([1, 2, 4]), max_num_seqs=draw.randint(2, 8), max_num_batched_tokens=draw.randint(8, 24),
-        max_model_len=48, max_num_waiting=12, num_inflight_steps=draw.randint(1, 4), copies_moves=True,
+        max_model_len=48, max_num_waiting=12, num_inflight_steps=draw.randint(1, 4), copies_blocks=True,
     )  # fmt: skip
     num_blocks = draw.randint(60, 160) // config.block_size
     trace = MoveTrace(config, 2, num_blocks, num_host_blocks=draw.choice([0, 0, 10, 40]))
