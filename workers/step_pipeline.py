@@ -31,6 +31,9 @@ class StepPipeline:
         self._failed_after_ends = -1  # how many there had been when a step last failed
         # On the device thread: who profiles, and who wants to know.
         self._profiling: tuple[StepProfiler, Future[worker_pb2.ProfileResponse]] | None = None
+        # To start the first profile holds up steps for seconds: libraries load. Counted by the caller's thread and by
+        # the device's.
+        self._num_profiles_asked = self._num_profiles_started = 0
 
     def call(self, function: Callable[[], T]) -> "Future[T]":
         """Runs `function` on the device thread."""
@@ -56,11 +59,13 @@ class StepPipeline:
 
     @property
     def is_profiling(self) -> bool:
-        return self._profiling is not None
+        """Whether a profile is made, or on its way: steps may take long. For any thread."""
+        return self._profiling is not None or self._num_profiles_asked != self._num_profiles_started
 
     def profile(self, num_steps: int, trace_path: Path) -> "Future[worker_pb2.ProfileResponse]":
         """Profiles the next steps. The future fails with FailedPreconditionError while another profile runs."""
         answer: Future[worker_pb2.ProfileResponse] = Future()
+        self._num_profiles_asked += 1
         self._launcher.submit(self._start_profile, num_steps, trace_path, answer)
         return answer
 
@@ -81,6 +86,8 @@ class StepPipeline:
             self._profiling = StepProfiler(self._device, num_steps, trace_path), answer
         except Exception as error:  # it belongs to who asked
             answer.set_exception(error)
+        finally:
+            self._num_profiles_started += 1
 
     def _note_profiled_step(self) -> None:
         if self._profiling is None:

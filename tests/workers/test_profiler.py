@@ -1,9 +1,13 @@
 """What a profile says of the device's events: time by kernel and idle time, both per step."""
 
+import threading
+
 import pytest
 import torch
 from octavo.errors import FailedPreconditionError
+from octavo.workers import step_pipeline
 from octavo.workers.profiler import DeviceEvent, StepProfiler, summarise
+from octavo.workers.step_pipeline import StepPipeline
 
 COPY = "Memcpy HtoD (Pinned -> Device)"
 
@@ -38,3 +42,23 @@ def test_a_device_that_did_nothing_is_said_so():
 def test_a_cpu_is_refused(tmp_path):
     with pytest.raises(FailedPreconditionError, match="runs on the CPU"):
         StepProfiler(torch.device("cpu"), 1, tmp_path / "trace.json")
+
+
+def test_a_rank_says_that_it_profiles_from_when_it_is_asked(tmp_path, monkeypatch):
+    """To start takes seconds the first time, in which its steps are late; nobody may take it for hung."""
+    may_start, pipeline = threading.Event(), StepPipeline(torch.device("cpu"), 1)
+
+    def start(*arguments):
+        may_start.wait(10)
+        raise FailedPreconditionError("there is nothing to profile")
+
+    monkeypatch.setattr(step_pipeline, "StepProfiler", start)
+    asked = pipeline.profile(1, tmp_path / "trace.json")
+    assert pipeline.is_profiling
+    may_start.set()
+    with pytest.raises(FailedPreconditionError, match="nothing to profile"):
+        asked.result(10)
+    pipeline.call(lambda: None).result(10)  # behind it
+    assert not pipeline.is_profiling
+    pipeline.close_launcher()
+    pipeline.close_waiter()
