@@ -124,6 +124,7 @@ class ModelRunner:
         batch = send_step(rows, self._slots, prefixes)
         token_ids = self._slots.token_ids.view(-1).index_select(0, batch.token_cells).long()
         run = run_now if self._segment_graphs is None else self._segment_graphs.runner(len(token_ids))
+        clock.ready()
         hidden = self._model.forward(token_ids, batch.attention, self._kv_cache, run)
         chunks = self._prompt_logprobs(hidden, rows)
         if not len(rows.sampling):

@@ -10,28 +10,40 @@ class StepClock:
 
     def __init__(self, device: torch.device, previous: "StepClock | None" = None) -> None:
         """`previous`: of the step before, if there was one."""
-        self._events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
-        if device.type == "cuda":
-            self._events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            self._events[0].record()
-        self._started_at = self._stopped_at = time.perf_counter()
+        self._device = device
         self._previous = previous
+        self._started = self._ready = self._stopped = self._now()
+
+    def _now(self) -> "float | torch.cuda.Event":
+        """In seconds, or where the device's stream is."""
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def ready(self) -> None:
+        """All that the step reads is on its way to the device: what that waited for until here, it waited for the host.
+        A CPU is its own host, and was at work."""
+        if self._device.type == "cuda":
+            self._ready = self._now()
 
     def stop(self) -> None:
         """The step is queued, or done on a CPU."""
-        if self._events is not None:
-            self._events[1].record()
-        self._stopped_at = time.perf_counter()
+        self._stopped = self._now()
 
     def wait_us(self) -> tuple[int, int]:
         """Waits until the step is done. In microseconds its duration, and for how long the device had stood still."""
         previous, self._previous = self._previous, None  # or a clock would keep all that were before it
-        if self._events is None:
-            idle_s = 0.0 if previous is None else self._started_at - previous._stopped_at
-            return round((self._stopped_at - self._started_at) * 1e6), round(idle_s * 1e6)
-        started, stopped = self._events
-        stopped.synchronize()
-        idle_ms = 0.0
-        if previous is not None and previous._events is not None:
-            idle_ms = max(0.0, float(previous._events[1].elapsed_time(started)))
-        return round(float(started.elapsed_time(stopped)) * 1e3), round(idle_ms * 1e3)
+        if isinstance(self._stopped, torch.cuda.Event):
+            self._stopped.synchronize()
+        idle_us = 0 if previous is None else _elapsed_us(previous._stopped, self._ready)
+        return _elapsed_us(self._started, self._stopped), max(0, idle_us)
+
+
+def _elapsed_us(start: "float | torch.cuda.Event", end: "float | torch.cuda.Event") -> int:
+    if isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
+        return round(float(start.elapsed_time(end)) * 1e3)
+    assert isinstance(start, float)
+    assert isinstance(end, float)
+    return round((end - start) * 1e6)

@@ -11,7 +11,7 @@ _LEAST_MS = 2.0
 _MOST_MS = 24.0
 # Steps may end this share earlier than those like them did.
 _UNCERTAIN = 0.1
-_NOTICEABLE_IDLE_MS = 0.2
+_NOTICEABLE_IDLE_MS = 0.3  # copies to the device that begin a step are a third of it
 _GROWTH = 1.5
 _DECAY = 0.98
 

@@ -18,7 +18,7 @@ def test_long_steps_leave_time_and_may_end_a_little_early():
 def test_who_lets_the_workers_wait_plans_earlier_for_a_while():
     lead = StepLead()
     holds = []
-    for idle_ms in [4.0, 0.3, *[0.1] * 100]:
+    for idle_ms in [4.0, 0.4, *[0.1] * 100]:
         lead.observe(idle_ms)
         holds.append(lead.hold_ms(100.0))
     assert holds[1] < holds[0] < 88.0
