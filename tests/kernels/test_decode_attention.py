@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 from octavo.kernels.decode_attention import decode_workspace, paged_decode_attention
 from octavo.kernels.decode_splits import decode_config
 from octavo.kernels.rope_cache import rope_and_cache
+from octavo.kernels.shared_prefixes import max_prefix_parts
 
 # float32: sums of up to a few hundred terms in another order. Half precisions: the output is rounded once (a unit of
 # its last place), and so are the weights of the values (half a unit, of about the values' mean size, 0.8).
@@ -289,7 +290,8 @@ def test_a_workspace_holds_what_fewer_rows_need(device):
     workspace = decode_workspace(40, 32, 8, 128, torch.bfloat16, 16384, device)
     for num_rows in range(1, 41):
         config = decode_config(num_rows, 32, 8, 128, torch.bfloat16, 16384)
-        assert workspace.log_sums.numel() >= num_rows * 32 * config.num_splits
+        parts = config.num_splits + max_prefix_parts(num_rows, 32, 8, 132)
+        assert workspace.log_sums.numel() >= num_rows * 32 * parts
 
 
 @pytest.mark.parametrize(
@@ -310,7 +312,7 @@ def test_a_workspace_holds_what_fewer_rows_need(device):
         ({"block_tables": torch.zeros(4, 2, dtype=torch.int32).mT}, "contiguous"),
         ({"k_cache": torch.zeros(4, 24, 2, 64), "v_cache": torch.zeros(4, 24, 2, 64)}, "block_size 24"),
         ({"out": torch.zeros(2, 8, 64)}, "out"),
-        ({"block_tables": torch.zeros(2, 40, dtype=torch.int32)}, "a workspace of 16 partial results: 80 needed"),
+        ({"block_tables": torch.zeros(2, 200, dtype=torch.int32)}, "a workspace of 272 partial results: 400 needed"),
     ],
 )
 def test_refuses_what_it_does_not_take(changes, message, device):
