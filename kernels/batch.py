@@ -4,7 +4,19 @@ from dataclasses import dataclass
 
 import torch
 
-from .shared_prefixes import SharedPrefix
+
+@dataclass(frozen=True, slots=True)
+class SharedPrefix:
+    """The first tokens of several decodes, which lie in the same blocks."""
+
+    rows: tuple[int, ...]  # of the step; two or more
+    slot: int  # of one of them: its row of the block tables has the prefix's blocks
+    num_keys: int
+
+    @property
+    def num_saved_keys(self) -> int:
+        """Reads of a key that others make needless."""
+        return (len(self.rows) - 1) * self.num_keys
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ Reals = NDArray[np.float64]
 JOB_SIZE = 8  # numbers of a job, see ChunkSplits
 MERGE_SIZE = 4
 _TILE_ROWS = 64  # what Hopper's tensor cores want for each 4 warps
+MAX_GROUP = _TILE_ROWS  # query heads of a KV head that a tile can hold
 # Programs share a multiprocessor in twos at most: more find no room for their copies in flight. Two take longer each.
 _PROGRAMS_PER_SM = 2
 _SHARED_SLOWDOWN = 1.5
@@ -46,7 +47,7 @@ class ChunkTile:
 
 def chunk_tile(group: int, head_dim: int, dtype: torch.dtype) -> ChunkTile | None:
     """For `group` query heads to a KV head; None if a tile cannot hold one query's."""
-    if group > _TILE_ROWS:
+    if group > MAX_GROUP:
         return None
     if dtype == torch.float32:
         # Computed without tensor cores, from registers.

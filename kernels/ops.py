@@ -18,7 +18,11 @@ class Operations:
     """Every operation of a step. Formulas and shapes are those of kernels/reference.py. Holds no state of a step."""
 
     packs_weights: ClassVar[bool] = False  # whether `pack_weight` gives another tensor than it takes
-    reads_prefixes_once: ClassVar[bool] = False  # whether attention heeds AttentionBatch.prefixes
+
+    def reads_prefixes_once(self, num_heads: int, num_kv_heads: int) -> bool:
+        """Whether attention with so many heads on this rank heeds AttentionBatch.prefixes."""
+        del num_heads, num_kv_heads
+        return False
 
     def pack_weight(self, weight: Tensor) -> Tensor:
         """Of a loaded weight [out_size, in_size], once: what this implementation's products take. Here: as it is."""

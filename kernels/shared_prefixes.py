@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from .batch import SharedPrefix
 from .chunk_splits import ChunkTile, chunk_tile
 
 JOB_SIZE = 8  # numbers of a job, see PrefixJobs
@@ -17,20 +18,6 @@ JOB_SIZE = 8  # numbers of a job, see PrefixJobs
 _PROGRAMS_PER_SM = 2
 _MAX_PARTS = 16
 _MIN_KEYS_PER_PART = 128
-
-
-@dataclass(frozen=True, slots=True)
-class SharedPrefix:
-    """The first tokens of several decodes, which lie in the same blocks."""
-
-    rows: tuple[int, ...]  # of the step; two or more
-    slot: int  # of one of them: its row of the block tables has the prefix's blocks
-    num_keys: int
-
-    @property
-    def num_saved_keys(self) -> int:
-        """Reads of a key that others make needless."""
-        return (len(self.rows) - 1) * self.num_keys
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,20 +4,20 @@ import functools
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import ClassVar, TypeVar
+from typing import TypeVar
 
 import torch
 
 from .activation import silu_and_mul
-from .batch import AttentionBatch
-from .chunk_splits import ChunkWorkspace, chunk_workspace
+from .batch import AttentionBatch, SharedPrefix
+from .chunk_splits import MAX_GROUP, ChunkWorkspace, chunk_workspace
 from .decode_splits import DecodeWorkspace, decode_workspace, num_sms
 from .gemv import MAX_NORM_SIZE, add_norm_gemv, gemv, gemv_silu_and_mul
 from .linear_config import LinearKernel, linear_kernel
 from .lookup import embed, rope_rows
 from .norm import add_rms_norm, rms_norm
 from .ops import Operations
-from .shared_prefixes import PrefixJobs, SharedPrefix, plan_prefix_jobs, sent
+from .shared_prefixes import PrefixJobs, plan_prefix_jobs, sent
 from .small_matmul import SplitWorkspace, small_matmul, small_matmul_silu_and_mul
 from .step_attention import StepAttention
 
@@ -55,8 +55,6 @@ def _prefix_jobs(
 
 class TritonOperations(Operations):
     """Triton kernels; what they refuse, the reference does, which the log says once."""
-
-    reads_prefixes_once: ClassVar[bool] = True
 
     def __init__(self, device: torch.device) -> None:
         """For one stream of `device`: launches share a workspace."""
@@ -131,6 +129,9 @@ class TritonOperations(Operations):
         out: Tensor | None = None,
     ) -> Tensor:
         return plan.attend(qkv, rope, cache, kv_indices, num_heads, scale, out)
+
+    def reads_prefixes_once(self, num_heads: int, num_kv_heads: int) -> bool:
+        return num_heads // num_kv_heads <= MAX_GROUP
 
     def _decode_workspace(self, block_tables: Tensor, num_heads: int, k_cache: Tensor) -> DecodeWorkspace:
         """One for all steps of a slot table, whose rows are as many as can decode: captured graphs keep it in use."""

@@ -4,7 +4,7 @@ A graph serves a bucket of batch sizes. It reads what changes between steps from
 are padding: they have no keys, cache nothing, and sample into the token table's spare row.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -89,8 +89,8 @@ class DecodeGraphs:
         self._graphs = {size: self._graphs[size] for size in self._sizes}
         return self._sizes
 
-    def forward(self, rows: StepRows) -> DecodeOutput:
-        """Runs a step of decodes up to the logits."""
+    def forward(self, rows: StepRows, on_ready: Callable[[], None] = lambda: None) -> DecodeOutput:
+        """Runs a step of decodes up to the logits; `on_ready` is called when what it reads is on its way."""
         num_rows = len(rows.slots)
         size = self._bucket(num_rows)
         inputs = _padding(size, self._spare_cell)
@@ -107,6 +107,7 @@ class DecodeGraphs:
         inputs[_SHORT_SEQ_LENS].view(np.int32)[:num_rows] = rows.seq_lens
         self._write_inputs(size, inputs)
         forward = self._graphs[size].forward
+        on_ready()
         forward.replay()
         *_, seq_lens, cells, _ = self._views(size)
         samples = SampleRows(None, seq_lens[:num_rows], cells[:num_rows])

@@ -51,8 +51,9 @@ class ModelRunner:
         self._sampler_ops = sampler_operations_for(tp.device)
         self._vocab = VocabSlice(tp, model.vocab_start, model.local_vocab_size, shape.vocab_size)
         # None where attention would read shared prefixes for each sequence anyway.
-        groups = PrefixGroups(self._slots, kv_cache.bytes_per_key)
-        self.prefix_groups = groups if model.ops.reads_prefixes_once else None
+        self.prefix_groups: PrefixGroups | None = None
+        if model.ops.reads_prefixes_once(model.config.num_heads // tp.size, model.num_kv_heads):
+            self.prefix_groups = PrefixGroups(self._slots, kv_cache.bytes_per_key)
         # None on a CPU, and before they are captured.
         self._decode_graphs: DecodeGraphs | None = None
         self._segment_graphs: SegmentGraphs | None = None
@@ -136,7 +137,7 @@ class ModelRunner:
 
     def _replay(self, clock: StepClock, rows: StepRows, graphs: "DecodeGraphs") -> PendingResult:
         """A step of decodes alone, by CUDA graphs; what sampling needs beyond a temperature runs without one."""
-        output = graphs.forward(rows)
+        output = graphs.forward(rows, clock.ready)
         sampling = self._sampling_batch(rows.sample_slots)
         if sampling.is_plain and sampling.logprobs is None:
             return PendingResult(self._tp, clock, graphs.sample(len(rows.slots), sampling), None, [])

@@ -7,7 +7,7 @@ cache or are samples of one prompt.
 import numpy as np
 from numpy.typing import NDArray
 
-from ..kernels.shared_prefixes import SharedPrefix
+from ..kernels.batch import SharedPrefix
 from .plan import Ints
 from .slot_table import SlotTable
 from .step_batch import StepRows
@@ -48,12 +48,15 @@ class PrefixGroups:
         return self._found
 
     def _find(self, slots: Ints, num_full: Ints) -> tuple[SharedPrefix, ...]:
-        tables, block_size = self._slots.host_block_tables, self._slots.shape.block_size
-        if num_full.max() * block_size < _MIN_KEYS or not _has_equal(tables[slots, 0]):
+        block_size = self._slots.shape.block_size
+        rows, num_full = _rows_that_may_share(self._slots.host_block_tables[slots, 0], num_full)
+        # More than this no groups of them can save.
+        if int(num_full.sum() - num_full.max(initial=0)) * block_size < self._min_saved_keys:
             return ()
+        tables = self._slots.host_block_tables[slots[rows], : int(num_full.max())]
         found = [
-            SharedPrefix(tuple(members.tolist()), int(slots[members[0]]), num_blocks * block_size)
-            for members, num_blocks in shared_prefixes(tables[slots, : int(num_full.max())], num_full)
+            SharedPrefix(tuple(rows[members].tolist()), int(slots[rows[members[0]]]), num_blocks * block_size)
+            for members, num_blocks in shared_prefixes(tables, num_full)
             if num_blocks * block_size >= _MIN_KEYS
         ]
         return tuple(found) if sum(prefix.num_saved_keys for prefix in found) >= self._min_saved_keys else ()
@@ -76,7 +79,7 @@ def shared_prefixes(tables: NDArray[np.int64], num_blocks: Ints) -> list[tuple[I
 def _runs_in_common(tables: NDArray[np.int64], num_blocks: Ints) -> list[tuple[Ints, int]]:
     """In the order of the tables rows that begin alike lie side by side, and groups are runs of them: runs are joined
     from the longest common start to the shortest, and one is one group if that saves as much as the groups in it do."""
-    order = np.lexsort(tables.T[::-1]) if tables.size else np.arange(len(tables))
+    order = _sorted_rows(tables)
     common = _common_starts(tables[order], num_blocks[order])
     runs = {row: _Run(row, row + 1, 0, ()) for row in range(len(tables))}  # by their first row, and by their last one
     for left in np.argsort(-common, kind="stable").tolist():
@@ -91,6 +94,12 @@ def _runs_in_common(tables: NDArray[np.int64], num_blocks: Ints) -> list[tuple[I
         groups += [(np.sort(order[start:end]), length) for start, end, length in run.groups]
         row = run.end
     return groups
+
+
+def _sorted_rows(tables: NDArray[np.int64]) -> Ints:
+    """As bytes, which compare at once however long rows are."""
+    keys = [row.tobytes() for row in tables.astype(">i4")]
+    return np.array(sorted(range(len(keys)), key=keys.__getitem__), dtype=np.int64)
 
 
 class _Run:
@@ -120,5 +129,12 @@ def _common_starts(tables: NDArray[np.int64], num_blocks: Ints) -> Ints:
     return common
 
 
-def _has_equal(values: Ints) -> bool:
-    return len(np.unique(values)) < len(values)
+def _rows_that_may_share(first_blocks: Ints, num_blocks: Ints) -> tuple[Ints, Ints]:
+    """Those whose first block another row has too, and how far each counts: no two share more than the second longest
+    has."""
+    _, inverse, counts = np.unique(first_blocks, return_inverse=True, return_counts=True)
+    (rows,) = np.nonzero(counts[inverse] > 1)
+    lengths = num_blocks[rows]
+    if len(rows):
+        lengths = np.minimum(lengths, np.partition(lengths, -2)[-2])
+    return rows, lengths

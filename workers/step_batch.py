@@ -5,8 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..kernels.batch import AttentionBatch
-from ..kernels.shared_prefixes import SharedPrefix
+from ..kernels.batch import AttentionBatch, SharedPrefix
 from .plan import Ints, Plan
 from .slot_table import SlotTable
 from .transfer import to_device

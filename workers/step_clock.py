@@ -4,6 +4,8 @@ import time
 
 import torch
 
+_MOST_IDLE_US = 1_000_000  # nobody asks whether it was more, and a field of 32 bits ends after an hour
+
 
 class StepClock:
     """Starts when made. On CUDA it runs on the stream: from the end of the step before, not from the launch."""
@@ -38,7 +40,7 @@ class StepClock:
         if isinstance(self._stopped, torch.cuda.Event):
             self._stopped.synchronize()
         idle_us = 0 if previous is None else _elapsed_us(previous._stopped, self._ready)
-        return _elapsed_us(self._started, self._stopped), max(0, idle_us)
+        return _elapsed_us(self._started, self._stopped), min(max(0, idle_us), _MOST_IDLE_US)
 
 
 def _elapsed_us(start: "float | torch.cuda.Event", end: "float | torch.cuda.Event") -> int:

@@ -33,12 +33,17 @@ class BlockCopies:
         self._groups = groups
         self.costs = CopyCosts()
 
-    def begin(self, names: Sequence[bytes], source: WorkerGroup, target: WorkerGroup) -> BlockCopy | None:
+    def begin(
+        self, names: Sequence[bytes], source: WorkerGroup, target: WorkerGroup, in_abundance: bool = False
+    ) -> BlockCopy | None:
         """Of the blocks of a prefix those that `source` has and `target` lacks, as far as there is room for them beside
-        what runs there; None if there are none, or computing them again is cheaper."""
+        what runs there; None if there are none, or computing them again is cheaper. `in_abundance`: all or none, and
+        only where as many stay free for what runs there."""
         kept, missing = self._compare(names, source, target)
         num_free_kept = target.blocks.pool.count_free(kept)
         room = target.blocks.num_free_blocks - target.num_spare_blocks - num_free_kept
+        if in_abundance and 2 * len(missing) > room:
+            return None
         missing = missing[: max(0, room)]
         if not missing or not self.costs.pays(source, target, len(missing)):
             return None

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from .worker_group import WorkerGroup
 
 _LEAST_TOKENS = 256  # less is computed in a fraction of a step
+_MAX_COPIES = 2  # to each group at once: what is to move there comes behind them
 _MAX_KNOWN = 1024  # prefixes whose finds are counted, those that were found last
 
 
@@ -45,9 +46,15 @@ class HotPrefixes:
             if other.is_draining or len(other.running) >= len(group.running):
                 continue
             wanted = WantedPrefix(tuple(names), group.group_id, other.group_id)
+            if sum(copy.target_id == other.group_id for copy in self._copying) >= _MAX_COPIES:
+                continue
             if other.blocks.cache.find(names[-1]) is None and wanted not in self._copying:
                 self._copying.add(wanted)
                 self._wanted.append(wanted)
+
+    def start_anew(self) -> None:
+        """There is a group that has nothing yet: every prefix is soon due again."""
+        self._num_found.clear()
 
     def _is_due(self, name: bytes) -> bool:
         """Counts a find. Due are the second, the fourth, the eighth ...: what others cannot take is not asked of them

@@ -43,6 +43,7 @@ class Scheduler:
     def add_group(self, group_id: int, memory: GroupMemory) -> None:
         assert group_id not in self.groups
         self.groups[group_id] = WorkerGroup(group_id, memory, self.config.block_size, self.config.max_num_seqs)
+        self.hot_prefixes.start_anew()
 
     def remove_group(self, group_id: int, failed_step: int = 0) -> list[RequestKey]:
         """The group is gone, in `failed_step`; 0: in its oldest in flight. Its sequences wait again, with the tokens

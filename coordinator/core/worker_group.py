@@ -96,6 +96,8 @@ class WorkerGroup:
         if len(self.inflight) != 1:
             return 0.0
         (plan,) = self.inflight
+        if not plan.rows:
+            return 0.0
         if not plan.chunk_slots:
             return min(self._decodes_ms, default=0.0)
         return self.step_time.expected_ms(plan.load) if self.step_time.is_fitted else 0.0

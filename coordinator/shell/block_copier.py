@@ -45,10 +45,18 @@ class BlockCopier:
         return await self._copy_blocks(names, from_group, to_group)
 
     async def copy_prefix(self, names: Sequence[bytes], from_group: int, to_group: int) -> int:
-        """As copy_sequence_blocks, for what the one group has of blocks of these names."""
-        return await self._copy_blocks(lambda: names, from_group, to_group)
+        """As copy_sequence_blocks, for what the one group has of blocks of these names; nobody waits for them, so they
+        come only where there is more than room enough, and not between groups of which one is to leave."""
 
-    async def _copy_blocks(self, names: Callable[[], Sequence[bytes]], from_group: int, to_group: int) -> int:
+        def wanted() -> Sequence[bytes]:  # once it is its turn
+            leaves = any(self._scheduler.groups[group_id].is_draining for group_id in (from_group, to_group))
+            return () if leaves else names
+
+        return await self._copy_blocks(wanted, from_group, to_group, in_abundance=True)
+
+    async def _copy_blocks(
+        self, names: Callable[[], Sequence[bytes]], from_group: int, to_group: int, in_abundance: bool = False
+    ) -> int:
         async with self._lanes.setdefault(to_group, asyncio.Lock()):
             groups = self._scheduler.groups
             if from_group not in groups or to_group not in groups:
@@ -56,7 +64,7 @@ class BlockCopier:
             source, target = self._link_of(from_group), self._link_of(to_group)
             if len(source.endpoints) != len(target.endpoints):  # shards of other heads
                 return 0
-            copy = self._copies.begin(names(), groups[from_group], groups[to_group])
+            copy = self._copies.begin(names(), groups[from_group], groups[to_group], in_abundance)
             return 0 if copy is None else await self._run(copy, source, target)
 
     async def _run(self, copy: BlockCopy, source: WorkerLink, target: WorkerLink) -> int:

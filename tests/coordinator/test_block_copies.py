@@ -238,6 +238,18 @@ def test_only_what_has_room_is_copied():
     scheduler.check_invariants()
 
 
+@pytest.mark.parametrize(("in_abundance", "num_copied"), [(False, 4), (True, 0)])
+def test_what_nobody_waits_for_leaves_as_much_as_it_takes(in_abundance, num_copied):
+    scheduler, copies = two_groups(num_blocks=7)
+    end_step(scheduler)
+    names = scheduler.groups[0].running.first().block_names(4)
+    copy = copies.begin(names, scheduler.groups[0], scheduler.groups[1], in_abundance)
+    assert len(copy.names if copy else []) == num_copied
+    if copy:
+        copies.finish(copy, 1.0)
+    scheduler.check_invariants()
+
+
 def test_a_copy_to_blocks_that_a_plan_in_flight_writes_waits_for_it():
     scheduler, copies = two_groups(num_blocks=12)
     end_step(scheduler)

@@ -56,6 +56,22 @@ def test_what_is_short_or_has_nowhere_to_go_stays(names, num_groups, copies_bloc
     assert note(HotPrefixes(copies_blocks), names, groups, times=20) == []
 
 
+def test_two_copies_at_most_are_on_their_way_to_a_group():
+    groups, hot = make_groups(1, 0), HotPrefixes(copies_blocks=True)
+    copies = [copy for i in range(4) for copy in note(hot, [*NAMES[:-1], bytes([99, i]) * 8], groups, times=2)]
+    assert len(copies) == 2
+    hot.end(copies[0])
+    assert len(note(hot, NAMES, groups, times=2)) == 1
+
+
+def test_for_a_group_that_joins_all_is_soon_due_again():
+    groups, hot = make_groups(1, 1), HotPrefixes(copies_blocks=True)
+    assert note(hot, NAMES, groups, times=600) == []
+    groups += make_groups(1, 1, 0)[2:]
+    hot.start_anew()
+    assert len(note(hot, NAMES, groups, times=2)) == 1
+
+
 def test_of_many_prefixes_those_that_were_found_last_are_remembered():
     groups, hot = make_groups(1, 0), HotPrefixes(copies_blocks=True)
     note(hot, NAMES, groups)

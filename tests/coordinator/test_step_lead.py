@@ -1,9 +1,11 @@
 """When the next step is planned: late, and in time."""
 
 import asyncio
+from types import SimpleNamespace
 
 import pytest
 from octavo.coordinator.core.step_lead import StepLead
+from octavo.coordinator.core.worker_group import GroupMemory, WorkerGroup
 
 
 def test_short_steps_are_planned_at_once():
@@ -27,6 +29,21 @@ def test_who_lets_the_workers_wait_plans_earlier_for_a_while():
     for _ in range(100):
         lead.observe(50.0)
     assert lead.hold_ms(100.0) == 90.0 - 24.0
+
+
+def test_a_step_without_rows_holds_nothing_back():
+    group = WorkerGroup(0, GroupMemory(num_blocks=8), block_size=16, max_num_seqs=2)
+    for _ in range(2):
+        plan = group.begin_step()
+        plan.rows = [SimpleNamespace(sequence=SimpleNamespace(dispatch=lambda *_: None), num_tokens=1, samples=True)]
+        group.dispatch(plan)
+        group.take_result(9000)
+    plan.step_id = 3
+    group.dispatch(plan)
+    assert group.expected_ms == 9.0
+    group.take_result(9000)
+    group.dispatch(group.begin_step())
+    assert group.expected_ms == 0.0
 
 
 @pytest.mark.parametrize(("itl_target_ms", "joins_at_step"), [(10.0, 6), (0.0, 7)])

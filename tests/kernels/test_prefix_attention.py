@@ -8,12 +8,13 @@ import torch
 
 pytest.importorskip("triton")
 
+from octavo.kernels.batch import SharedPrefix
 from octavo.kernels.decode_attention import decode_attention_launch
 from octavo.kernels.decode_splits import decode_workspace
 from octavo.kernels.fp8_cache import DTYPE as FP8
 from octavo.kernels.prefix_attention import prefix_attention_launch
 from octavo.kernels.rope_cache import rope_and_cache
-from octavo.kernels.shared_prefixes import SharedPrefix, max_prefix_parts, plan_prefix_jobs, sent
+from octavo.kernels.shared_prefixes import max_prefix_parts, plan_prefix_jobs, sent
 
 # As in test_decode_attention.py.
 TOLERANCES = {

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from octavo.kernels.shared_prefixes import SharedPrefix
+from octavo.kernels.batch import SharedPrefix
 from octavo.proto import engine_pb2, sampling_pb2, worker_pb2
 from octavo.workers import model_runner, prefix_groups
 from octavo.workers.plan import Join, Plan
@@ -109,6 +109,21 @@ def test_a_prefix_is_read_once_where_that_saves_enough():
     assert too_little.of(rows) == ()
     assert enough.keys_worth_sharing(10) <= 192 < too_little.keys_worth_sharing(10)
     assert enough.keys_worth_sharing(2) is None
+
+
+def test_rows_that_cannot_save_enough_are_not_looked_at(monkeypatch):
+    """One that is much longer than the others, and one that begins otherwise: 11 of 200 tokens may share."""
+    table = sharing_table(12)
+    table.host_block_tables[3, 0] = 99
+    monkeypatch.setattr(prefix_groups, "shared_prefixes", lambda tables, lengths: seen.append((tables, lengths)) or [])
+    rows, seen = take_step(table, make_plan()), []
+    rows.seq_lens[5] = 256
+    PrefixGroups(table, -(-prefix_groups._MIN_SAVED_BYTES // (192 * 10 + 1))).of(rows)
+    assert not seen
+    PrefixGroups(table, -(-prefix_groups._MIN_SAVED_BYTES // (192 * 10))).of(rows)
+    ((tables, lengths),) = seen
+    assert tables.shape == (11, 12)
+    assert lengths.tolist() == [12] * 11
 
 
 def test_few_decodes_read_their_own():
