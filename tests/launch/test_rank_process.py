@@ -19,6 +19,8 @@ def start():
 
     def start(*arguments):
         started.append(subprocess.Popen([sys.executable, "-c", SLEEP, *arguments]))
+        while not psutil.Process(started[-1].pid).cmdline():  # the system fills it in a moment later
+            time.sleep(0.001)
         return started[-1]
 
     yield start
