@@ -58,7 +58,8 @@ class BlockManager:
         self._tables: dict[Sequence, list[int]] = {}
         self._loading: dict[int, int] = {}  # device blocks to which content is on its way, and the step that sent it
         self._next = StepTransfers()  # of the step that is being planned
-        self._copied: Counter[int] = Counter()  # blocks that copies between groups own, and how many
+        self._copied: Counter[int] = Counter()  # blocks that copies own, and how many
+        self._sources: list[int] = []  # those that the step that is being planned copies from, where nobody else may be
         # Free blocks with content that the host was not offered since they were last used, the longest unused first.
         self._unsaved: OrderedDict[int, None] = OrderedDict()
 
@@ -179,6 +180,23 @@ class BlockManager:
         self.counters.num_copied_blocks += 1
         return self._tables[parent][index], own
 
+    def copy_last(self, sequence: Sequence) -> tuple[int, int] | None:
+        """Copy on write: all tokens of `sequence`, which holds all its blocks but the last, fill blocks, and the last
+        one is there, too; but its last token is computed again, for the sample. Returns the block to copy and the
+        sequence's own; None if this is not so, or there is no room for both."""
+        index = len(self._tables[sequence])
+        if (index + 1) * self.block_size != sequence.num_tokens or not sequence.reads_cache:
+            return None
+        source = self.find_computed(sequence.block_names(index + 1)[index])
+        if source is None or self.pool.num_free < 1 + self.pool.count_free([source]):
+            return None
+        self.hold([source])  # what the step takes otherwise must not be this
+        self._sources.append(source)
+        (own,) = self.allocate(sequence, sequence.num_tokens)
+        self.counters.num_copied_blocks += 1
+        self.counters.num_device_hit_tokens += self.block_size - 1
+        return source, own
+
     def publish(self, sequence: Sequence, num_tokens: int) -> None:
         """Lets others find the blocks that the first `num_tokens` tokens fill: known, and computed before later rows.
 
@@ -252,7 +270,9 @@ class BlockManager:
             self.counters.num_saved_blocks += 1
 
     def send_transfers(self, step_id: int) -> StepTransfers:
-        """What the step carries."""
+        """What the step carries. Later ones may write to what it copies from."""
+        self.let_go(self._sources)
+        self._sources.clear()
         sent, self._next = self._next, StepTransfers()
         self.transfers.send(step_id, sent)
         return sent
@@ -277,7 +297,7 @@ class BlockManager:
         assert self.host is not None
         self.host.unpin(name)
 
-    # Copies between groups: each is an owner of the blocks that it reads, writes, or wants beside them
+    # Copies, mostly between groups: each is an owner of the blocks that it reads, writes, or wants beside them
 
     def find_computed(self, name: bytes) -> int | None:
         """The block of that name, unless its content is still on its way from the host."""

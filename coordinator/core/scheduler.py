@@ -295,11 +295,14 @@ class Scheduler:
             names = sequence.block_names(sequence.num_published_blocks)
             self.hot_prefixes.note(names, group, self.groups.values())
 
-    @staticmethod
-    def _add_chunk(sequence: Sequence, group: WorkerGroup, budget: ChunkBudget, plan: BatchPlan) -> None:
-        group.introduce(sequence, plan)
+    def _add_chunk(self, sequence: Sequence, group: WorkerGroup, budget: ChunkBudget, plan: BatchPlan) -> None:
         context = sequence.num_sent_tokens
         num_tokens = budget.take(sequence.num_pending_tokens, context)
+        if sequence.num_pending_tokens == 1 and not plan.chunk_slots:
+            # Steps of decodes alone are the fastest. Behind chunks it could be one that reads what they write.
+            self._add_decode(sequence, group, plan)
+            return
+        group.introduce(sequence, plan)
         samples = num_tokens == sequence.num_pending_tokens
         plan.num_context_tokens += context
         plan.num_attended_tokens += num_tokens * context + num_tokens * (num_tokens - 1) // 2

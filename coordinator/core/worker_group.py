@@ -136,27 +136,38 @@ class WorkerGroup:
         hit = self.find_prefix(sequence)
         sequence.waits_for_step = self.blocks.begin(sequence, hit, plan.step_id)
         sequence.num_computed_tokens = len(hit) * self.blocks.block_size
-        self._copy_from_sibling(sequence, plan)
+        if not sequence.waits_for_step and sequence.samples.beams is None:
+            self._begin_with_a_copy(sequence, plan)
         self.blocks.allocate(sequence, sequence.num_tokens)
         self._num_held_tokens += sequence.num_computed_tokens
         if sequence.samples.num_cached_tokens < 0:
             sequence.samples.num_cached_tokens = min(sequence.num_computed_tokens, sequence.num_prompt_tokens)
 
-    def _copy_from_sibling(self, sequence: Sequence, plan: BatchPlan) -> None:
-        """What another sample of the request has computed of the prompt, beyond its full blocks."""
+    def _begin_with_a_copy(self, sequence: Sequence, plan: BatchPlan) -> None:
+        """Copy on write of a block of which `sequence`, behind its full blocks that were found, shares the content."""
+        if (found := self._copy_from_sibling(sequence, plan) or self._copy_last_block(sequence, plan)) is not None:
+            copy, sequence.num_computed_tokens = found
+            plan.copies.append(copy)
+
+    def _copy_from_sibling(self, sequence: Sequence, plan: BatchPlan) -> tuple[tuple[int, int], int] | None:
+        """What another sample of the request has computed of the prompt, beyond its full blocks; and the tokens that
+        are computed with it."""
         num_tokens = sequence.num_prompt_tokens - 1  # the last one is computed for its sample
-        num_found = sequence.num_computed_tokens
-        if sequence.samples.beams is not None or sequence.waits_for_step or not sequence.reads_cache:
-            return
-        if not 0 < num_tokens - num_found < self.blocks.block_size:
-            return
+        if not sequence.reads_cache or not 0 < num_tokens - sequence.num_computed_tokens < self.blocks.block_size:
+            return None
         newcomers = {join.slot for join in plan.joins}  # what they begin with may be computed in this very step
         for sibling in sequence.samples.sequences:
             is_here = sibling.group_id == self.group_id and sibling.is_joined and sibling.slot not in newcomers
             if is_here and sibling.num_sent_tokens >= num_tokens:
-                plan.copies.append(self.blocks.copy_partial(sibling, sequence, num_tokens))
-                sequence.num_computed_tokens = num_tokens
-                return
+                return self.blocks.copy_partial(sibling, sequence, num_tokens), num_tokens
+        return None
+
+    def _copy_last_block(self, sequence: Sequence, plan: BatchPlan) -> tuple[tuple[int, int], int] | None:
+        """So that of tokens which all are in cached blocks one alone is computed; as _copy_from_sibling."""
+        if plan.chunk_slots:
+            return None  # they may be what computes the block, behind the step's copies
+        copy = self.blocks.copy_last(sequence)
+        return None if copy is None else (copy, sequence.num_tokens - 1)
 
     def fork(self, parent: Sequence, child: Sequence, plan: BatchPlan) -> None:
         """`child`, which has one token more than what `parent` has computed, runs on with its blocks."""

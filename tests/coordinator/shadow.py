@@ -128,13 +128,14 @@ class ShadowWorker:
         return self._finished
 
     def _step(self, plan: BatchPlan) -> ShadowResult:
-        chunks = zip(plan.chunk_slots, plan.chunk_num_tokens, strict=True)
-        rows = [(self._slots[slot], n) for slot, n in [*((slot, 1) for slot in self._decode_slots), *chunks]]
-        if self._decode_slots or plan.chunk_slots:
-            for slot, num_tokens in rows:
-                self._write(slot, num_tokens)
+        decodes = [(self._slots[slot], 1) for slot in self._decode_slots]
+        chunks = [(self._slots[slot], n) for slot, n in zip(plan.chunk_slots, plan.chunk_num_tokens, strict=True)]
+        for slot, _ in decodes:
+            self._check_reads(slot)  # nothing that this step writes, but for its own token
+        for slot, num_tokens in (*decodes, *chunks):
+            self._write(slot, num_tokens)
         result = ShadowResult(plan.step_id, [], {}, bool(plan.rows))
-        for slot, num_tokens in rows if plan.rows else []:
+        for slot, num_tokens in (*decodes, *chunks):
             slot.num_computed += num_tokens
             self._check_reads(slot)
             if slot.num_computed == len(slot.token_ids):
