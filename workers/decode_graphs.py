@@ -4,7 +4,7 @@ A graph serves a bucket of batch sizes. It reads what changes between steps from
 are padding: they have no keys, cache nothing, and sample into the token table's spare row.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,15 +17,15 @@ from .bucket_choice import sizes_worth_having
 from .graph_recorder import Recorder, Recording, Tensors
 from .kv_cache import KVCache
 from .models.registry import Model
-from .sampler.batch import SamplingBatch
 from .sampler.triton_operations import take_merged_tokens
 from .sampler.vocab import VocabSlice
 from .slot_table import SlotTable
 from .step_batch import SampleRows, StepRows
 
 # Rows of the input tensor.
-_POSITIONS, _KV_INDICES, _TOKEN_CELLS, _SLOTS, _SEQ_LENS, _SAMPLE_CELLS, _SHORT_SEQ_LENS = range(7)
-_NUM_INPUTS = 7
+_POSITIONS, _KV_INDICES, _TOKEN_CELLS, _SLOTS, _SEQ_LENS, _SAMPLE_CELLS, _SHORT_SEQ_LENS, _TEMPERATURES = range(8)
+_SEEDS = 8  # and 9: pairs
+_NUM_INPUTS = 10
 _SMALL_BUCKETS = (1, 2, 4, 8, 16, 24, 32)
 
 
@@ -66,13 +66,10 @@ class DecodeGraphs:
         self._model, self._kv_cache, self._slots, self._vocab = model, kv_cache, slots, vocab
         self._sizes: list[int] = []
         device, most = slots.device, slots.shape.num_slots
-        self._inputs = torch.zeros(_NUM_INPUTS * most, dtype=torch.int64, device=device)
-        self._temperature = torch.zeros(most, dtype=torch.float32, device=device)
-        self._seeds = torch.zeros((most, 2), dtype=torch.int64, device=device)
+        self._inputs = torch.zeros(_NUM_INPUTS * _width(most), dtype=torch.int64, device=device)
         self._query_starts = torch.arange(most + 1, dtype=torch.int32, device=device)
         self._token_ids = torch.zeros(most, dtype=torch.int32, device=device)
         self._graphs: dict[int, _Graph] = {}
-        self._sampling: SamplingBatch | None = None  # what temperature and seeds were last written for
 
     def capture(self, sizes: Sequence[int] | None = None) -> Sequence[int]:
         """Captures buckets of `sizes`, ascending, the largest first: the others then share its memory. On all ranks at
@@ -103,24 +100,24 @@ class DecodeGraphs:
             (_SAMPLE_CELLS, self._slots.cells(rows.slots, rows.seq_lens)),
         ):
             inputs[index, :num_rows] = values
-        # Attention reads them as int32: the first half of a row.
+        # Shorter numbers lie in the first half of a row.
         inputs[_SHORT_SEQ_LENS].view(np.int32)[:num_rows] = rows.seq_lens
+        inputs[_TEMPERATURES].view(np.float32)[:num_rows] = self._slots.sampling.temperature[rows.slots]
+        inputs[_SEEDS:].reshape(-1, 2)[:num_rows] = self._slots.sampling.seeds[rows.slots]
         self._write_inputs(size, inputs)
         forward = self._graphs[size].forward
         on_ready()
         forward.replay()
-        *_, seq_lens, cells, _ = self._views(size)
-        samples = SampleRows(None, seq_lens[:num_rows], cells[:num_rows])
+        views = self._views(size)
+        samples = SampleRows(None, views[_SEQ_LENS][:num_rows], views[_SAMPLE_CELLS][:num_rows])
         return DecodeOutput(forward.outputs[0][:num_rows], samples)
 
-    def sample(self, num_rows: int, batch: SamplingBatch) -> torch.Tensor:
-        """Samples from the logits of the last `forward` into the token table; `batch` asks for nothing but temperature.
+    def sample(self, num_rows: int) -> torch.Tensor:
+        """Samples from the logits of the last `forward` into the token table, by the rows' temperatures alone.
 
         Returns token ids [num_rows] int32, which the next step overwrites.
         """
         size = self._bucket(num_rows)
-        if batch is not self._sampling:
-            self._write_sampling(batch)
         self._graphs[size].sample.replay()
         return self._token_ids[:num_rows]
 
@@ -135,13 +132,6 @@ class DecodeGraphs:
         sent = torch.from_numpy(inputs.reshape(-1)).pin_memory()
         self._inputs[: len(sent)].copy_(sent, non_blocking=True)
 
-    def _write_sampling(self, batch: SamplingBatch) -> None:
-        num_rows = len(batch.slots)
-        self._temperature[:num_rows].copy_(batch.columns.temperature)
-        self._temperature[num_rows:].zero_()  # padding needs no noise
-        self._seeds[:num_rows].copy_(batch.columns.seeds)
-        self._sampling = batch
-
     def _capture(self, size: int) -> _Graph:
         # Kernels compile, and libraries make their workspaces, before the recording.
         self._sample(size, *self._forward(size))
@@ -154,37 +144,45 @@ class DecodeGraphs:
         self._write_inputs(size, _padding(size, self._spare_cell))
         return self._recorder.time_ms([self._graphs[size].forward], num_times)
 
-    def _views(self, size: int) -> Iterator[torch.Tensor]:
-        return iter(self._inputs[: _NUM_INPUTS * size].view(_NUM_INPUTS, size))
+    def _views(self, size: int) -> torch.Tensor:
+        """[_NUM_INPUTS, size]"""
+        return self._inputs[: _NUM_INPUTS * _width(size)].view(_NUM_INPUTS, -1)[:, :size]
 
     def _forward(self, size: int) -> Tensors:
-        positions, kv_indices, token_cells, slots, *_, short_seq_lens = self._views(size)
+        views = self._views(size)
         batch = AttentionBatch(
             num_decode_rows=size,
-            positions=positions,
-            kv_indices=kv_indices,
+            positions=views[_POSITIONS],
+            kv_indices=views[_KV_INDICES],
             block_tables=self._slots.block_tables,
-            slots=slots,
-            seq_lens=short_seq_lens.view(torch.int32)[:size],
+            slots=views[_SLOTS],
+            seq_lens=views[_SHORT_SEQ_LENS].view(torch.int32)[:size],
             query_starts=self._query_starts[: size + 1],
             host_seq_lens=(1,) * size,
             host_query_starts=tuple(range(size + 1)),
         )
-        token_ids = self._slots.token_ids.view(-1).index_select(0, token_cells)
+        token_ids = self._slots.token_ids.view(-1).index_select(0, views[_TOKEN_CELLS])
         return (self._model.logits(self._model.forward(token_ids, batch, self._kv_cache)),)
 
     def _sample(self, size: int, logits: torch.Tensor) -> Tensors:
-        *_, seq_lens, cells, _ = self._views(size)
+        views = self._views(size)
+        temperatures = views[_TEMPERATURES].view(torch.float32)[:size]
+        seeds = self._inputs[_SEEDS * _width(size) :][: 2 * size].view(size, 2)
         # A decode samples at the position behind its newest token, which is what it has computed by then.
-        keys = candidate_keys(logits, self._temperature[:size], self._seeds[:size], seq_lens, self._vocab.start)
+        keys = candidate_keys(logits, temperatures, seeds, views[_SEQ_LENS], self._vocab.start)
         token_table = self._slots.token_ids.view(-1)
-        take_merged_tokens(keys, self._vocab, self._token_ids[:size], token_table, cells)
+        take_merged_tokens(keys, self._vocab, self._token_ids[:size], token_table, views[_SAMPLE_CELLS])
         return ()
+
+
+def _width(size: int) -> int:
+    """Of a row of the inputs, so that each begins at a multiple of 16 bytes: others would need kernels of their own."""
+    return size + size % 2
 
 
 def _padding(size: int, spare_cell: int) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
     """Inputs of a step in which every row is padding."""
-    inputs = np.zeros((_NUM_INPUTS, size), dtype=np.int64)
+    inputs = np.zeros((_NUM_INPUTS, _width(size)), dtype=np.int64)
     inputs[_KV_INDICES] = -1
     inputs[_SAMPLE_CELLS] = spare_cell
     return inputs

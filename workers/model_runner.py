@@ -138,9 +138,8 @@ class ModelRunner:
     def _replay(self, clock: StepClock, rows: StepRows, graphs: "DecodeGraphs") -> PendingResult:
         """A step of decodes alone, by CUDA graphs; what sampling needs beyond a temperature runs without one."""
         output = graphs.forward(rows, clock.ready)
-        sampling = self._sampling_batch(rows.sample_slots)
-        if sampling.is_plain and sampling.logprobs is None:
-            return PendingResult(self._tp, clock, graphs.sample(len(rows.slots), sampling), None, [])
+        if self._slots.sampling.is_plain[rows.slots].all():
+            return PendingResult(self._tp, clock, graphs.sample(len(rows.slots)), None, [])
         sampled, wanted = self._sample(output.logits, rows, output.samples)
         return PendingResult(self._tp, clock, sampled.token_ids, wanted, [])
 

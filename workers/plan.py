@@ -1,6 +1,7 @@
 """BatchPlan off the wire: packed fields as numpy arrays, their lengths checked."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,16 +43,15 @@ class BlockMoves:
             raise FailedPreconditionError("two blocks are moved to the same one")
 
 
-def _no_slots() -> Ints:
-    return np.zeros(0, dtype=np.int64)
+def _frozen(array: NDArray[Any]) -> NDArray[Any]:
+    array.flags.writeable = False
+    return array
 
 
-def _no_ids() -> NDArray[np.int32]:
-    return np.zeros(0, dtype=np.int32)
-
-
-def _no_moves() -> BlockMoves:
-    return BlockMoves(_no_ids(), _no_ids())
+# Most fields of most plans.
+_NO_SLOTS: Ints = _frozen(np.zeros(0, dtype=np.int64))
+_NO_IDS: NDArray[np.int32] = _frozen(np.zeros(0, dtype=np.int32))
+_NO_MOVES = BlockMoves(_NO_IDS, _NO_IDS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,17 +67,17 @@ class Plan:
     decode_slots: Ints | None  # None: the set of the step before
     chunk_slots: Ints
     chunk_num_tokens: Ints  # beside chunk_slots
-    amend_slots: Ints = field(default_factory=_no_slots)
-    amend_token_ids: NDArray[np.int32] = field(default_factory=_no_ids)  # beside amend_slots
-    saves: BlockMoves = field(default_factory=_no_moves)  # from the KV cache to the host tier
-    loads: BlockMoves = field(default_factory=_no_moves)  # from the host tier to the KV cache
-    copies: BlockMoves = field(default_factory=_no_moves)  # within the KV cache
+    amend_slots: Ints = field(default_factory=lambda: _NO_SLOTS)
+    amend_token_ids: NDArray[np.int32] = field(default_factory=lambda: _NO_IDS)  # beside amend_slots
+    saves: BlockMoves = _NO_MOVES  # from the KV cache to the host tier
+    loads: BlockMoves = _NO_MOVES  # from the host tier to the KV cache
+    copies: BlockMoves = _NO_MOVES  # within the KV cache
     finished_transfers: int = 0  # the last step whose saves and loads this one may count on
 
 
 def unpack_int32(data: bytes, field: str) -> NDArray[np.int32]:
     """Packed little-endian int32; raises InvalidArgumentError naming `field` for a broken length."""
-    return _unpack(data, "<i4", field).astype(np.int32, copy=False)
+    return _unpack(data, "<i4", field).astype(np.int32, copy=False) if data else _NO_IDS
 
 
 def decode_plan(message: worker_pb2.BatchPlan) -> Plan:
@@ -108,6 +108,8 @@ def decode_plan(message: worker_pb2.BatchPlan) -> Plan:
 
 
 def _decode_moves(sources: bytes, targets: bytes, sources_field: str, targets_field: str) -> BlockMoves:
+    if not (sources or targets):
+        return _NO_MOVES
     moves = BlockMoves(unpack_int32(sources, sources_field), unpack_int32(targets, targets_field))
     _check_beside(moves.sources, moves.targets, sources_field, targets_field)
     return moves
@@ -130,7 +132,7 @@ def _decode_join(join: worker_pb2.SlotJoin) -> Join:
 
 
 def _unpack_slots(data: bytes, field: str) -> Ints:
-    return _unpack(data, "<u2", field).astype(np.int64)
+    return _unpack(data, "<u2", field).astype(np.int64) if data else _NO_SLOTS
 
 
 def _unpack(data: bytes, dtype: str, field: str) -> NDArray[np.generic]:

@@ -4,6 +4,7 @@ Token ids live only on the device, because sampled ones never visit the host bef
 block ids follow from the plans alone, so the host keeps mirrors of them and never asks the device.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,9 @@ from numpy.typing import NDArray
 from ..errors import FailedPreconditionError, InvalidArgumentError
 from .plan import Ints, Join, Plan
 from .sampler.table import SamplingTable
-from .transfer import to_device
+from .transfer import Parcel
+
+_ALIGNMENT = 64  # entries between the starts of tables in one memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,20 +36,33 @@ class SlotTableShape:
         return -(-self.max_model_len // self.block_size)
 
 
+@dataclass(frozen=True, slots=True)
+class _Write:
+    """Of a table's memory."""
+
+    cells: Ints
+    values: NDArray[np.int32]  # beside cells
+
+
 class SlotTable:
     """Rows of running sequences. An illegal edit raises FailedPreconditionError, a malformed join InvalidArgumentError;
     the table is then not to be used on.
 
     Device: token_ids [num_slots + 1, max_model_len + 1] int32, whose last row takes what padding rows of a CUDA graph
-    sample, and block_tables [num_slots, max_blocks] int32.
+    sample, and block_tables [num_slots, max_blocks] int32, each row as far as its slot has blocks. Both lie in one
+    memory, so that a plan's edits of them are one write.
     Host: num_known, num_computed, num_prompt, num_blocks [num_slots] int64 and a copy of the block tables.
     """
 
     def __init__(self, shape: SlotTableShape, device: torch.device) -> None:
         self.shape = shape
         self.device = device
-        self.token_ids = torch.zeros((shape.num_slots + 1, shape.max_model_len + 1), dtype=torch.int32, device=device)
-        self.block_tables = torch.zeros((shape.num_slots, shape.max_blocks), dtype=torch.int32, device=device)
+        tokens_shape = shape.num_slots + 1, shape.max_model_len + 1
+        num_tokens, num_block_ids = math.prod(tokens_shape), shape.num_slots * shape.max_blocks
+        self._first_block_cell = -(-num_tokens // _ALIGNMENT) * _ALIGNMENT
+        self._memory = torch.zeros(self._first_block_cell + num_block_ids, dtype=torch.int32, device=device)
+        self.token_ids = self._memory[:num_tokens].view(tokens_shape)
+        self.block_tables = self._memory[self._first_block_cell :].view(shape.num_slots, shape.max_blocks)
         self.host_block_tables = np.zeros((shape.num_slots, shape.max_blocks), dtype=np.int64)
         self.occupied = np.zeros(shape.num_slots, dtype=np.bool_)
         self.num_known = np.zeros(shape.num_slots, dtype=np.int64)
@@ -61,12 +77,14 @@ class SlotTable:
         """Applies the plan's edits: leaves, joins, appended blocks, amended tokens, the set of decode slots."""
         if len(plan.leave_slots):
             self._leave(plan.leave_slots)
-        if plan.joins:
-            self._join(plan.joins)
+        writes: list[_Write] = []
+        for join in plan.joins:
+            writes += self._join(join)
         if len(plan.append_slots):
-            self._append_blocks(plan.append_slots, plan.append_block_ids)
-        if len(plan.amend_slots):
-            self._amend(plan.amend_slots, plan.amend_token_ids)
+            writes.append(self._append_blocks(plan.append_slots, plan.append_block_ids))
+        self._write(writes)
+        if len(plan.amend_slots):  # maybe of a slot that has just joined
+            self._write([self._amend(plan.amend_slots, plan.amend_token_ids)])
         if plan.decode_slots is not None:
             self.decode_slots = plan.decode_slots
         self._check_step(plan)
@@ -87,28 +105,39 @@ class SlotTable:
         self.occupied[slots] = False
         self.version += 1
 
-    def _join(self, joins: tuple[Join, ...]) -> None:
-        for join in joins:
-            self._check_join(join)
-            slot = join.slot
-            self.occupied[slot] = True
-            self.num_known[slot] = len(join.token_ids)
-            self.num_computed[slot] = join.num_computed_tokens
-            self.num_prompt[slot] = join.num_prompt_tokens
-            self.num_blocks[slot] = len(join.block_ids)
-            self.host_block_tables[slot] = 0
-            self.host_block_tables[slot, : len(join.block_ids)] = join.block_ids
-            self.sampling.join(slot, join.sampling_params, self.shape.vocab_size)
-        self._write_joined(joins)
+    def _join(self, join: Join) -> "tuple[_Write, _Write]":
+        self._check_join(join)
+        slot, num_tokens, num_blocks = join.slot, len(join.token_ids), len(join.block_ids)
+        self.occupied[slot] = True
+        self.num_known[slot] = num_tokens
+        self.num_computed[slot] = join.num_computed_tokens
+        self.num_prompt[slot] = join.num_prompt_tokens
+        self.num_blocks[slot] = num_blocks
+        self.host_block_tables[slot] = 0
+        self.host_block_tables[slot, :num_blocks] = join.block_ids
+        self.sampling.join(slot, join.sampling_params, self.shape.vocab_size)
         self.version += 1
+        first_token, first_block = slot * self.token_ids.shape[1], self._block_cells(slot, 0)
+        return (
+            _Write(np.arange(first_token, first_token + num_tokens), join.token_ids),
+            _Write(np.arange(first_block, first_block + num_blocks), join.block_ids),
+        )
 
-    def _write_joined(self, joins: tuple[Join, ...]) -> None:
-        slots = np.array([join.slot for join in joins], dtype=np.int64)
-        _write_ragged(self.token_ids, slots, [join.token_ids for join in joins])
-        rows = self.host_block_tables[slots].astype(np.int32)
-        self.block_tables.index_copy_(0, to_device(slots, self.device), to_device(rows, self.device))
+    def _block_cells(self, slots: Any, columns: Any) -> Any:  # noqa: ANN401  # integers, or arrays of them
+        """Where entries of the block tables lie in the memory."""
+        return self._first_block_cell + slots * self.shape.max_blocks + columns
 
-    def _append_blocks(self, slots: Ints, block_ids: NDArray[np.int32]) -> None:
+    def _write(self, writes: "list[_Write]") -> None:
+        """Queues writes of distinct cells."""
+        if not writes:
+            return
+        cells = np.concatenate([write.cells for write in writes])
+        values = np.concatenate([write.values for write in writes])
+        with Parcel(self.device, Parcel.size_of(cells, values)) as parcel:
+            targets, sources = parcel.add(cells), parcel.add(values)
+        self._memory.index_copy_(0, targets, sources)
+
+    def _append_blocks(self, slots: Ints, block_ids: NDArray[np.int32]) -> "_Write":
         self._check_occupied(slots, "append a block to")
         self._check_block_ids(block_ids)
         columns = self.num_blocks[slots] + _occurrence(slots)
@@ -116,10 +145,9 @@ class SlotTable:
             raise FailedPreconditionError(f"a slot would hold more than {self.shape.max_blocks} blocks")
         self.host_block_tables[slots, columns] = block_ids
         np.add.at(self.num_blocks, slots, 1)
-        flat = to_device(slots * self.shape.max_blocks + columns, self.device)
-        self.block_tables.view(-1).index_copy_(0, flat, to_device(block_ids.copy(), self.device))
+        return _Write(self._block_cells(slots, columns), block_ids)
 
-    def _amend(self, slots: Ints, token_ids: NDArray[np.int32]) -> None:
+    def _amend(self, slots: Ints, token_ids: NDArray[np.int32]) -> "_Write":
         """Puts other tokens in the place of the newest ones, whose keys and values no step has computed yet."""
         self._check_occupied(slots, "amend")
         if len(np.unique(slots)) != len(slots):
@@ -128,8 +156,7 @@ class SlotTable:
             raise FailedPreconditionError("a plan amends a slot that knows no token beyond its prompt")
         if int(token_ids.min()) < 0 or int(token_ids.max()) >= self.shape.vocab_size:
             raise FailedPreconditionError(f"an amended token id is not in [0, {self.shape.vocab_size})")
-        cells = to_device(self.cells(slots, self.num_known[slots] - 1), self.device)
-        self.token_ids.view(-1).index_copy_(0, cells, to_device(token_ids.copy(), self.device))
+        return _Write(self.cells(slots, self.num_known[slots] - 1), token_ids)
 
     def _check_join(self, join: Join) -> None:
         shape = self.shape
@@ -200,13 +227,3 @@ def _occurrence(values: Ints) -> Ints:
     result = np.empty_like(values)
     result[order] = np.arange(len(values)) - starts
     return result
-
-
-def _write_ragged(table: torch.Tensor, slots: Ints, rows: list[NDArray[Any]]) -> None:
-    """Writes each of `rows` at the start of its slot's row of `table`, in one indexed copy."""
-    lengths = np.array([len(row) for row in rows], dtype=np.int64)
-    starts = np.cumsum(lengths) - lengths
-    offsets = slots * table.shape[1] - starts
-    flat = np.arange(int(lengths.sum()), dtype=np.int64) + np.repeat(offsets, lengths)
-    values = np.concatenate(rows).astype(np.int32, copy=True)
-    table.view(-1).index_copy_(0, to_device(flat, table.device), to_device(values, table.device))

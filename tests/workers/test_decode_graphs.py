@@ -4,7 +4,6 @@ The graphs themselves run in tests/system/test_exact_tokens.py, on a GPU.
 """
 
 from contextlib import nullcontext
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -71,7 +70,12 @@ def _take(keys, vocab, out, token_table, cells):
 def test_a_step_reads_its_rows_and_feeds_its_tokens_to_the_next(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
     # What the kernels compute is tested with them.
-    monkeypatch.setattr(decode_graphs, "candidate_keys", lambda logits, *rest: logits.argmax(dim=1))
+    drawn_by = []
+    monkeypatch.setattr(
+        decode_graphs,
+        "candidate_keys",
+        lambda logits, *columns: drawn_by.append(columns) or logits.argmax(dim=1),
+    )
     monkeypatch.setattr(decode_graphs, "take_merged_tokens", _take)
     shape = SlotTableShape(num_slots=5, max_model_len=16, block_size=4, num_blocks=20, vocab_size=VOCAB_SIZE)
     slots, model = SlotTable(shape, CPU), Successor()
@@ -79,8 +83,8 @@ def test_a_step_reads_its_rows_and_feeds_its_tokens_to_the_next(monkeypatch):
     vocab = VocabSlice(TensorParallel(0, 1, CPU), 0, VOCAB_SIZE, VOCAB_SIZE)
     graphs = DecodeGraphs(model, None, slots, vocab, Rerun())
     assert graphs.capture() == [1, 2, 5]
-    columns = SimpleNamespace(temperature=torch.zeros(3), seeds=torch.zeros(3, 2, dtype=torch.int64))
-    sampling = SimpleNamespace(slots=np.array([4, 1, 2]), columns=columns)
+    slots.sampling.temperature[:] = [0, 1, 2, 3, 4]
+    slots.sampling.seeds[:] = np.arange(10).reshape(5, 2)
     for step in range(2):
         rows, positions = np.array([4, 1, 2]), np.array([7, 0, 3]) + step
         graphs.forward(
@@ -97,7 +101,11 @@ def test_a_step_reads_its_rows_and_feeds_its_tokens_to_the_next(monkeypatch):
         assert model.batch.positions.tolist() == [*positions, 0, 0]
         assert model.batch.kv_indices.tolist() == [*(positions + 40), -1, -1]
         assert model.batch.slots.tolist() == [4, 1, 2, 0, 0]
-        assert graphs.sample(3, sampling).tolist() == [12 + step, (49 + step) % VOCAB_SIZE, step]
+        assert graphs.sample(3).tolist() == [12 + step, (49 + step) % VOCAB_SIZE, step]
+        temperatures, seeds, seq_lens, _ = drawn_by[-1]
+        assert temperatures.tolist() == [4, 1, 2, 0, 0]  # padding needs no noise
+        assert seeds.tolist() == [[8, 9], [2, 3], [4, 5], [0, 0], [0, 0]]
+        assert seq_lens.tolist() == [*(positions + 1), 0, 0]
 
 
 def test_sizes_that_are_known_are_all_there_is(monkeypatch):

@@ -259,9 +259,35 @@ def test_a_slot_forgets_its_last_sequence(run_ranks):
     table.join(0, make_params(), VOCAB_SIZE)
     vocab = VocabSlice(TensorParallel(0, 1, CPU), 0, VOCAB_SIZE, VOCAB_SIZE)
     batch = build_batch(table, np.array([0]), np.array([1]), vocab)
-    assert batch.is_plain
+    assert table.is_plain[0]
+    assert not batch.changes_logits
     assert batch.random is None
     assert batch.logprobs is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "is_plain"),
+    [
+        ({}, True),
+        ({"temperature": 0.7, "seed": 2**40}, True),
+        ({"top_k": 5, "top_p": 0.5, "min_p": 0.1}, True),  # greedy all the same
+        ({"temperature": 0.7, "top_k": 5}, False),
+        ({"temperature": 0.7, "top_p": 0.5}, False),
+        ({"temperature": 0.7, "min_p": 0.1}, False),
+        ({"repetition_penalty": 1.1}, False),
+        ({"presence_penalty": -1.0}, False),
+        ({"frequency_penalty": 0.5}, False),
+        ({"num_logprobs": 0}, False),
+        ({"bad_words": [pack([1])]}, False),
+        ({"min_tokens": 2, "stop_token_ids": pack([1])}, False),
+        ({"min_tokens": 2}, True),
+        ({"stop_token_ids": pack([1])}, True),
+    ],
+)
+def test_a_slot_is_plain_where_its_temperature_says_all(fields, is_plain):
+    table = SamplingTable(1)
+    table.join(0, make_params(**fields), VOCAB_SIZE)
+    assert table.is_plain[0] == is_plain
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])

@@ -4,6 +4,7 @@ They come once, with the join, and the rows of a step change rarely in steady de
 `workers.sampler.batch` moves what a set of rows needs to the device once for as long as the set stays the same.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,11 +39,13 @@ class SamplingTable:
         self.presence_penalty = np.zeros(num_slots, dtype=np.float32)
         self.frequency_penalty = np.zeros(num_slots, dtype=np.float32)
         self.repetition_penalty = np.ones(num_slots, dtype=np.float32)
-        self.seed = np.zeros(num_slots, dtype=np.uint64)
+        self.seeds = np.zeros((num_slots, 2), dtype=np.int64)  # low and high 32 bits
         self.min_tokens = np.zeros(num_slots, dtype=np.int64)
         self.num_logprobs = np.full(num_slots, -1, dtype=np.int64)  # -1: none
         self.num_prompt_logprobs = np.full(num_slots, -1, dtype=np.int64)  # -1: none
         self.extras: list[SlotExtras | None] = [None] * num_slots  # None: the slot has none of them
+        # Whether a temperature is all that lies between a slot's logits and its token.
+        self.is_plain = np.ones(num_slots, dtype=np.bool_)
 
     def join(self, slot: int, params: sampling_pb2.SamplingParams, vocab_size: int) -> None:
         """Fills the slot's entries. Raises InvalidArgumentError for what no sampler could follow."""
@@ -54,11 +57,17 @@ class SamplingTable:
         self.presence_penalty[slot] = params.presence_penalty
         self.frequency_penalty[slot] = params.frequency_penalty
         self.repetition_penalty[slot] = params.repetition_penalty
-        self.seed[slot] = params.seed
+        self.seeds[slot] = params.seed & 0xFFFFFFFF, params.seed >> 32
         self.min_tokens[slot] = params.min_tokens
         self.num_logprobs[slot] = _count(params, "num_logprobs", MAX_CANDIDATES, vocab_size)
         self.num_prompt_logprobs[slot] = _count(params, "num_prompt_logprobs", MAX_LOGPROBS, vocab_size)
         self.extras[slot] = _extras(params, vocab_size)
+        self.is_plain[slot] = self._draws_plainly(slot) and self.num_logprobs[slot] < 0
+
+    def _draws_plainly(self, slot: int) -> bool:
+        penalises = self.presence_penalty[slot] or self.frequency_penalty[slot] or self.repetition_penalty[slot] != 1
+        cuts = self.top_k[slot] or self.top_p[slot] < 1 or self.min_p[slot]
+        return not (penalises or self.extras[slot] is not None or (cuts and self.temperature[slot]))
 
 
 def _count(params: sampling_pb2.SamplingParams, field: str, limit: int, vocab_size: int) -> int:
@@ -72,7 +81,7 @@ def _count(params: sampling_pb2.SamplingParams, field: str, limit: int, vocab_si
 
 def _check(params: sampling_pb2.SamplingParams) -> None:
     for field in ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"):
-        if not np.isfinite(getattr(params, field)):
+        if not math.isfinite(getattr(params, field)):
             raise InvalidArgumentError(f"{field} is not a finite number", field)
     if params.temperature < 0:
         raise InvalidArgumentError("temperature is negative", "temperature")
@@ -85,16 +94,17 @@ def _check(params: sampling_pb2.SamplingParams) -> None:
 
 
 def _extras(params: sampling_pb2.SamplingParams, vocab_size: int) -> SlotExtras | None:
+    stop_token_ids = [
+        _ids(params.stop_token_ids, "stop_token_ids", vocab_size),
+        _ids(params.masked_token_ids, "masked_token_ids", vocab_size),
+    ]
+    if not (params.logit_bias_token_ids or params.logit_bias_values or params.bad_words or params.min_tokens):
+        return None
     extras = SlotExtras(
         bias_token_ids=_ids(params.logit_bias_token_ids, "logit_bias_token_ids", vocab_size),
         bias_values=_unpack(params.logit_bias_values, "<f4", "logit_bias_values").astype(np.float32),
         bad_words=tuple(_ids(word, "bad_words", vocab_size) for word in params.bad_words),
-        stop_token_ids=np.concatenate(
-            [
-                _ids(params.stop_token_ids, "stop_token_ids", vocab_size),
-                _ids(params.masked_token_ids, "masked_token_ids", vocab_size),
-            ]
-        ),
+        stop_token_ids=np.concatenate(stop_token_ids),
     )
     if len(extras.bias_token_ids) != len(extras.bias_values):
         raise InvalidArgumentError("logit_bias_token_ids and logit_bias_values differ in length", "logit_bias_values")
