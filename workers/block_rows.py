@@ -7,7 +7,6 @@ from numpy.typing import NDArray
 from .plan import BlockMoves
 from .transfer import to_device
 
-_FEW_BLOCKS = 2  # are copied one by one, sooner than the indices of their rows are on the device
 # What a copy takes beside the cache at a time. Less than the steps' own activations, and enough to keep a GPU busy.
 _COPY_BYTES = 16 * 1024 * 1024
 _WORDS = (torch.int64, torch.int32, torch.int16, torch.uint8)
@@ -44,11 +43,6 @@ class BlockRows:
 
     def copy(self, moves: BlockMoves) -> None:
         """Copies blocks within the cache; none is both copied from and to."""
-        if len(moves) <= _FEW_BLOCKS:
-            blocks = self._words.view(self.num_groups, self.num_blocks, -1)
-            for source, target in zip(moves.sources.tolist(), moves.targets.tolist(), strict=True):
-                blocks[:, target].copy_(blocks[:, source])
-            return
         sources, targets = self.indices(np.concatenate([moves.sources, moves.targets])).split(len(moves))
         piece = max(1, _COPY_BYTES // self.block_bytes)
         for start in range(0, len(moves), piece):

@@ -66,7 +66,7 @@ class KVCache:
         """Queues copies of blocks in all layers. Raises FailedPreconditionError for ids that are not there, and for a
         block that is both copied from and to."""
         copies.check(self.num_blocks, self.num_blocks)
-        if np.isin(copies.targets, copies.sources).any():
+        if not set(copies.targets.tolist()).isdisjoint(copies.sources.tolist()):
             raise FailedPreconditionError("a block is copied from and to in one plan")
         self.rows.copy(copies)
 

@@ -39,7 +39,7 @@ class BlockMoves:
         for ids, limit in ((self.sources, num_sources), (self.targets, num_targets)):
             if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < limit:
                 raise FailedPreconditionError(f"a block id is not in [0, {limit})")
-        if len(np.unique(self.targets)) != len(self.targets):
+        if len(set(self.targets.tolist())) != len(self.targets):
             raise FailedPreconditionError("two blocks are moved to the same one")
 
 

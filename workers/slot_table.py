@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ..errors import FailedPreconditionError, InvalidArgumentError
 from .plan import Ints, Join, Plan
 from .sampler.table import SamplingTable
-from .transfer import Parcel
+from .transfer import send_both
 
 _ALIGNMENT = 64  # entries between the starts of tables in one memory
 
@@ -133,9 +133,7 @@ class SlotTable:
             return
         cells = np.concatenate([write.cells for write in writes])
         values = np.concatenate([write.values for write in writes])
-        with Parcel(self.device, Parcel.size_of(cells, values)) as parcel:
-            targets, sources = parcel.add(cells), parcel.add(values)
-        self._memory.index_copy_(0, targets, sources)
+        self._memory.index_copy_(0, *send_both(cells, values, self.device))
 
     def _append_blocks(self, slots: Ints, block_ids: NDArray[np.int32]) -> "_Write":
         self._check_occupied(slots, "append a block to")

@@ -185,8 +185,9 @@ class TestOnAGpu:
     def test_its_end_waits_for_nothing(self):
         cache = make_cache("cuda")
         tier = HostTier(cache, NUM_HOST_BLOCKS)
+        tier.apply(make_plan(1, saves=[(0, 0)]))  # kernels are loaded by the first, which waits for the device
         torch.cuda._sleep(500_000_000)  # some 250 ms
-        tier.apply(make_plan(1, saves=[(0, 0)]))
+        tier.apply(make_plan(2, saves=[(1, 1)]))
         gone = weakref.ref(tier)
         del tier
         assert gone() is None

@@ -261,7 +261,7 @@ def test_a_slot_forgets_its_last_sequence(run_ranks):
     batch = build_batch(table, np.array([0]), np.array([1]), vocab)
     assert table.is_plain[0]
     assert not batch.changes_logits
-    assert batch.random is None
+    assert batch.drawn is None
     assert batch.logprobs is None
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..transfer import Parcel
+from ..transfer import to_device
 from .table import SamplingTable
 from .vocab import VocabSlice
 
@@ -23,9 +23,7 @@ class BadWords:
     prefixes: torch.Tensor  # [m, longest] int32: the tokens before it, the nearest first, padded with -1
 
 
-def build_bad_words(
-    table: SamplingTable, slots: NDArray[np.int64], vocab: VocabSlice, parcel: Parcel
-) -> BadWords | None:
+def build_bad_words(table: SamplingTable, slots: NDArray[np.int64], vocab: VocabSlice) -> BadWords | None:
     """Entries of the rows whose slots are `slots` [n]. None: no entries."""
     words: list[tuple[int, NDArray[np.int32]]] = []
     for row, slot in enumerate(slots.tolist()):
@@ -37,10 +35,11 @@ def build_bad_words(
     prefixes = np.full((len(words), max(len(word) for _, word in words) - 1), -1, dtype=np.int32)
     for index, (_, word) in enumerate(words):
         prefixes[index, : len(word) - 1] = word[-2::-1] if len(word) > 1 else word[:0]
+    device = vocab.tp.device
     return BadWords(
-        rows=parcel.add(np.array([row for row, _ in words], dtype=np.int64)),
-        columns=parcel.add(np.array([int(word[-1]) - vocab.start for _, word in words], dtype=np.int64)),
-        prefixes=parcel.add(prefixes),
+        rows=to_device(np.array([row for row, _ in words], dtype=np.int64), device),
+        columns=to_device(np.array([int(word[-1]) - vocab.start for _, word in words], dtype=np.int64), device),
+        prefixes=to_device(prefixes, device),
     )
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..transfer import Parcel
+from ..transfer import to_device
 from .table import SamplingTable
 from .vocab import VocabSlice
 
@@ -23,7 +23,7 @@ class BiasEntries:
 
 
 def build_bias(
-    table: SamplingTable, slots: NDArray[Any], num_prompt: NDArray[Any], vocab: VocabSlice, parcel: Parcel
+    table: SamplingTable, slots: NDArray[Any], num_prompt: NDArray[Any], vocab: VocabSlice
 ) -> BiasEntries | None:
     """Entries of the rows whose slots are `slots` [n]; num_prompt [n] counts their prompt tokens. None: no entries."""
     rows, ids, values, until = [], [], [], []
@@ -40,19 +40,21 @@ def build_bias(
         until.append(np.concatenate([forever, np.full(len(stop_ids), num_prompt[row] + table.min_tokens[slot])]))
     if not rows:
         return None
-    return _send([np.concatenate(column) for column in (rows, ids, values, until)], vocab, parcel)
+    return _on_device(np.concatenate(rows), np.concatenate(ids), np.concatenate(values), np.concatenate(until), vocab)
 
 
-def _send(columns: list[NDArray[Any]], vocab: VocabSlice, parcel: Parcel) -> BiasEntries | None:
-    rows, ids, values, until = columns
+def _on_device(
+    rows: NDArray[Any], ids: NDArray[Any], values: NDArray[Any], until: NDArray[Any], vocab: VocabSlice
+) -> BiasEntries | None:
     here = (ids >= vocab.start) & (ids < vocab.start + vocab.size)
     if not here.any():
         return None
+    device = vocab.tp.device
     return BiasEntries(
-        rows=parcel.add(rows[here]),
-        columns=parcel.add(ids[here] - vocab.start),
-        values=parcel.add(values[here]),
-        until=parcel.add(until[here]),
+        rows=to_device(rows[here], device),
+        columns=to_device(ids[here] - vocab.start, device),
+        values=to_device(values[here], device),
+        until=to_device(until[here], device),
     )
 
 

@@ -19,11 +19,12 @@ class CpuSamplerOperations(SamplerOperations):
     def draw(
         self, logits: torch.Tensor, batch: SamplingBatch, positions: torch.Tensor, vocab: VocabSlice
     ) -> torch.Tensor:
-        columns, random = batch.columns, batch.random
+        columns = batch.columns
         temperature = columns.temperature
         if logits.dtype not in LIKE:
             logits = logits.float()
-        if random is not None and not random.truncation.is_off:
+        if batch.drawn is not None and batch.drawn.are_cut:
+            random = batch.drawn.to(logits.device)
             logits = logits.float()
             logits.index_copy_(0, random.rows, tempered(logits[random.rows], random, vocab))
             temperature = temperature.sign()  # of what draws, all is done but the noise

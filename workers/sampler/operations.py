@@ -32,7 +32,8 @@ class SamplerOperations:
 
         Logits of any dtype are used up.
         """
-        return draw(logits, batch.random, positions, vocab)
+        random = None if batch.drawn is None else batch.drawn.to(logits.device)
+        return draw(logits, random, positions, vocab)
 
 
 def sampler_operations_for(device: torch.device) -> SamplerOperations:

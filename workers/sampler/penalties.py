@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..transfer import Parcel
+from ..transfer import to_device
 from .table import SamplingTable
 from .vocab import VocabSlice
 
@@ -29,7 +29,7 @@ class Penalties:
 
 
 def build_penalties(
-    table: SamplingTable, slots: NDArray[np.int64], num_prompt: NDArray[np.int64], parcel: Parcel
+    table: SamplingTable, slots: NDArray[np.int64], num_prompt: NDArray[np.int64], device: torch.device
 ) -> Penalties | None:
     """Penalties of the rows whose slots are `slots` [n], with `num_prompt` [n] prompt tokens. None: no row has one."""
     repetition, presence = table.repetition_penalty[slots], table.presence_penalty[slots]
@@ -39,11 +39,11 @@ def build_penalties(
         return None
     return Penalties(
         host_rows=rows,
-        rows=parcel.add(rows.copy()),
-        num_prompt=parcel.add(num_prompt[rows]),
-        repetition=parcel.add(repetition[rows][:, None]),
-        presence=parcel.add(presence[rows][:, None]),
-        frequency=parcel.add(frequency[rows][:, None]),
+        rows=to_device(rows.copy(), device),
+        num_prompt=to_device(num_prompt[rows], device),
+        repetition=to_device(repetition[rows][:, None], device),
+        presence=to_device(presence[rows][:, None], device),
+        frequency=to_device(frequency[rows][:, None], device),
     )
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..transfer import Parcel
+from ..transfer import to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,9 +18,9 @@ class Column:
     values: torch.Tensor  # [m]
 
 
-def build_column(values: NDArray[Any], used: NDArray[np.bool_], parcel: Parcel) -> Column | None:
+def build_column(values: NDArray[Any], used: NDArray[np.bool_], device: torch.device) -> Column | None:
     """The entries of `values` [n] where `used`, on the device; None if there are none."""
     (rows,) = np.nonzero(used)
     if not len(rows):
         return None
-    return Column(parcel.add(rows), parcel.add(values[rows]))
+    return Column(to_device(rows, device), to_device(values[rows], device))

@@ -60,6 +60,7 @@ def _change(
     logits: torch.Tensor, batch: SamplingBatch, context: Context, vocab: VocabSlice, ops: SamplerOperations
 ) -> None:
     """Applies in place what comes before the temperature."""
+    assert batch.slots is not None, "they are there where logits change"
     if batch.bias is not None:
         apply_bias(logits, context.positions, batch.bias)
     if batch.bad_words is not None:

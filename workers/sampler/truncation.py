@@ -17,10 +17,6 @@ class Truncation:
     top_k: Column | None
     top_p: Column | None
 
-    @property
-    def is_off(self) -> bool:
-        return self.log_min_p is None and self.top_k is None and self.top_p is None
-
 
 def truncate(logits: torch.Tensor, truncation: Truncation, vocab: VocabSlice) -> None:
     """Sets the logits [n, size] of tokens that are cut off to -inf, in place. The likeliest token always stays."""
