@@ -1,12 +1,12 @@
-"""Names of block contents: a chain of hashes over a sequence's tokens.
+"""Names of block contents: hashes over a sequence's tokens, from its first to the block's last.
 
-The KV of a token depends on all tokens before it, so the name of a full block covers the block's tokens and the name of
-the block in front. Two blocks of one name hold the same KV, whoever computed it: names are 16 bytes of a cryptographic
-hash, so no request can be made to meet another's block by chance or by intent.
+The KV of a token depends on all tokens before it, and so does the name. Two blocks of one name hold the same KV,
+whoever computed it: names are 16 bytes of a cryptographic hash, so no request can be made to meet another's block by
+chance or by intent.
 """
 
 from array import array
-from hashlib import blake2b
+from hashlib import sha256
 
 _NAME_BYTES = 16
 
@@ -14,29 +14,27 @@ _NAME_BYTES = 16
 class BlockHashes:
     """Names of one sequence's full blocks, made when they are first asked for and kept."""
 
-    __slots__ = ("_names", "_root", "_size_bytes", "block_size")
+    __slots__ = ("_names", "_state", "block_size")
 
     def __init__(self, salt: bytes, block_size: int) -> None:
         """Sequences of other salts have other names throughout."""
         self.block_size = block_size
-        self._size_bytes = block_size * array("i").itemsize
-        self._root = blake2b(salt, digest_size=_NAME_BYTES, person=b"root").digest()  # unlike any block's
+        self._state = sha256(sha256(salt).digest())  # of the salt, in as many bytes for each, and all named tokens
         self._names: list[bytes] = []
 
     def first(self, num_blocks: int, token_ids: "array[int]") -> list[bytes]:
         """Names of the first `num_blocks` blocks, all full; `token_ids` of the sequence, which only ever grows."""
         names = self._names
         if len(names) < num_blocks:
-            content = memoryview(token_ids).cast("B")
-            name = names[-1] if names else self._root
-            for start in range(len(names) * self._size_bytes, num_blocks * self._size_bytes, self._size_bytes):
-                name = blake2b(name + content[start : start + self._size_bytes], digest_size=_NAME_BYTES).digest()
-                names.append(name)
+            content = token_ids[len(names) * self.block_size : num_blocks * self.block_size].tobytes()
+            size_bytes, update, digest = self.block_size * token_ids.itemsize, self._state.update, self._state.digest
+            for start in range(0, len(content), size_bytes):
+                update(content[start : start + size_bytes])
+                names.append(digest()[:_NAME_BYTES])
         return names if len(names) == num_blocks else names[:num_blocks]
 
     def fork(self) -> "BlockHashes":
         """For a sequence that shares this one's tokens so far, all of whose named blocks it has too."""
         forked = BlockHashes.__new__(BlockHashes)
-        forked.block_size, forked._size_bytes, forked._root = self.block_size, self._size_bytes, self._root
-        forked._names = list(self._names)
+        forked.block_size, forked._state, forked._names = self.block_size, self._state.copy(), list(self._names)
         return forked

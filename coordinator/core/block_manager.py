@@ -1,7 +1,6 @@
 """Block tables: which blocks of a group hold the KV of which sequence, shared where sequences begin alike."""
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -227,21 +226,21 @@ class BlockManager:
             for block_id in table:
                 if self.pool.ref_count(block_id) == 1:
                     self.cache.forget(block_id)
-        self._release(reversed(table))
+        self._release(table[::-1])
 
     def _retain(self, block_ids: list[int]) -> None:
         """Adds an owner to blocks with a name."""
         self.num_cached_blocks -= self.pool.count_free(block_ids)
         self.pool.retain(block_ids)
 
-    def _release(self, block_ids: Iterable[int]) -> None:
+    def _release(self, block_ids: list[int]) -> None:
         """One after the other. A block in which nothing can be found is the next to be taken."""
-        name_of, release = self.cache.name_of, self.pool.release
-        for block_id in block_ids:
-            name = name_of(block_id)
-            if release(block_id, name is None) and name is not None:
-                self.num_cached_blocks += 1
-                if self.host and self.host.find(name) is None:
+        freed = self.pool.release(block_ids, [name is None for name in self.cache.names_of(block_ids)])
+        names = self.cache.names_of(freed)
+        self.num_cached_blocks += len(names) - names.count(None)
+        if self.host:
+            for block_id, name in zip(freed, names, strict=True):
+                if name is not None and self.host.find(name) is None:
                     self._unsaved[block_id] = None
 
     # Transfers

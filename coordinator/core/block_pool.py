@@ -49,20 +49,21 @@ class BlockPool:
             elif ref_count == 2:
                 self.num_shared += 1
 
-    def release(self, block_id: int, reuse_first: bool) -> bool:
-        """Takes one owner from the block. With none left it is free, to be taken before all others or after them.
-        Returns whether it is."""
-        ref_count = self._ref_counts[block_id] - 1
-        assert ref_count >= 0, f"block {block_id} released twice"
-        self._ref_counts[block_id] = ref_count
-        if ref_count == 1:
-            self.num_shared -= 1
-        if ref_count:
-            return False
-        self._free[block_id] = None
-        if reuse_first:
-            self._free.move_to_end(block_id, last=False)
-        return True
+    def release(self, block_ids: Iterable[int], reuse_first: Iterable[bool]) -> list[int]:
+        """Takes one owner from each block, one after the other. With none left it is free, to be taken before all
+        others or after them. Returns those that are."""
+        ref_counts, free, freed = self._ref_counts, self._free, []
+        for block_id, is_first in zip(block_ids, reuse_first, strict=True):
+            ref_counts[block_id] = ref_count = ref_counts[block_id] - 1
+            assert ref_count >= 0, f"block {block_id} released twice"
+            if ref_count == 1:
+                self.num_shared -= 1
+            elif not ref_count:
+                free[block_id] = None
+                freed.append(block_id)
+                if is_first:
+                    free.move_to_end(block_id, last=False)
+        return freed
 
     def ref_count(self, block_id: int) -> int:
         return self._ref_counts[block_id]

@@ -1,6 +1,6 @@
 """Which blocks of a group hold which content, for requests that begin alike."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 class PrefixCache:
@@ -24,6 +24,9 @@ class PrefixCache:
 
     def name_of(self, block_id: int) -> bytes | None:
         return self._names.get(block_id)
+
+    def names_of(self, block_ids: Iterable[int]) -> list[bytes | None]:
+        return list(map(self._names.get, block_ids))
 
     def publish(self, name: bytes, block_id: int) -> None:
         """The block has all its tokens, or will before any later plan's step."""

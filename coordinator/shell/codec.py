@@ -1,5 +1,6 @@
 """Between the core's values and the bytes on the wire. Packed arrays are little-endian, as numpy has them."""
 
+import sys
 from array import array
 
 import numpy as np
@@ -13,11 +14,12 @@ from ..core.sequence import Request, RequestKey, ResumedOutput, StopConditions
 from ..core.transfers import StepTransfers
 
 _MAX_UINT64 = 2**64 - 1
+_TYPECODES = {"<u2": "H", "<u4": "I", "<i4": "i"}  # of arrays, which are made sooner than numpy's where they are short
 _MAX_CANDIDATES = 1024  # of a beam; the workers take no more
 
 
 def pack(values: list[int], dtype: str) -> bytes:
-    return np.asarray(values, dtype=dtype).tobytes()
+    return array(_TYPECODES[dtype], values).tobytes()
 
 
 def unpack(data: bytes, dtype: str, what: str) -> list[int]:
@@ -171,3 +173,6 @@ def skip_rows(table: sampling_pb2.LogprobTable, num_skipped: int) -> sampling_pb
         logprobs=table.logprobs[offset:],
         ranks=table.ranks[num_skipped * 4 :],
     )
+
+
+assert sys.byteorder == "little", "packed arrays go to the wire as the host has them"
