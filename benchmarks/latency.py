@@ -8,11 +8,9 @@ import numpy as np
 
 from ..errors import InvalidArgumentError
 from ..launch.config import ServeConfig
-from .machine import gpu_names
-from .presets import ModelSize
 from .probe import DecodeCase, DecodeTimes, Probe, StepMeans, open_probe, total_blocks, total_steps
 from .report import Report, Row
-from .roof import Hardware, decode_roof_s, hardware_of
+from .roof import Roof, percent_of_roof
 from .summary import percentile_columns
 from .system import System, running_system
 from .workload import LengthRange, Workload
@@ -70,35 +68,18 @@ async def _measure(
 ) -> None:
     async with open_probe(system.address) as probe:
         await probe.measure_ttft(cases[0].prompts()[0] if cases else [0])  # what is slow only once is done here
-        devices = {rank.device for group in (await probe.status()).groups for rank in group.ranks}
-        is_cuda = all(device.startswith("cuda") for device in devices)
-        roof = _Roof(ModelSize.of(system.model.config), hardware_of(gpu_names()) if is_cuda else None, num_ranks)
+        roof = Roof.of(system.model.config, await probe.status(), num_ranks)
         for case in cases:
             report.add("Decode", _decode_row(case, await probe.measure_decode(case), roof))
         for length in settings.prefill_lens:
-            report.add("Prefill", await _prefill_row(probe, length, system.model.config.vocab_size, settings))
+            report.add("Prefill", await _prefill_row(probe, length, system.model.config.vocab_size, settings, roof))
         for length in settings.repeated_lens:
             prompts = _prompts(length, system.model.config.vocab_size, settings)
             report.add("Repeated prompt", await _repeated_row(probe, prompts))
 
 
-@dataclass(frozen=True, slots=True)
-class _Roof:
-    """The least time of a step, where the hardware's is known."""
-
-    size: ModelSize
-    hardware: Hardware | None
-    num_gpus: int
-
-    def decode_ms(self, case: DecodeCase) -> float | None:
-        if self.hardware is None:
-            return None
-        roof_s = decode_roof_s(self.size, self.hardware, self.num_gpus, case.batch_size, case.context_len)
-        return roof_s * 1e3
-
-
-def _decode_row(case: DecodeCase, times: DecodeTimes, roof: _Roof) -> Row:
-    steps, roof_ms = times.steps, roof.decode_ms(case)
+def _decode_row(case: DecodeCase, times: DecodeTimes, roof: Roof | None) -> Row:
+    steps, roof_s = times.steps, None if roof is None else roof.decode_s(case.batch_size, case.context_len)
     itl = percentile_columns("itl", times.gaps_s)
     return {
         "batch": case.batch_size,
@@ -107,24 +88,27 @@ def _decode_row(case: DecodeCase, times: DecodeTimes, roof: _Roof) -> Row:
         "outside_model_percent": 100 * steps.share_outside_model,
         "plan_bytes": steps.plan_bytes,
         **itl,
-        "roof_ms": roof_ms,
-        "roof_percent": None if roof_ms is None else 100 * roof_ms / (steps.step_s * 1e3),
+        "roof_ms": None if roof_s is None else roof_s * 1e3,
+        "roof_percent": percent_of_roof(roof_s, steps.step_s),
         "tokens_per_step": steps.num_tokens,
         "steps": steps.num_steps,
     }
 
 
-async def _prefill_row(probe: Probe, length: int, vocab_size: int, settings: LatencySettings) -> Row:
+async def _prefill_row(probe: Probe, length: int, vocab_size: int, settings: LatencySettings, roof: Roof | None) -> Row:
     prompts = _prompts(length, vocab_size, settings)
     await probe.measure_ttft(prompts.pop())
     before = total_steps(await probe.status())
     times_ms = [await probe.measure_ttft(prompt) * 1e3 for prompt in prompts]
     steps = StepMeans.between(before, total_steps(await probe.status()))
+    roof_s, ttft_p50_ms = None if roof is None else roof.prefill_s(length), float(np.median(times_ms))
     return {
         "prompt_tokens": length,
-        "ttft_p50_ms": float(np.median(times_ms)),
+        "ttft_p50_ms": ttft_p50_ms,
         "ttft_min_ms": min(times_ms),
         "model_ms": steps.model_s * steps.num_steps / len(prompts) * 1e3,
+        "roof_ms": None if roof_s is None else roof_s * 1e3,
+        "roof_percent": percent_of_roof(roof_s, ttft_p50_ms / 1e3),
         "steps": steps.num_steps / len(prompts),
     }
 

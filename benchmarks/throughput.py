@@ -12,6 +12,7 @@ from ..launch.prompts import RequestOptions, build_request
 from ..launch.sampling_params import SamplingParams
 from .probe import StepMeans, total_steps
 from .report import Report, Row
+from .roof import Roof, percent_of_roof
 from .system import System, open_bulk, running_system
 from .workload import Workload
 
@@ -29,6 +30,7 @@ class Run:
     duration_s: float
     steps: StepMeans | None = None  # of Octavo only
     num_cached_tokens: int | None = None  # of the prompts' tokens; of Octavo only
+    roof_s: float | None = None  # the least time, where the hardware is known
 
     @property
     def generated_tokens_per_s(self) -> float:
@@ -57,6 +59,8 @@ def run_octavo(system: System, config: ServeConfig, workload: Workload, num_repe
     with open_bulk(system.address, config.max_num_waiting) as bulk, Client(system.address) as client:
         warm_up = workload.prompts(vocab_size, repeat=num_repeats)[:_WARM_UP_REQUESTS]
         bulk.run(_requests(warm_up, _WARM_UP_OUTPUT_LEN), lambda output: None)
+        status = client.status()
+        roof = Roof.of(system.model.config, status, sum(len(group.ranks) for group in status.groups))
         for repeat in range(num_repeats):
             prompts = workload.prompts(vocab_size, repeat)
             requests = _requests(prompts, workload.output_len)
@@ -67,7 +71,9 @@ def run_octavo(system: System, config: ServeConfig, workload: Workload, num_repe
             steps = StepMeans.between(before, total_steps(client.status()))
             counts = [len(output.outputs[0].token_ids) for output in outputs]
             num_cached = sum(output.num_cached_tokens or 0 for output in outputs)
-            yield checked(Run("octavo", sum(map(len, prompts)), counts, duration_s, steps, num_cached), workload)
+            lengths = [len(prompt) for prompt in prompts]
+            roof_s = None if roof is None else roof.requests_s(lengths, num_cached, counts)
+            yield checked(Run("octavo", sum(lengths), counts, duration_s, steps, num_cached, roof_s), workload)
 
 
 def checked(run: Run, workload: Workload) -> Run:
@@ -87,6 +93,7 @@ def row_of(run: Run) -> Row:
         "requests_per_s": len(run.num_output_tokens) / run.duration_s,
         "total_tokens_per_s": (run.num_prompt_tokens + num_generated) / run.duration_s,
         "generated_tokens_per_s": run.generated_tokens_per_s,
+        "roof_percent": percent_of_roof(run.roof_s, run.duration_s),
         "prompt_tokens": run.num_prompt_tokens,
         "cached_tokens": run.num_cached_tokens,
         "steps": None if steps is None else steps.num_steps,

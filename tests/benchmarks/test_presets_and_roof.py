@@ -2,7 +2,7 @@
 
 import pytest
 from octavo.benchmarks.presets import ModelSize, preset_directory, preset_names
-from octavo.benchmarks.roof import H200, decode_roof_s, hardware_of
+from octavo.benchmarks.roof import H100, H200, Hardware, Roof, hardware_of
 from octavo.errors import InvalidArgumentError
 from octavo.workers.model_config import ModelConfig
 
@@ -51,11 +51,27 @@ def test_unknown_preset_is_refused_with_those_there_are():
     ],
 )
 def test_roof_equals_the_printed_one(preset, num_gpus, batch_size, roof_ms):
-    computed_ms = decode_roof_s(size_of(preset), H200, num_gpus, batch_size, 1024) * 1e3
+    computed_ms = Roof(size_of(preset), H200, num_gpus).decode_s(batch_size, 1024) * 1e3
     assert computed_ms == pytest.approx(roof_ms, abs=0.01)
+
+
+def test_a_prompt_is_bound_by_arithmetic_or_by_one_reading_of_the_weights():
+    roof = Roof(size_of("llama-8b"), H200, 1)
+    assert roof.prefill_s(2048) == pytest.approx(0.0389, rel=0.01)
+    assert roof.prefill_s(1) == roof.prefill_s(100) == pytest.approx(roof.decode_s(1, 0))
+
+
+def test_many_requests_are_bound_by_what_is_computed_and_what_is_attended_to():
+    size = ModelSize(num_parameters=70, num_parameters_read=50, num_layers=2, kv_elements_per_token=10)
+    roof = Roof(size, Hardware("one", bytes_per_s=20.0, flops_per_s=100.0, all_reduce_s=1.0), 2)
+    # 8 prompt tokens, 3 of them cached, and 4 generated ones: 9 times 100 operations at 200 a second. Keys before the
+    # generated ones: 5 + 6 + 7 of the first request, 3 of the other: 21 of 20 bytes, at 40 a second.
+    assert roof.requests_s([5, 3], 3, [3, 1]) == pytest.approx(4.5 + 10.5)
 
 
 def test_roof_is_known_for_measured_hardware_only():
     assert hardware_of(["NVIDIA H200", "NVIDIA H200"]) is H200
+    assert hardware_of(["NVIDIA H100 80GB HBM3"]) is H100
+    assert hardware_of(["NVIDIA H100 PCIe"]) is None
     assert hardware_of(["NVIDIA H200", "NVIDIA A100"]) is None
     assert hardware_of([]) is None

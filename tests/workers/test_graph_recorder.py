@@ -53,8 +53,10 @@ def test_recordings_are_timed_on_the_device(recorder):
     small, large = torch.zeros(NUM_ROWS // 64, device="cuda"), torch.zeros(NUM_ROWS, device="cuda")
     recordings = [record_chain(recorder, place, 3) for place in (small, large)]
     with recorder.session():
+        # The least of several: other processes may use the GPU.
         once, more, longer = (
-            recorder.time_ms(these, 10) for these in (recordings[0], recordings[0] * 4, recordings[1])
+            min(recorder.time_ms(these, 10) for _ in range(10))
+            for these in (recordings[0], recordings[0] * 4, recordings[1])
         )
     assert 0.001 < once < more < 8 * once
     assert longer > 2 * once
