@@ -10,11 +10,11 @@ from octavo.coordinator.core.worker_group import GroupMemory, WorkerGroup
 
 def test_short_steps_are_planned_at_once():
     assert StepLead().hold_ms(0.0) == 0.0
-    assert StepLead().hold_ms(2.0) == 0.0
+    assert StepLead().hold_ms(1.3) == 0.0
 
 
 def test_long_steps_leave_time_and_may_end_a_little_early():
-    assert StepLead().hold_ms(20.0) == 20.0 - 2.0 - 2.0
+    assert StepLead().hold_ms(20.0) == pytest.approx(20.0 - 2.0 - 1.2)
 
 
 def test_who_lets_the_workers_wait_plans_earlier_for_a_while():
@@ -23,9 +23,9 @@ def test_who_lets_the_workers_wait_plans_earlier_for_a_while():
     for idle_ms in [4.0, 0.4, *[0.1] * 100]:
         lead.observe(idle_ms)
         holds.append(lead.hold_ms(100.0))
-    assert holds[1] < holds[0] < 88.0
+    assert holds[1] < holds[0] < 88.8
     assert holds[2:] == sorted(holds[2:])
-    assert holds[-1] == 88.0
+    assert holds[-1] == pytest.approx(88.8)
     for _ in range(100):
         lead.observe(50.0)
     assert lead.hold_ms(100.0) == 90.0 - 24.0
