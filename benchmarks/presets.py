@@ -26,6 +26,7 @@ class ModelSize:
 
     num_parameters: int
     num_parameters_read: int  # in a step: of the input embedding, only a few rows are read
+    num_head_parameters: int  # of those, what only tokens that are sampled from need
     num_layers: int
     kv_elements_per_token: int  # of all layers
 
@@ -36,6 +37,7 @@ class ModelSize:
         return cls(
             num_parameters=body + (embedding if config.tie_word_embeddings else 2 * embedding),
             num_parameters_read=body + embedding,
+            num_head_parameters=embedding,
             num_layers=config.num_layers,
             kv_elements_per_token=2 * config.num_layers * config.num_kv_heads * config.head_dim,
         )

@@ -31,10 +31,10 @@ H100 = Hardware("H100 80GB HBM3", bytes_per_s=3.0e12, flops_per_s=780e12, all_re
 _KNOWN = (H200, H100)
 
 
-def hardware_of(gpu_names: list[str]) -> Hardware | None:
-    """The measured hardware, if every GPU is of the same known kind."""
+def hardware_of(gpus: list[str]) -> Hardware | None:
+    """The measured hardware, if every GPU, by its name, is of the same known kind."""
     for hardware in _KNOWN:
-        if gpu_names and all(hardware.name in name for name in gpu_names):
+        if gpus and all(hardware.name in name for name in gpus):
             return hardware
     return None
 
@@ -56,29 +56,33 @@ class Roof:
 
     def decode_s(self, batch_size: int, context_len: int) -> float:
         """A step of `batch_size` sequences that each know `context_len` tokens."""
-        return self._model_s(batch_size) + self._cache_s(batch_size * context_len) + self._all_reduces_s
+        return self._model_s(batch_size, batch_size) + self._cache_s(batch_size * context_len) + self._all_reduces_s
 
     def prefill_s(self, num_tokens: int) -> float:
         """The whole prompt in one step."""
-        return self._model_s(num_tokens) + self._all_reduces_s
+        return self._model_s(num_tokens, 1) + self._all_reduces_s
 
     def requests_s(self, num_prompt_tokens: Sequence[int], num_cached: int, num_output_tokens: Sequence[int]) -> float:
         """Many requests, in steps so large that nothing but the arithmetic and the cache's bytes counts. For each, its
         prompt's tokens and those that it generates; `num_cached` of the prompts' need not be computed. What several
         read of one prefix counts for each."""
-        computed = sum(num_prompt_tokens) - num_cached + sum(num_output_tokens)
+        # Prompts give the first tokens, and the last ones are not computed.
+        num_decodes = [num_output - 1 for num_output in num_output_tokens]
+        computed = sum(num_prompt_tokens) - num_cached + sum(num_decodes)
         attended = sum(
-            num_output * num_prompt + num_output * (num_output - 1) // 2
-            for num_prompt, num_output in zip(num_prompt_tokens, num_output_tokens, strict=True)
+            num * num_prompt + num * (num + 1) // 2
+            for num, num_prompt in zip(num_decodes, num_prompt_tokens, strict=True)
         )
-        return self._arithmetic_s(computed) + self._cache_s(attended)
+        return self._arithmetic_s(computed, sum(num_output_tokens)) + self._cache_s(attended)
 
-    def _model_s(self, num_tokens: int) -> float:
+    def _model_s(self, num_tokens: int, num_samples: int) -> float:
         read_s = _BYTES_PER_ELEMENT * self.size.num_parameters_read / (self.num_gpus * self.hardware.bytes_per_s)
-        return max(read_s, self._arithmetic_s(num_tokens))
+        return max(read_s, self._arithmetic_s(num_tokens, num_samples))
 
-    def _arithmetic_s(self, num_tokens: int) -> float:
-        return 2 * num_tokens * self.size.num_parameters_read / (self.num_gpus * self.hardware.flops_per_s)
+    def _arithmetic_s(self, num_tokens: int, num_samples: int) -> float:
+        num_body_parameters = self.size.num_parameters_read - self.size.num_head_parameters
+        num_products = num_tokens * num_body_parameters + num_samples * self.size.num_head_parameters
+        return 2 * num_products / (self.num_gpus * self.hardware.flops_per_s)
 
     def _cache_s(self, num_keys: int) -> float:
         num_bytes = num_keys * self.size.kv_elements_per_token * _BYTES_PER_ELEMENT

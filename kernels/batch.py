@@ -29,7 +29,9 @@ class AttentionBatch:
     num_decode_rows: int  # rows [0, num_decode_rows) have exactly one query token each
     positions: torch.Tensor  # [num_tokens] int64: position of each token in its sequence
     kv_indices: torch.Tensor  # [num_tokens] int64: block_id * block_size + offset, where the token's KV is written
-    block_tables: torch.Tensor  # [num_slots, max_blocks] int32: block ids of each slot, padded with 0
+    block_tables: (
+        torch.Tensor
+    )  # [num_slots, max_blocks] int32: block ids of each slot; what lies behind them may be any
     slots: torch.Tensor  # [num_rows] int64: each row's row of block_tables
     seq_lens: torch.Tensor  # [num_rows] int32: tokens of each row, those of this step included
     query_starts: torch.Tensor  # [num_rows + 1] int32: each row's first token, and behind the last one its tokens' end

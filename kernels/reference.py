@@ -264,7 +264,9 @@ def _attend_decodes(
 def _attend_group(
     q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, group: DecodeGroup, scale: float
 ) -> torch.Tensor:
-    k, v = _gather(k_cache, group.blocks, len(q)), _gather(v_cache, group.blocks, len(q))
+    # Behind a row's own keys lies what others left there, and a mask does not hide what is no number.
+    beyond = group.mask.transpose(2, 3).isinf()
+    k, v = (_gather(x, group.blocks, len(q)).masked_fill(beyond, 0) for x in (k_cache, v_cache))
     if q.is_cuda:
         # Torch's GPU kernels that take a mask know no GQA, so the heads that share a KV head become its query rows.
         packed = q.unflatten(1, (k.shape[1], -1))

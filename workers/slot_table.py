@@ -51,7 +51,8 @@ class SlotTable:
     Device: token_ids [num_slots + 1, max_model_len + 1] int32, whose last row takes what padding rows of a CUDA graph
     sample, and block_tables [num_slots, max_blocks] int32, each row as far as its slot has blocks. Both lie in one
     memory, so that a plan's edits of them are one write.
-    Host: num_known, num_computed, num_prompt, num_blocks [num_slots] int64 and a copy of the block tables.
+    Host: num_known, num_computed, num_prompt, num_blocks [num_slots] int64 and the block tables, 0 behind a slot's
+    blocks.
     """
 
     def __init__(self, shape: SlotTableShape, device: torch.device) -> None:
@@ -105,7 +106,7 @@ class SlotTable:
         self.occupied[slots] = False
         self.version += 1
 
-    def _join(self, join: Join) -> "tuple[_Write, _Write]":
+    def _join(self, join: Join) -> tuple[_Write, _Write]:
         self._check_join(join)
         slot, num_tokens, num_blocks = join.slot, len(join.token_ids), len(join.block_ids)
         self.occupied[slot] = True
@@ -127,7 +128,7 @@ class SlotTable:
         """Where entries of the block tables lie in the memory."""
         return self._first_block_cell + slots * self.shape.max_blocks + columns
 
-    def _write(self, writes: "list[_Write]") -> None:
+    def _write(self, writes: list[_Write]) -> None:
         """Queues writes of distinct cells."""
         if not writes:
             return
@@ -135,7 +136,7 @@ class SlotTable:
         values = np.concatenate([write.values for write in writes])
         self._memory.index_copy_(0, *send_both(cells, values, self.device))
 
-    def _append_blocks(self, slots: Ints, block_ids: NDArray[np.int32]) -> "_Write":
+    def _append_blocks(self, slots: Ints, block_ids: NDArray[np.int32]) -> _Write:
         self._check_occupied(slots, "append a block to")
         self._check_block_ids(block_ids)
         columns = self.num_blocks[slots] + _occurrence(slots)
@@ -145,7 +146,7 @@ class SlotTable:
         np.add.at(self.num_blocks, slots, 1)
         return _Write(self._block_cells(slots, columns), block_ids)
 
-    def _amend(self, slots: Ints, token_ids: NDArray[np.int32]) -> "_Write":
+    def _amend(self, slots: Ints, token_ids: NDArray[np.int32]) -> _Write:
         """Puts other tokens in the place of the newest ones, whose keys and values no step has computed yet."""
         self._check_occupied(slots, "amend")
         if len(np.unique(slots)) != len(slots):

@@ -184,7 +184,7 @@ class BlockManager:
         one is there, too; but its last token is computed again, for the sample. Returns the block to copy and the
         sequence's own; None if this is not so, or there is no room for both."""
         index = len(self._tables[sequence])
-        if (index + 1) * self.block_size != sequence.num_tokens or not sequence.reads_cache:
+        if (index + 1) * self.block_size != sequence.num_tokens or self.block_size == 1 or not sequence.reads_cache:
             return None
         source = self.find_computed(sequence.block_names(index + 1)[index])
         if source is None or self.pool.num_free < 1 + self.pool.count_free([source]):
@@ -199,7 +199,7 @@ class BlockManager:
     def publish(self, sequence: Sequence, num_tokens: int) -> None:
         """Lets others find the blocks that the first `num_tokens` tokens fill: known, and computed before later rows.
 
-        A row may read what rows before it in the same step write: layer by layer, keys and values are written first.
+        A chunk may read what rows before it in the same step write: layer by layer, keys and values are written first.
         """
         num_full = num_tokens // self.block_size
         if num_full <= sequence.num_published_blocks:
@@ -211,9 +211,13 @@ class BlockManager:
         sequence.num_published_blocks = num_full
 
     def forget(self, sequence: Sequence) -> None:
-        """Lets nobody find the blocks of `sequence` any more, as long as it holds them."""
-        for block_id in self._tables[sequence]:
-            if (name := self.cache.forget(block_id)) is not None and self.host:
+        """Lets nobody find what `sequence` has computed or read any more: also blocks that it only copied from."""
+        for name in sequence.block_names(sequence.num_tokens // self.block_size):
+            if (block_id := self.cache.find(name)) is not None:
+                self.cache.forget(block_id)
+                self._forget_unsaved([block_id])
+                self.num_cached_blocks -= self.pool.count_free([block_id])
+            if self.host:
                 self.host.forget(name)
 
     def free(self, sequence: Sequence, keep: bool = True) -> None:
@@ -304,13 +308,13 @@ class BlockManager:
         return None if block_id is None or block_id in self._loading else block_id
 
     def hold(self, block_ids: list[int]) -> None:
-        """Of named blocks, for a copy."""
+        """Of named blocks, for a copy within the group or between two."""
         self._retain(block_ids)
         self._forget_unsaved(block_ids)
         self._copied.update(block_ids)
 
     def take_unnamed(self, num_blocks: int) -> list[int]:
-        """Free blocks, for a copy to fill; the caller checked the room. Plans in flight may still write to them."""
+        """Free blocks, for a copy to fill; the caller checked the room. Plans in flight may still use them."""
         block_ids = self._take(num_blocks)
         self._copied.update(block_ids)
         return block_ids
@@ -329,6 +333,7 @@ class BlockManager:
     # Checks
 
     def check_invariants(self) -> None:
+        assert not self._sources, "a copy was planned, and not sent"
         self.pool.check_invariants()
         self.cache.check_invariants()
         free = self.pool.next_free(self.num_blocks)

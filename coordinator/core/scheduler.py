@@ -262,7 +262,7 @@ class Scheduler:
         for sequence in sequences:
             if budget.is_spent:
                 break
-            self._add_chunk(sequence, group, budget, plan)
+            self._add_prompt_tokens(sequence, group, budget, plan)
 
     def _admit_waiting(
         self, group: WorkerGroup, plan: BatchPlan, budget: ChunkBudget, waiting: OrderedSequences
@@ -287,7 +287,7 @@ class Scheduler:
                 group.admit(each, plan)
                 self._note_found(each, group)
                 if group.is_ready(each) and not budget.is_spent:
-                    self._add_chunk(each, group, budget, plan)
+                    self._add_prompt_tokens(each, group, budget, plan)
 
     def _note_found(self, sequence: Sequence, group: WorkerGroup) -> None:
         """Once for each request: other samples, and what was preempted, find what is their own."""
@@ -295,7 +295,7 @@ class Scheduler:
             names = sequence.block_names(sequence.num_published_blocks)
             self.hot_prefixes.note(names, group, self.groups.values())
 
-    def _add_chunk(self, sequence: Sequence, group: WorkerGroup, budget: ChunkBudget, plan: BatchPlan) -> None:
+    def _add_prompt_tokens(self, sequence: Sequence, group: WorkerGroup, budget: ChunkBudget, plan: BatchPlan) -> None:
         context = sequence.num_sent_tokens
         num_tokens = budget.take(sequence.num_pending_tokens, context)
         if sequence.num_pending_tokens == 1 and not plan.chunk_slots:

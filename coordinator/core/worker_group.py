@@ -113,7 +113,7 @@ class WorkerGroup:
         return self._num_steps - len(self.inflight)
 
     def begin_step(self) -> BatchPlan:
-        """An empty plan, to be filled and then given to `dispatch` or forgotten."""
+        """An empty plan, to be filled and then given to `dispatch`, or forgotten if nothing was."""
         return BatchPlan(step_id=self._num_steps + 1)
 
     # Sequences come and go
@@ -145,7 +145,7 @@ class WorkerGroup:
 
     def _begin_with_a_copy(self, sequence: Sequence, plan: BatchPlan) -> None:
         """Copy on write of a block of which `sequence`, behind its full blocks that were found, shares the content."""
-        if (found := self._copy_from_sibling(sequence, plan) or self._copy_last_block(sequence, plan)) is not None:
+        if (found := self._copy_last_block(sequence, plan) or self._copy_from_sibling(sequence, plan)) is not None:
             copy, sequence.num_computed_tokens = found
             plan.copies.append(copy)
 

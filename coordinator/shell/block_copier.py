@@ -39,7 +39,7 @@ class BlockCopier:
         def names() -> Sequence[bytes]:  # once it is its turn
             if sequence.group_id != from_group or not sequence.reads_cache:
                 return ()
-            num_tokens = min(sequence.num_tokens - 1, sequence.num_sent_tokens)
+            num_tokens = min(sequence.num_tokens, sequence.num_sent_tokens)
             return sequence.block_names(num_tokens // self._scheduler.groups[from_group].blocks.block_size)
 
         return await self._copy_blocks(names, from_group, to_group)

@@ -15,6 +15,7 @@ from ..core.transfers import StepTransfers
 
 _MAX_UINT64 = 2**64 - 1
 _TYPECODES = {"<u2": "H", "<u4": "I", "<i4": "i"}  # of arrays, which are made sooner than numpy's where they are short
+assert sys.byteorder == "little", "packed arrays go to the wire as the host has them"
 _MAX_CANDIDATES = 1024  # of a beam; the workers take no more
 
 
@@ -173,6 +174,3 @@ def skip_rows(table: sampling_pb2.LogprobTable, num_skipped: int) -> sampling_pb
         logprobs=table.logprobs[offset:],
         ranks=table.ranks[num_skipped * 4 :],
     )
-
-
-assert sys.byteorder == "little", "packed arrays go to the wire as the host has them"

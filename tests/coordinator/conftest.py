@@ -290,7 +290,8 @@ class CountingWorker(worker_pb2_grpc.WorkerServicer):
     def is_poisoned(self, plan) -> bool:
         self.poisoned_slots -= set(np.frombuffer(plan.leave_slots, "<u2").tolist())
         self.poisoned_slots |= {join.slot for join in plan.joins if self.poison and join.token_ids == self.poison}
-        return bool(self.poisoned_slots & set(np.frombuffer(plan.chunk_slots, "<u2").tolist()))
+        computes = {join.slot for join in plan.joins} | set(np.frombuffer(plan.chunk_slots, "<u2").tolist())
+        return bool(self.poisoned_slots & computes)
 
     def apply(self, plan):
         for slot in np.frombuffer(plan.leave_slots, "<u2").tolist():

@@ -158,6 +158,22 @@ def test_paged_attention_equals_dense_attention(name):
     torch.testing.assert_close(out, torch.cat(expected), **CLOSE)
 
 
+@pytest.mark.parametrize("name", ["decodes in several groups", "mixed"])
+def test_what_others_left_reaches_no_row(name):
+    """Behind its last block in the table, and behind its last key in that block."""
+    case = CASES[name]
+    q, caches, batch, _ = make_step(case)
+    expected = reference.paged_attention(q, *caches, batch, 0.3)
+    spoilt = max(set(range(len(caches[0]))) - set(batch.block_tables.flatten().tolist()))
+    for cache in caches:
+        cache[spoilt] = torch.nan
+    for row, length in enumerate(batch.host_seq_lens):
+        batch.block_tables[row, -(-length // case.block_size) :] = spoilt
+        if row < batch.num_decode_rows and length % case.block_size:
+            caches[1][batch.block_tables[row, length // case.block_size], length % case.block_size :] = torch.nan
+    torch.testing.assert_close(reference.paged_attention(q, *caches, batch, 0.3), expected, **CLOSE)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", CASES)

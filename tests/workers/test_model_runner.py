@@ -1,13 +1,14 @@
 """One rank's runner: plans in, tokens and logprobs out; the oracle is transformers."""
 
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from octavo.errors import FailedPreconditionError
 from octavo.proto import engine_pb2, sampling_pb2, worker_pb2
-from octavo.workers.plan import Join, Plan
+from octavo.workers.plan import BlockMoves, Join, Plan
 from octavo.workers.rank import RankSite, build_rank
 from transformers import AutoModelForCausalLM
 
@@ -98,6 +99,26 @@ def test_steps_queued_ahead_of_their_results_feed_back_on_the_device(runner, ora
     pending.append(runner.execute(make_plan(decode_slots=[0])))
     pending += [runner.execute(make_plan()) for _ in range(6)]
     assert [token for step in pending for token in tokens(step.wait())] == greedy(oracle, PROMPT, 8)
+
+
+def test_who_joins_with_a_copy_of_its_last_block_computes_one_token(runner, oracle):
+    """As a decode beside one that goes on, both with what the first has computed."""
+    prompt = [*PROMPT, 12, 60, 7, 25, 90]  # two blocks
+    first = runner.execute(make_plan(joins=(make_join(0, prompt),), chunk_slots=[0], chunk_num_tokens=[16]))
+    joins = tuple(
+        replace(make_join(slot, prompt), num_computed_tokens=15, block_ids=np.array([0, own], np.int32))
+        for slot, own in ((1, 9), (2, 10))
+    )
+    copies = BlockMoves(np.array([1, 1], np.int32), np.array([9, 10], np.int32))
+    results = [runner.execute(make_plan(joins=joins, copies=copies, decode_slots=[0, 1, 2]))]
+    more = {"append_slots": [1, 2], "append_block_ids": np.array([11, 12], np.int32)}
+    results.append(runner.execute(make_plan(**more)))
+    expected = greedy(oracle, prompt, 3)
+    assert tokens(first.wait()) == expected[:1]
+    assert [tokens(result.wait()) for result in results] == [
+        [expected[1], *expected[:1] * 2],
+        [expected[2], *expected[1:2] * 2],
+    ]
 
 
 def test_chunks_beside_decodes_change_nothing(runner, oracle):

@@ -1,6 +1,7 @@
 """What the sampler has to do for one set of rows, on the device. Built when the set changes, not at each step."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ class RandomRows:
 
 @dataclass(frozen=True, slots=True)
 class DrawnRows:
-    """The same on the host: a GPU's kernels read DrawColumns."""
+    """The same on the host."""
 
     rows: NDArray[np.int64]
     temperature: NDArray[np.float32]
@@ -37,11 +38,6 @@ class DrawnRows:
     min_p: NDArray[np.float32]
     top_k: NDArray[np.int64]
     top_p: NDArray[np.float32]
-
-    @property
-    def are_cut(self) -> bool:
-        """Whether any of them keeps only its likelier tokens."""
-        return bool(self.min_p.any() or self.top_k.any() or (self.top_p < 1).any())
 
     def to(self, device: torch.device) -> RandomRows:
         log_min_p = np.log(np.maximum(self.min_p, np.finfo(np.float32).tiny))
@@ -77,7 +73,7 @@ class LogprobRows:
     counts: tuple[int, ...]  # of likeliest tokens that each wants
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class SamplingBatch:
     """One set of rows. A feature is None when no row uses it; then none of its work is done."""
 
@@ -88,6 +84,17 @@ class SamplingBatch:
     drawn: DrawnRows | None
     columns: DrawColumns
     logprobs: LogprobRows | None
+
+    @cached_property
+    def random(self) -> RandomRows | None:
+        """The drawn rows on the device: sent once somebody asks, which kernels that read `columns` do not."""
+        return None if self.drawn is None else self.drawn.to(self.columns.temperature.device)
+
+    @cached_property
+    def is_cut(self) -> bool:
+        """Whether any row that draws keeps only its likelier tokens."""
+        drawn = self.drawn
+        return drawn is not None and bool(drawn.min_p.any() or drawn.top_k.any() or (drawn.top_p < 1).any())
 
     @property
     def changes_logits(self) -> bool:

@@ -23,8 +23,7 @@ class CpuSamplerOperations(SamplerOperations):
         temperature = columns.temperature
         if logits.dtype not in LIKE:
             logits = logits.float()
-        if batch.drawn is not None and batch.drawn.are_cut:
-            random = batch.drawn.to(logits.device)
+        if batch.is_cut and (random := batch.random) is not None:
             logits = logits.float()
             logits.index_copy_(0, random.rows, tempered(logits[random.rows], random, vocab))
             temperature = temperature.sign()  # of what draws, all is done but the noise

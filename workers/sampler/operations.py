@@ -32,8 +32,7 @@ class SamplerOperations:
 
         Logits of any dtype are used up.
         """
-        random = None if batch.drawn is None else batch.drawn.to(logits.device)
-        return draw(logits, random, positions, vocab)
+        return draw(logits, batch.random, positions, vocab)
 
 
 def sampler_operations_for(device: torch.device) -> SamplerOperations:

@@ -39,7 +39,7 @@ class TritonSamplerOperations(SamplerOperations):
     ) -> torch.Tensor:
         columns, tp = batch.columns, vocab.tp
         kept = None
-        if batch.drawn is not None and batch.drawn.are_cut:
+        if batch.is_cut:
             cuts = Cuts(columns.log_min_p, columns.top_k, columns.top_p)
             kept = find_kept(logits, columns.temperature, cuts, tp.all_reduce, tp.all_reduce_max)
         keys = candidate_keys(logits, columns.temperature, columns.seeds, positions, vocab.start, kept)
