@@ -17,6 +17,10 @@ if not torch.cuda.is_available():
 
 from transformers import LlamaConfig, LlamaForCausalLM
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Beside other test processes, OpenMP's threads spin while they wait for a core that another process has.
+    torch.set_num_threads(1)
+
 _DEFAULTS = {
     "vocab_size": 128,
     "hidden_size": 64,

@@ -17,7 +17,7 @@ from octavo.workers.model_config import ModelConfig
 
 _MAX_OUTPUTS = 8  # of a request: handles that it may use
 _FORKSERVER = multiprocessing.get_context("forkserver")
-_FORKSERVER.set_forkserver_preload(["octavo.workers.server"])
+_FORKSERVER.set_forkserver_preload(["octavo.tests.warm_rank"])
 
 
 def _run_worker(connection, device: str, create_store: bool, prepare) -> None:

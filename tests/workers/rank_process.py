@@ -9,7 +9,7 @@ from octavo.proto import engine_pb2, sampling_pb2, worker_pb2, worker_pb2_grpc
 from octavo.workers.server import WorkerServer
 
 _FORKSERVER = multiprocessing.get_context("forkserver")
-_FORKSERVER.set_forkserver_preload(["octavo.workers.server"])
+_FORKSERVER.set_forkserver_preload(["octavo.tests.warm_rank"])
 
 
 def pack(values, dtype="<i4") -> bytes:
