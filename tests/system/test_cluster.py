@@ -21,15 +21,11 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 from octavo.proto import admin_pb2, admin_pb2_grpc, generation_pb2, generation_pb2_grpc
 
+from .ports import free_port
+
 START_TIMEOUT_S = 120
 STOP_TIMEOUT_S = 30
 NUM_CONCURRENT = 64
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @dataclass

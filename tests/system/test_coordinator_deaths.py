@@ -1,4 +1,4 @@
-"""The coordinator of a running server is killed and stopped under 64 streams, and a gateway beside another: each stream
+"""The coordinator of a running server is killed and stopped under 32 streams, and a gateway beside another: each stream
 that has a reader ends with the tokens that it has where nothing happens, and none comes twice."""
 
 import contextlib
@@ -14,6 +14,8 @@ import pytest
 from octavo.proto import admin_pb2, admin_pb2_grpc, generation_pb2_grpc
 
 from .test_rank_deaths import READY, Server, ask, ask_all, request_of, running, streams_beside
+
+pytestmark = pytest.mark.alone
 
 
 def process_of(server: Server, module: str, index: int = 0) -> psutil.Process:
@@ -176,7 +178,7 @@ def outcome(gateway: Gateway, index: int):
 
 
 def test_a_gateway_is_lost_and_only_its_own_clients_notice(expected):
-    with running("--tensor-parallel-size", "2", "--num-gateways", "2") as server:
+    with running("--num-gateways", "2") as server:
         lose_gateway(server, 0, lambda process: process.kill(), "was killed by signal 9", expected)
         lose_gateway(server, 1, lambda process: process.suspend(), "did not answer for 8 s, and was killed", expected)
 

@@ -23,9 +23,9 @@ ENDLESS = 1800  # tokens: some ten seconds and more
 
 
 @contextmanager
-def serving(*options):
+def serving(*options, num_ranks=1):
     with tempfile.TemporaryDirectory(prefix="o", dir="/tmp") as parent:  # short: a socket's path is bounded
-        server = Server(Path(parent), *options)
+        server = Server(Path(parent), *options, num_ranks=num_ranks)
         try:
             yield server
         finally:
@@ -137,7 +137,7 @@ def test_what_does_not_end_in_time_is_told(num_signals):
 
 
 def test_a_killed_launcher_takes_everything_along():
-    with serving() as server:
+    with serving(num_ranks=2) as server:
         stream = Stream(f"localhost:{server.grpc_port}", ENDLESS)
         stream.wait_for_tokens()
         # Ray's agents try for a minute to tell the dead of each other, then they end too: not to be waited for here.

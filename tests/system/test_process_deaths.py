@@ -16,15 +16,11 @@ from pathlib import Path
 import psutil
 import pytest
 
+from .ports import free_port
+
 START_TIMEOUT_S = 120
 END_TIMEOUT_S = 25
 PREFIX = "octavo: "
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def shared_memory_of(process: psutil.Process) -> set[str]:
@@ -36,13 +32,13 @@ def shared_memory_of(process: psutil.Process) -> set[str]:
 
 
 class Server:
-    """`octavo serve` with two ranks, in a process group of its own, its run directory under `parent`."""
+    """`octavo serve` in a process group of its own, its run directory under `parent`."""
 
-    def __init__(self, parent, *more_options: str) -> None:
+    def __init__(self, parent, *more_options: str, num_ranks: int = 2) -> None:
         self.parent = parent
         self.grpc_port = free_port()
-        options = ["--tensor-parallel-size", "2", "--device", "cpu", "--port", "0", "--grpc-port", str(self.grpc_port)]
-        options += ["--max-restarts", "0", *more_options]
+        options = ["--device", "cpu", "--port", "0", "--grpc-port", str(self.grpc_port), "--max-restarts", "0"]
+        options += ["--tensor-parallel-size", str(num_ranks), *more_options]
         self.process = subprocess.Popen(
             [sys.executable, "-m", "octavo", "serve", *options],
             stdout=subprocess.PIPE,
@@ -102,9 +98,10 @@ class Server:
 
 
 @pytest.fixture
-def server():
+def server(request):
+    """Of two ranks, or as many as a test asks for."""
     with tempfile.TemporaryDirectory(prefix="o", dir="/tmp") as parent:  # short: a socket's path is bounded
-        started = Server(Path(parent))
+        started = Server(Path(parent), num_ranks=getattr(request, "param", 2))
         try:
             yield started
         finally:
@@ -112,14 +109,15 @@ def server():
 
 
 @pytest.mark.parametrize(
-    ("pattern", "said"),
+    ("server", "pattern", "said"),
     [
-        ("RankActor", "rank . of group 0 died|worker group 0 failed: ."),
-        ("octavo.gateway", "gateway 0 was killed by signal 9"),
-        ("octavo.coordinator", "coordinator was killed by signal 9"),
-        ("gcs_server", "Ray's gcs_server .* died"),
-        ("^raylet", "Ray's raylet .* died"),
+        (2, "RankActor", "rank . of group 0 died|worker group 0 failed: ."),
+        (1, "octavo.gateway", "gateway 0 was killed by signal 9"),
+        (1, "octavo.coordinator", "coordinator was killed by signal 9"),
+        (1, "gcs_server", "Ray's gcs_server .* died"),
+        (2, "^raylet", "Ray's raylet .* died"),
     ],
+    indirect=["server"],
     ids=["rank", "gateway", "coordinator", "gcs", "raylet"],
 )
 def test_a_process_that_dies_ends_the_server_with_one_line(server, pattern, said):

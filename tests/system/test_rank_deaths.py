@@ -1,11 +1,10 @@
-"""Ranks of a running server are killed and stopped under 64 streams: each stream ends with the tokens that it has where
+"""Ranks of a running server are killed and stopped under 32 streams: each stream ends with the tokens that it has where
 nothing happens."""
 
 import contextlib
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -19,17 +18,15 @@ import pytest
 import torch
 from octavo.proto import admin_pb2, admin_pb2_grpc, generation_pb2, generation_pb2_grpc
 
+from .ports import free_port
+
+pytestmark = pytest.mark.alone
+
 START_TIMEOUT_S = 120
-NUM_STREAMS = 64
+NUM_STREAMS = 32
 NUM_TOKENS = {"cpu": 100, "cuda": 800}  # so that streams last for a second
 REBUILD_TIMEOUT_S = 60
 READY = admin_pb2.GROUP_STATE_READY
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 class Server:
@@ -188,7 +185,7 @@ def flat(logprobs) -> list[float]:
 
 @contextmanager
 def streams_beside(server: Server, expected):
-    """64 streams, well on their way; at the end all have what they should."""
+    """32 streams, well on their way; at the end all have what they should."""
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(ask_all, server)
         while sum(group.num_running for group in server.groups()) < NUM_STREAMS // 2 and not asked.done():
@@ -279,9 +276,10 @@ def test_a_server_that_is_stopped_while_it_rebuilds_leaves_nothing_behind():
 
 
 def test_a_rank_that_dies_while_the_server_ends_costs_no_request():
-    with running() as server:
+    # A new rank may take as long to start as the server waits for its requests by default, where cores are short.
+    with running("--shutdown-timeout", "120") as server:
         request = request_of(0)
-        request.sampling_params.max_tokens = num_tokens = 600
+        request.sampling_params.max_tokens = num_tokens = 400
         victim = server.process_of(0, 0)
         stream = server.generation.Generate(request)
         tokens = [*next(stream).outputs[0].token_ids]
@@ -296,15 +294,15 @@ def test_a_rank_that_dies_while_the_server_ends_costs_no_request():
 
 def test_another_group_goes_on_at_once(one_group, expected):
     if one_group.device == "cuda":
-        pytest.skip("two groups of two ranks need four GPUs")
-    with running("--tensor-parallel-size", "2", "--num-groups", "2") as server:
-        for num_kills, rank in enumerate([0, 1], start=1):
-            epoch = server.groups()[num_kills - 1].epoch
+        pytest.skip("the other server has the two GPUs")
+    with running("--num-groups", "2") as server:
+        for group in range(2):
+            epoch = server.groups()[group].epoch
             with streams_beside(server, expected):
-                server.process_of(num_kills - 1, rank).kill()
-                detection_s = server.wait_until_noticed(num_kills - 1, epoch, timeout_s=2)
-                print(f"rank {rank} killed: noticed after {detection_s:.3f} s")
-            server.wait_until_whole(num_kills)
+                server.process_of(group, 0).kill()
+                detection_s = server.wait_until_noticed(group, epoch, timeout_s=2)
+                print(f"group {group} killed: noticed after {detection_s:.3f} s")
+            server.wait_until_whole(group + 1)
 
 
 def test_a_group_that_keeps_dying_is_given_up_in_one_line():

@@ -1,4 +1,4 @@
-"""Groups come to a running server and leave it under 64 streams: no request fails or is refused, and each ends with the
+"""Groups come to a running server and leave it under 32 streams: no request fails or is refused, and each ends with the
 tokens that it has where nothing happens."""
 
 import os
@@ -16,6 +16,8 @@ from octavo.launch.client import Client
 from octavo.proto import admin_pb2
 
 from .test_rank_deaths import NUM_STREAMS, READY, ask, ask_all, check_same, request_of, running
+
+pytestmark = pytest.mark.alone
 
 NUM_PLACES = 4 * len(os.sched_getaffinity(0))  # of CPU ranks
 
@@ -47,7 +49,7 @@ def wait_until(condition, timeout_s=30.0):
 
 @contextmanager
 def streams_without_end(server, expected):
-    """64 clients, each of which asks its request again and again; all answers are what they should be."""
+    """32 clients, each of which asks its request again and again; all answers are what they should be."""
     is_over = threading.Event()
 
     def keep_asking(index):
@@ -98,14 +100,14 @@ def check_nothing_is_left_but(server, client, num_ranks):
 
 def test_groups_come_and_go_twice(server, expected, client):
     with streams_without_end(server, expected):
-        for _ in range(2):
-            said, up_s = scale(client, 3)
-            assert [group.state for group in server.groups()] == [READY] * 3
+        for num_groups in (3, 2):
+            said, up_s = scale(client, num_groups)
+            assert [group.state for group in server.groups()] == [READY] * num_groups
             wait_until(lambda: all(group.num_running for group in server.groups()))
             _, down_s = scale(client, 1)
             assert [group.state for group in server.groups()] == [READY]
             loads = re.findall(r"took (\d\.\d) s to load", " ".join(said))
-            print(f"1 to 3 groups in {up_s:.1f} s, of which {loads} s loading, and back in {down_s:.1f} s")
+            print(f"1 to {num_groups} groups in {up_s:.1f} s, of which {loads} s loading, and back in {down_s:.1f} s")
     assert server.groups()[0].num_restarts == 0, server.lines
     check_nothing_is_left_but(server, client, num_ranks=1)
 

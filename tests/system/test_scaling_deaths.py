@@ -1,16 +1,19 @@
-"""The coordinator is killed in the middle of a change of scale, under 64 streams: the change goes on to its end under
+"""The coordinator is killed in the middle of a change of scale, under 32 streams: the change goes on to its end under
 the next one, no request fails or is refused, and each ends with the tokens that it has where nothing happens."""
 
 from contextlib import suppress
 from threading import Thread
 
 import grpc
+import pytest
 from octavo.launch.client import Client
 from octavo.proto import admin_pb2
 
 from .test_coordinator_deaths import coordinator_of, incarnation_of, wait_until_serving
 from .test_rank_deaths import ask_all, running
 from .test_scaling import check_nothing_is_left_but, rank_processes, streams_without_end, wait_until
+
+pytestmark = pytest.mark.alone
 
 STARTING, DRAINING = admin_pb2.GROUP_STATE_STARTING, admin_pb2.GROUP_STATE_DRAINING
 
