@@ -58,17 +58,17 @@ class Case:
 CASES = {
     "one token": Case(((300, 1, 3),)),
     "one token at each border": Case(((63, 1, 2), (64, 1, 2), (65, 1, 2), (127, 1, 4), (128, 1, 4)), head_dim=20),
-    "chunks around borders": Case(((60, 8, 2), (64, 16, 2), (63, 2, 2), (96, 32, 4), (31, 33, 2)), head_dim=20),
+    "chunks around borders": Case(((60, 8, 2), (64, 16, 2), (63, 2, 2), (96, 12, 4), (31, 17, 2)), head_dim=20),
     "contexts shorter than a split": Case(((0, 1, 9), (3, 5, 9), (31, 1, 9), (0, 40, 9)), head_dim=20),
-    "split and whole rows": Case(((400, 9, 5), (0, 70, 1), (90, 3, 1), (200, 20, 3))),
-    "padding rows": Case(((0, 0, 1), (200, 12, 4), (0, 0, 3), (90, 5, 2), (0, 0, 1)), head_dim=20),
-    "several tiles": Case(((130, 70, 3),), dtype=torch.float16),
-    "many parts": Case(((700, 5, 22),), num_kv_heads=1),
-    "more parts than a merge reads at once": Case(((1500, 2, 40),), 8, 1, 128),
-    "half precision": Case(((500, 16, 4), (130, 9, 2)), 8, 2, 128, 16, torch.bfloat16),
+    "split and whole rows": Case(((130, 9, 3), (0, 40, 1), (50, 3, 1), (70, 12, 2))),
+    "padding rows": Case(((0, 0, 1), (120, 12, 3), (0, 0, 3), (90, 5, 2), (0, 0, 1)), head_dim=20),
+    "several tiles": Case(((130, 40, 3),), dtype=torch.float16),
+    "many parts": Case(((440, 5, 14),), num_kv_heads=1),
+    "more parts than a merge reads at once": Case(((575, 2, 18),), 8, 1, 128),
+    "half precision": Case(((250, 16, 4), (130, 9, 2)), 8, 2, 128, 16, torch.bfloat16),
     "small blocks, a head_dim between powers of two": Case(((300, 20, 3),), 4, 2, 80, 8, torch.float16),
-    "blocks larger than a tile": Case(((400, 40, 3), (255, 1, 2)), block_size=128, dtype=torch.bfloat16),
-    "a KV head for each": Case(((233, 20, 3),), num_heads=3, num_kv_heads=3, head_dim=96),
+    "blocks larger than a tile": Case(((200, 33, 3), (255, 1, 2)), block_size=128, dtype=torch.bfloat16),
+    "a KV head for each": Case(((133, 20, 3),), num_heads=3, num_kv_heads=3, head_dim=96),
     "three heads to a KV head": Case(((250, 30, 3),), 6, 2, 64, 32, torch.float16),
     "more heads to a KV head than a dot's rows": Case(((90, 4, 2),), 20, 1, 20),
     "a tile of one query": Case(((200, 3, 2),), 64, 1, 16, 16, torch.float16),
@@ -105,8 +105,9 @@ def test_equals_the_reference(name, make_rows, device):
     out = split_chunk_attention(*given, workspace_of(case, device), scale)
     assert out.dtype == case.dtype
     torch.testing.assert_close(out.float(), rows.attend(q, case.query_lens, scale), **TOLERANCES[case.dtype])
-    again = split_chunk_attention(*given, workspace_of(case, device), scale)
-    assert torch.equal(out, again)
+    if device.type == "cuda":  # where programs run in an order of their own
+        again = split_chunk_attention(*given, workspace_of(case, device), scale)
+        assert torch.equal(out, again)
 
 
 def to_fp8(rows):
@@ -161,7 +162,7 @@ def test_large_scores_do_not_overflow(make_rows, device):
 def test_a_step_equals_the_reference(is_fp8, make_rows, device):
     """Decodes, a chunk that is split, a new prompt and a prompt's last token, in two layers of one plan."""
     num_heads, num_kv_heads, head_dim, block_size = 8, 2, 32, 16
-    seq_lens, query_lens = (70, 3, 1500, 30, 1200), (1, 1, 9, 30, 1)
+    seq_lens, query_lens = (70, 3, 1030, 12, 200), (1, 1, 5, 12, 1)
     rows = make_rows(seq_lens, block_size, num_kv_heads, head_dim, torch.float32)
     starts = tuple(sum(query_lens[:row]) for row in range(len(query_lens) + 1))
     positions = [(row, seq_lens[row] - n + i) for row, n in enumerate(query_lens) for i in range(n)]
