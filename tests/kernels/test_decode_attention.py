@@ -62,7 +62,7 @@ CASES = {
     "only padding rows": Case((0, 0)),
     "one long row of many splits": Case((430,), block_size=32),
     "short and long rows together": Case((3, 321, 64, 129), num_heads=8, head_dim=128, dtype=torch.bfloat16),
-    "more splits than one merge tile": Case((600,), 4, 1, 128, 16, torch.bfloat16),
+    "more splits than one merge tile": Case((900,), 4, 1, 128, 16, torch.bfloat16),
     "blocks larger than a tile": Case((130, 5, 257), block_size=128, dtype=torch.float16),
     "small blocks, odd head_dim": Case((9, 100, 64), head_dim=20, block_size=8),
     "a head_dim between powers of two": Case((70, 200), head_dim=80, dtype=torch.bfloat16),

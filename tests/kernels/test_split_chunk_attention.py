@@ -64,7 +64,7 @@ CASES = {
     "padding rows": Case(((0, 0, 1), (120, 12, 3), (0, 0, 3), (90, 5, 2), (0, 0, 1)), head_dim=20),
     "several tiles": Case(((130, 40, 3),), dtype=torch.float16),
     "many parts": Case(((440, 5, 14),), num_kv_heads=1),
-    "more parts than a merge reads at once": Case(((575, 2, 18),), 8, 1, 128),
+    "more parts than a merge reads at once": Case(((767, 2, 24),), 8, 1, 128),
     "half precision": Case(((250, 16, 4), (130, 9, 2)), 8, 2, 128, 16, torch.bfloat16),
     "small blocks, a head_dim between powers of two": Case(((300, 20, 3),), 4, 2, 80, 8, torch.float16),
     "blocks larger than a tile": Case(((200, 33, 3), (255, 1, 2)), block_size=128, dtype=torch.bfloat16),
