@@ -276,10 +276,9 @@ def test_a_server_that_is_stopped_while_it_rebuilds_leaves_nothing_behind():
 
 
 def test_a_rank_that_dies_while_the_server_ends_costs_no_request():
-    # A new rank may take as long to start as the server waits for its requests by default, where cores are short.
-    with running("--shutdown-timeout", "120") as server:
+    with running() as server:
         request = request_of(0)
-        request.sampling_params.max_tokens = num_tokens = 400
+        request.sampling_params.max_tokens = num_tokens = 600
         victim = server.process_of(0, 0)
         stream = server.generation.Generate(request)
         tokens = [*next(stream).outputs[0].token_ids]
@@ -294,15 +293,15 @@ def test_a_rank_that_dies_while_the_server_ends_costs_no_request():
 
 def test_another_group_goes_on_at_once(one_group, expected):
     if one_group.device == "cuda":
-        pytest.skip("the other server has the two GPUs")
-    with running("--num-groups", "2") as server:
-        for group in range(2):
-            epoch = server.groups()[group].epoch
+        pytest.skip("two groups of two ranks need four GPUs")
+    with running("--tensor-parallel-size", "2", "--num-groups", "2") as server:
+        for num_kills, rank in enumerate([0, 1], start=1):
+            epoch = server.groups()[num_kills - 1].epoch
             with streams_beside(server, expected):
-                server.process_of(group, 0).kill()
-                detection_s = server.wait_until_noticed(group, epoch, timeout_s=2)
-                print(f"group {group} killed: noticed after {detection_s:.3f} s")
-            server.wait_until_whole(group + 1)
+                server.process_of(num_kills - 1, rank).kill()
+                detection_s = server.wait_until_noticed(num_kills - 1, epoch, timeout_s=2)
+                print(f"rank {rank} killed: noticed after {detection_s:.3f} s")
+            server.wait_until_whole(num_kills)
 
 
 def test_a_group_that_keeps_dying_is_given_up_in_one_line():

@@ -132,7 +132,7 @@ def test_a_spare_that_is_killed_is_followed_by_another(server):
     assert (group.state, group.num_restarts) == (READY, num_restarts)
 
 
-def test_a_server_with_a_spare_leaves_nothing_behind(server):
-    """The last of the module: it stops the server."""
-    wait_for_spare(server)
-    server.close()
+def test_a_server_with_spares_leaves_nothing_behind():
+    with running("--num-spare-ranks", "2") as server:
+        first = wait_for_spare(server)
+        wait_for_spare(server, not_one_of=[first])
