@@ -91,9 +91,11 @@ class CpuOperations(Operations):
             return super().rms_norm(x, weight, eps)
         return rms_norm(self._threads, x, weight, eps)
 
-    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        if x.dtype not in LIKE:
-            return super().add_rms_norm(x, residual, weight, eps)
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, other: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        if x.dtype not in LIKE or other is not None:
+            return super().add_rms_norm(x, residual, weight, eps, other)
         return add_rms_norm(self._threads, x, residual, weight, eps)
 
     def rope_and_cache(

@@ -2,7 +2,8 @@
 
 y = x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019). Half
 precisions are computed in float32 and rounded once. With a residual, x is the sum rounded to the stream's dtype: what
-the next layer adds to is what was normed. The twins are `rms_norm` and `add_rms_norm` of kernels/reference.py.
+the next layer adds to is what was normed. It may be a sum of three: the residual and two ranks' shares. The twins are
+`rms_norm` and `add_rms_norm` of kernels/reference.py.
 """
 
 from typing import Any
@@ -43,6 +44,7 @@ def _rms_norm_kernel(
 @triton.jit
 def _add_rms_norm_kernel(
     x_ptr: tl.tensor,  # [num_rows, width]
+    other_ptr: tl.tensor,  # [num_rows, width], if there is one
     residual_ptr: tl.tensor,  # [num_rows, width]
     weight_ptr: tl.tensor,  # [width]
     out_ptr: tl.tensor,  # [num_rows, width]
@@ -50,6 +52,7 @@ def _add_rms_norm_kernel(
     eps: tl.tensor,
     width: tl.constexpr,
     block: tl.constexpr,
+    has_other: tl.constexpr,
     pdl: tl.constexpr,
 ) -> None:
     columns = tl.arange(0, block)
@@ -58,6 +61,8 @@ def _add_rms_norm_kernel(
     weight = tl.load(weight_ptr + columns, mask, other=0.0).to(tl.float32)
     wait_for_earlier_kernels(pdl)
     x = tl.load(x_ptr + start + columns, mask, other=0.0).to(tl.float32)
+    if has_other:
+        x += tl.load(other_ptr + start + columns, mask, other=0.0).to(tl.float32)
     x += tl.load(residual_ptr + start + columns, mask, other=0.0).to(tl.float32)
     rounded = x.to(sum_ptr.dtype.element_ty)
     tl.store(sum_ptr + start + columns, rounded, mask)
@@ -80,18 +85,22 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def add_rms_norm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, other: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The norm of x + residual, and that sum. x, residual: [..., width] contiguous; weight: [width].
+    """The norm of x + residual, and that sum; of x + other + residual if there is another. x, residual, other:
+    [..., width] contiguous; weight: [width].
 
     Raises ValueError for tensors that the kernel does not take.
     """
     _check(x, weight)
     check_residual("add_rms_norm", x, residual)
+    check_residual("add_rms_norm", x, other)
     out, total = torch.empty_like(x), torch.empty_like(x)
     if x.numel():
         grid = (x.numel() // len(weight),)
-        _add_rms_norm_kernel[grid](x, residual, weight, out, total, eps, **_launch_options(weight, grid[0]))
+        parts = x, x if other is None else other, residual
+        options = _launch_options(weight, grid[0])
+        _add_rms_norm_kernel[grid](*parts, weight, out, total, eps, has_other=other is not None, **options)
     return out, total
 
 

@@ -59,9 +59,11 @@ class Operations:
         """[num_tokens, hidden_size] to the same."""
         return reference.rms_norm(x, weight, eps)
 
-    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """The norm of x + residual, and that sum."""
-        return reference.add_rms_norm(x, residual, weight, eps)
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, other: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The norm of x + residual, and that sum; of x + other + residual, if x comes in two parts."""
+        return reference.add_rms_norm(x, residual, weight, eps, other)
 
     def add_rms_norm_linear(
         self,

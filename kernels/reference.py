@@ -59,10 +59,14 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def add_rms_norm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, other: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The norm of x + residual, and that sum: the residual stream after a sublayer. [num_tokens, hidden_size] each."""
-    residual = residual + x
+    """The norm of x + residual, and that sum: the residual stream after a sublayer. [num_tokens, hidden_size] each.
+
+    x may come in two parts, of which `other` is one. The sum is rounded once.
+    """
+    x = x if other is None else x.float() + other
+    residual = (residual + x).to(residual.dtype)
     return rms_norm(residual, weight, eps), residual
 
 

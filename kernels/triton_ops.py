@@ -109,8 +109,10 @@ class TritonOperations(Operations):
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return self._or_reference(rms_norm, super().rms_norm, x, weight, eps)
 
-    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        return self._or_reference(add_rms_norm, super().add_rms_norm, x, residual, weight, eps)
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, other: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return self._or_reference(add_rms_norm, super().add_rms_norm, x, residual, weight, eps, other)
 
     def plan_attention(self, batch: AttentionBatch, block_size: int, dtype: torch.dtype) -> StepAttention:
         """Computes nothing: the kernels read the step's tensors."""

@@ -23,7 +23,8 @@ import triton
 import triton.language as tl
 
 from .norm import check_residual
-from .peer_wait import PeerWait, polls_allowed, report_missing, wait_state
+from .peer_flags import await_flags, release
+from .peer_wait import PeerWait, polls_allowed
 
 _DTYPES = (torch.float32, torch.bfloat16)
 _VECTOR_BYTES = 16
@@ -64,41 +65,6 @@ def _view(buffer: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return buffer[: like.nbytes].view(like.dtype).view(like.shape)
 
 
-@triton.jit
-def _read_flags(flags: tl.tensor, on_gpu: tl.constexpr) -> tl.tensor:
-    """What a peer wrote before it set a flag is seen by whoever has read the flag so."""
-    if on_gpu:
-        return tl.inline_asm_elementwise(
-            "ld.acquire.sys.global.b32 $0, [$1];", "=r,l", [flags], dtype=tl.int32, is_pure=False, pack=1
-        )
-    return tl.load(flags)
-
-
-@triton.jit
-def _await_flags(
-    flags: tl.tensor,  # [world_size] pointers to this rank's memory
-    value: tl.tensor,
-    failed_ptr: tl.tensor,
-    host_failed_ptr: tl.tensor,
-    max_polls: tl.tensor,
-    on_gpu: tl.constexpr,
-) -> None:
-    state = wait_state(_read_flags(flags, on_gpu) != value, max_polls, host_failed_ptr, looks=False)
-    while (state > 1) & (max_polls > 0):
-        max_polls -= 1
-        state = wait_state(_read_flags(flags, on_gpu) != value, max_polls, host_failed_ptr, looks=True)
-    report_missing(state, failed_ptr, host_failed_ptr)
-    tl.debug_barrier()  # each thread goes on behind all flags
-
-
-@triton.jit
-def _release(on_gpu: tl.constexpr) -> None:
-    """Whoever sees what this program writes from here on sees what it wrote before."""
-    if on_gpu:
-        tl.inline_asm_elementwise("fence.acq_rel.sys; mov.b32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
-    tl.debug_barrier()
-
-
 @triton.jit(do_not_specialize=["num_rows"])
 def _two_shot_add_rms_norm_kernel(
     residual_ptr: tl.tensor,  # [num_rows, width], if there is one
@@ -137,7 +103,7 @@ def _two_shot_add_rms_norm_kernel(
     tl.store(peer_flags, count, cache_modifier=".wt")
     weight = tl.load(weight_ptr + columns, columns < width, other=0.0).to(tl.float32)
     residual = tl.load(residual_ptr + cells, mask & has_residual, other=0.0).to(tl.float32)
-    _await_flags(own_flags, count, failed_ptr, host_failed_ptr, max_polls, on_gpu)
+    await_flags(own_flags, count, failed_ptr, host_failed_ptr, max_polls, on_gpu)
 
     total = tl.zeros([block], tl.float32)
     for peer in tl.static_range(world_size):
@@ -153,9 +119,9 @@ def _two_shot_add_rms_norm_kernel(
     # The next call's residual: nobody else needs it.
     tl.store(sum_ptr + cells, rounded, mask)
 
-    _release(on_gpu)
+    release(on_gpu)
     tl.store(peer_flags + world_size, count, cache_modifier=".wt")
-    _await_flags(own_flags + world_size, count, failed_ptr, host_failed_ptr, max_polls, on_gpu)
+    await_flags(own_flags + world_size, count, failed_ptr, host_failed_ptr, max_polls, on_gpu)
     tl.store(num_calls_ptr + program, count)
 
 

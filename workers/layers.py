@@ -155,11 +155,13 @@ class RMSNorm:
         memory = self._tp.symmetric_memory
         if memory is not None and memory.takes_norm(share):
             return memory.all_reduce_add_rms_norm(share, residual, self.weight, self.eps)
-        return self.add_sum(self._tp.all_reduce(share), residual)
+        return self.add_sum((self._tp.all_reduce(share),), residual)
 
-    def add_sum(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The norm of x + residual, and that sum, x being summed over the ranks already."""
-        return self._ops.add_rms_norm(x, residual, self.weight, self.eps)
+    def add_sum(self, parts: tuple[torch.Tensor, ...], residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The norm of x + residual, and that sum. `parts`: the tensors, one or two, that add up to x, the sum over the
+        ranks."""
+        x, *other = parts
+        return self._ops.add_rms_norm(x, residual, self.weight, self.eps, *other)
 
 
 class ColumnParallelLinear:

@@ -74,16 +74,22 @@ class TensorParallel:
         """Whether work on a tensor like this is faster in two halves, each summed beside the other's products."""
         return self.size > 1 and tensor.nbytes > _HALVES_BYTES
 
-    def start_all_reduce(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
-        """Begins to sum `tensor` over the ranks, in place, beside what is queued next. Calling what is returned gives
-        the sum to what is queued after that."""
+    def start_all_reduce(self, tensor: torch.Tensor) -> Callable[[], tuple[torch.Tensor, ...]]:
+        """Begins to sum `tensor` over the ranks beside what is queued next; its memory may come to hold the sum.
+        Calling what is returned gives tensors that add up to the sum, to what is queued after that.
+
+        Two sums may be on their way, of tensors in turn: each of them is made of what the last sum in its place gave.
+        """
+        memory = self.symmetric_memory
+        if memory is not None and memory.exchanges(tensor):
+            return memory.start_exchange(tensor, only_compiles=not self.meets_others)
         if self.is_alone:
-            return lambda: tensor
+            return lambda: (tensor,)
         work = dist.all_reduce(tensor, group=self.process_group, async_op=True)
 
-        def finish() -> torch.Tensor:
+        def finish() -> tuple[torch.Tensor, ...]:
             work.wait()
-            return tensor
+            return (tensor,)
 
         return finish
 

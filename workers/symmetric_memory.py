@@ -1,11 +1,13 @@
 """Sums over the ranks of a host through memory that its GPUs share over NVLink. No multicast is used.
 
 Sums on the way to a norm are fused with it: small ones by kernels/ll_all_reduce.py, larger ones by kernels/two_shot.py.
-The former sums a few rows without a norm too. Sampled candidates meet here as well, in kernels/ll_take_tokens.py. No
-kernel of torch's is used: those wait for a peer that is gone without end, and nothing would free the GPU of them.
+The former sums a few rows without a norm too. Of two ranks, sums larger still are exchanges (share_exchange.py).
+Sampled candidates meet here as well, in kernels/ll_take_tokens.py. No kernel of torch's is used: those wait for a peer
+that is gone without end, and nothing would free the GPU of them.
 """
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,9 +17,11 @@ from torch._C import _distributed_c10d as c10d
 
 from ..kernels.ll_all_reduce import MAX_SPLITS, LLInbox, ll_add_rms_norm, ll_sum
 from ..kernels.ll_take_tokens import KeyInbox, ll_take_tokens
+from ..kernels.peer_flags import PeerFlag
 from ..kernels.peer_wait import PeerWait
 from ..kernels.two_shot import TwoShotBuffers, two_shot_add_rms_norm
 from .meeting import ExchangeStore, Meeting
+from .share_exchange import NUM_PLACES, Place, ShareExchange
 
 _log = logging.getLogger(__name__)
 
@@ -27,7 +31,8 @@ Tensor = torch.Tensor
 _MAX_LL_BYTES = 1024 * 1024
 _MAX_LL_ROWS = 64
 _MAX_LL_WORDS = 4096  # of a row, 4 bytes each
-_MAX_FUSED_BYTES = 32 * 1024 * 1024  # above, NCCL beside other work is faster
+_MAX_FUSED_BYTES = 32 * 1024 * 1024  # above, sums beside other work are faster
+_MAX_EXCHANGED_BYTES = 64 * 1024 * 1024  # half of 8,192 rows of a 70B model
 _MAX_ROWS_OF_A_RANK = 2048
 _MAX_KEY_ROWS = 2048  # above, NCCL merges candidates
 
@@ -44,6 +49,7 @@ class SymmetricMemory:
         self._ll_inbox = self._make_ll_inbox()
         self._two_shot = self._make_two_shot_buffers()
         self._key_inbox = self._make_key_inbox()
+        self._share_exchange = self._make_share_exchange() if self._size == 2 else None
 
     def has_failed(self) -> bool:
         """Whether a rank has waited for another beyond reason. Sums are worthless from then on."""
@@ -88,6 +94,16 @@ class SymmetricMemory:
             return None
         return self._two_shot.input_like(like)
 
+    def exchanges(self, share: Tensor) -> bool:
+        """Whether `start_exchange` can take it."""
+        return self._share_exchange is not None and self._share_exchange.takes(share)
+
+    def start_exchange(self, share: Tensor, only_compiles: bool) -> Callable[[], tuple[Tensor, ...]]:
+        """Has the ranks' shares come together beside what is queued next; what is returned gives them all."""
+        assert self._share_exchange is not None
+        exchange = self._share_exchange
+        return exchange.compile_for(share) if only_compiles else exchange.start(share)
+
     def takes_keys(self, keys: Tensor) -> bool:
         """Whether `take_tokens` can merge them."""
         return self._key_inbox.takes(keys)
@@ -117,6 +133,18 @@ class SymmetricMemory:
         addresses = torch.tensor([peer.data_ptr() for peer in all_flags], device=self._device)
         num_calls = torch.zeros(_MAX_ROWS_OF_A_RANK, dtype=torch.int32, device=self._device)
         return TwoShotBuffers(self._rank, inputs, normed, flags, addresses, num_calls, self._wait)
+
+    def _make_share_exchange(self) -> ShareExchange:
+        mine, all_places = self._allocate((NUM_PLACES, _MAX_EXCHANGED_BYTES), torch.uint8)
+        flags, all_flags = self._allocate((NUM_PLACES, 1), torch.int32)
+        peer = 1 - self._rank
+        addresses = torch.tensor([[flag.data_ptr()] for flag in all_flags[peer]], device=self._device)
+        raised, awaited = torch.zeros(2, NUM_PLACES, 1, dtype=torch.int32, device=self._device)
+        places = (
+            Place(mine[i], all_places[peer][i], PeerFlag(flags[i], addresses[i], raised[i], awaited[i], self._wait))
+            for i in range(NUM_PLACES)
+        )
+        return ShareExchange(tuple(places), self._device)
 
     def _allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Zeros: this rank's, and those of all ranks in their order."""

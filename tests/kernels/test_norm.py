@@ -49,6 +49,17 @@ def test_add_rms_norm(shape, dtype):
     torch.testing.assert_close((x, residual), kept, **EXACT)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(3, 7), (1, 4096)])
+def test_add_rms_norm_of_a_sum_in_two_parts_rounds_once(shape, dtype):
+    x, other, residual = normal(3, *shape, dtype=dtype, scale=3)
+    weight = normal(shape[-1], dtype=dtype)
+    normed, total = add_rms_norm(x, residual, weight, 1e-5, other)
+    torch.testing.assert_close(total, (x.double() + other + residual).to(dtype), **CLOSE[dtype])
+    torch.testing.assert_close(total, reference.add_rms_norm(x, residual, weight, 1e-5, other)[1], **SUM[dtype])
+    torch.testing.assert_close(normed, reference.rms_norm(total, weight, 1e-5), **CLOSE[dtype])
+
+
 def test_the_norm_is_of_the_rounded_sum():
     # 256 + 1 is 256 in bfloat16: the sum's last bit is lost before the norm.
     x, residual = (torch.full((1, 16), value, dtype=torch.bfloat16, device=DEVICE) for value in (1.0, 256.0))

@@ -43,7 +43,7 @@ class ThreadParallel(TensorParallel):
 
     def start_all_reduce(self, tensor: torch.Tensor):
         self.all_reduce(tensor)
-        return lambda: tensor
+        return lambda: (tensor,)
 
     def all_reduce_max(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.copy_(reduce(torch.maximum, self.meeting.exchange(self.rank, tensor)))

@@ -10,6 +10,8 @@ from octavo.workers.meeting import Meeting
 from octavo.workers.parallel import TensorParallel
 from octavo.workers.symmetric_memory import SymmetricMemory
 
+_MAX_EXCHANGED_BYTES = 1 << 20  # 128 rows below, where there are 64 MiB
+
 
 @pytest.fixture
 def make_memory(monkeypatch):
@@ -27,6 +29,7 @@ def make_memory(monkeypatch):
         monkeypatch.setattr(symmetric_memory.symm_mem, "empty", torch.empty)
         monkeypatch.setattr(symmetric_memory, "_Exchange", Exchange)
         monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+        monkeypatch.setattr(symmetric_memory, "_MAX_EXCHANGED_BYTES", _MAX_EXCHANGED_BYTES)
         for name in ("ll_sum", "ll_add_rms_norm", "two_shot_add_rms_norm", "ll_take_tokens"):
             monkeypatch.setattr(symmetric_memory, name, lambda *args, name=name: calls.append((name, args)))
         return SymmetricMemory(Meeting(dist.HashStore(), 1, 0, world_size), torch.device("cpu")), calls
@@ -68,6 +71,24 @@ def test_a_residual_that_each_rank_has_in_part_is_never_cut_in_halves(make_memor
     memory, _ = make_memory(2)
     stream = torch.empty(num_rows, 4096, dtype=torch.bfloat16, device="meta")
     assert memory.takes_norm(stream) != TensorParallel(0, 2, torch.device("meta")).sums_in_halves(stream)
+
+
+@pytest.mark.parametrize(("world_size", "num_rows", "is_exchanged"), [(2, 128, True), (2, 129, False), (4, 64, False)])
+def test_large_sums_of_two_ranks_are_exchanged(make_memory, world_size, num_rows, is_exchanged):
+    memory, _ = make_memory(world_size)
+    assert memory.exchanges(torch.empty(num_rows, 4096, dtype=torch.bfloat16)) == is_exchanged
+
+
+def test_an_exchange_that_only_compiles_gives_tensors_like_shares_and_reaches_nobody(make_memory, monkeypatch):
+    monkeypatch.setattr(symmetric_memory.PeerFlag, "raise_for_peer", lambda flag: None)
+    monkeypatch.setattr(symmetric_memory.PeerFlag, "hold_until_raised", lambda flag: None)
+    memory, _ = make_memory(2)
+    tp = TensorParallel(0, 2, torch.device("cpu"), symmetric_memory=memory)
+    share = torch.ones(3, 4096)
+    parts = tp.for_compiling().start_all_reduce(share)()
+    assert [(part.shape, part.dtype) for part in parts] == [(share.shape, share.dtype)] * 2
+    assert [part.sum().item() for part in tp.start_all_reduce(share)()] == [share.sum().item(), 0.0]
+    assert not parts[1].any()
 
 
 def test_a_product_may_write_where_it_is_summed(make_memory):
