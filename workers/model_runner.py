@@ -123,8 +123,8 @@ class ModelRunner:
         if self._decode_graphs is not None and not rows.chunks and not prefixes:
             return self._replay(clock, rows, self._decode_graphs)
         batch = send_step(rows, self._slots, prefixes)
-        token_ids = self._slots.token_ids.view(-1).index_select(0, batch.token_cells).long()
-        run = run_now if self._segment_graphs is None else self._segment_graphs.runner(len(token_ids))
+        run = run_now if self._segment_graphs is None else self._segment_graphs.runner(len(rows.positions))
+        token_ids = self._slots.tokens_at(batch.token_cells, run.token_ids)
         clock.ready()
         hidden = self._model.forward(token_ids, batch.attention, self._kv_cache, run)
         chunks = self._prompt_logprobs(hidden, rows)

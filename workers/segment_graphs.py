@@ -59,6 +59,7 @@ class _Replay:
     """The runner of one step of `num_tokens` rows, at most the bucket's size."""
 
     bucket: _Bucket
+    token_ids: torch.Tensor  # [num_tokens] int32
     num_tokens: int
 
     def __call__(self, segment: Segment, *inputs: torch.Tensor) -> Tensors:
@@ -75,7 +76,7 @@ class _Replay:
 
 
 class _Places:
-    """Owner of the tensors that segments read what was made outside of graphs from: tokens, and attention's output.
+    """Owner of the tensors that segments read what was made outside of graphs from, but for tokens: attention's output.
 
     All segments and sizes share them. Allocated for the first one, which is to be of the largest size.
     """
@@ -110,6 +111,8 @@ class SegmentGraphs:
         self._is_to_choose = sizes is None
         self._buckets = [_Bucket(size) for size in (bucket_sizes(max_num_tokens) if sizes is None else sizes)]
         self._places = _Places()
+        # Its first tokens are those of a step, where the first segment of each bucket reads them.
+        self._token_ids = torch.zeros(self._buckets[-1].size, dtype=torch.int32, device=tp.device)
 
     @property
     def sizes(self) -> Sequence[int]:
@@ -126,10 +129,11 @@ class SegmentGraphs:
         with self.recorder.session():
             for bucket in reversed(self._buckets):
                 batch = _one_chunk(bucket.size, kv_cache)
-                token_ids = torch.zeros_like(batch.positions)
+                token_ids = self._token_ids[: bucket.size]
                 # Kernels compile, and libraries make their workspaces, before the recording.
                 self._model.forward(token_ids, batch, kv_cache)
-                self._model.forward(token_ids, batch, kv_cache, _BucketRecorder(self.recorder, self._places, bucket))
+                recorder = _BucketRecorder(self.recorder, self._places, bucket, token_ids)
+                self._model.forward(token_ids, batch, kv_cache, recorder)
             if self._is_to_choose:
                 self._drop_outrun()
 
@@ -143,15 +147,19 @@ class SegmentGraphs:
     def runner(self, num_tokens: int) -> SegmentRunner:
         """Runs the segments of one step of `num_tokens`: from graphs, or as they are called if none is large enough."""
         index = bisect_left(self._buckets, num_tokens, key=lambda bucket: bucket.size)
-        return _Replay(self._buckets[index], num_tokens) if index < len(self._buckets) else run_now
+        if index == len(self._buckets):
+            return run_now
+        return _Replay(self._buckets[index], self._token_ids[:num_tokens], num_tokens)
 
 
 class _BucketRecorder:
     """The runner that records one bucket."""
 
-    def __init__(self, recorder: Recorder, places: _Places, bucket: _Bucket) -> None:
+    def __init__(self, recorder: Recorder, places: _Places, bucket: _Bucket, token_ids: torch.Tensor) -> None:
         self._recorder, self._places, self._bucket = recorder, places, bucket
-        self._made: dict[int, torch.Tensor] = {}  # where results are, by address
+        self.token_ids = token_ids
+        # Where inputs lie already when a segment is replayed, by address: the tokens, and results.
+        self._made = {token_ids.data_ptr(): token_ids}
 
     def __call__(self, segment: Segment, *inputs: torch.Tensor) -> Tensors:
         places = tuple(self._place(*argument) for argument in enumerate(inputs))

@@ -22,6 +22,11 @@ class SegmentRunner(Protocol):
         """Where the segment's first input is best written; None if that does not matter."""
         ...
 
+    @property
+    def token_ids(self) -> torch.Tensor | None:
+        """Where the step's tokens are best written, [num_tokens] int32; None if that does not matter."""
+        ...
+
 
 class _RunNow:
     """As they are called."""
@@ -31,6 +36,10 @@ class _RunNow:
 
     def input_of(self, segment: Segment) -> None:
         del segment
+
+    @property
+    def token_ids(self) -> None:
+        return None
 
 
 run_now = _RunNow()

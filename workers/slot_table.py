@@ -95,6 +95,10 @@ class SlotTable:
         self.num_computed[slots] += num_tokens
         self.num_known[sampled] += 1
 
+    def tokens_at(self, cells: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+        """The tokens, int32, at cells of the flattened token table, on the device: in `out` if one is given."""
+        return torch.index_select(self.token_ids.view(-1), 0, cells, out=out)
+
     def cells(self, slots: Ints, positions: Ints) -> Ints:
         """Where tokens stand in the flattened token table."""
         return slots * self.token_ids.shape[1] + positions
