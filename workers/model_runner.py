@@ -63,6 +63,11 @@ class ModelRunner:
         self._sampling_key: tuple[int, bytes] | None = None  # what _sampling was built for
 
     @property
+    def least_num_tokens_in_halves(self) -> int | None:
+        """Of the smallest step whose sums over ranks are those of halves; None if there is none."""
+        return self._tp.least_num_rows_in_halves(self._model.config.hidden_size * self._model.dtype.itemsize)
+
+    @property
     def block_rows(self) -> BlockRows:
         """Of the KV cache."""
         return self._kv_cache.rows

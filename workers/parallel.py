@@ -74,14 +74,19 @@ class TensorParallel:
         """Whether work on a tensor like this is faster in two halves, each summed beside the other's products."""
         return self.size > 1 and tensor.nbytes > _HALVES_BYTES
 
-    def start_all_reduce(self, tensor: torch.Tensor) -> Callable[[], tuple[torch.Tensor, ...]]:
+    def least_num_rows_in_halves(self, row_bytes: int) -> int | None:
+        """Rows of the smallest tensor that `sums_in_halves`; None if there is none."""
+        return _HALVES_BYTES // row_bytes + 1 if self.size > 1 else None
+
+    def start_all_reduce(self, tensor: torch.Tensor, larger: torch.Tensor) -> Callable[[], tuple[torch.Tensor, ...]]:
         """Begins to sum `tensor` over the ranks beside what is queued next; its memory may come to hold the sum.
         Calling what is returned gives tensors that add up to the sum, to what is queued after that.
 
-        Two sums may be on their way, of tensors in turn: each of them is made of what the last sum in its place gave.
+        The sums of two halves take turns, each of what that half's last sum gave. `larger`: a tensor like the larger
+        half, so that both go the same way.
         """
         memory = self.symmetric_memory
-        if memory is not None and memory.exchanges(tensor):
+        if memory is not None and memory.exchanges(larger):
             return memory.start_exchange(tensor, only_compiles=not self.meets_others)
         if self.is_alone:
             return lambda: (tensor,)

@@ -5,8 +5,9 @@ What is sent is no more than in an all-reduce of two: half of the sum there and 
 For more ranks it would be more.
 
 **When a place may be written again.** Shares are of two halves in turn (`LlamaForCausalLM._in_halves`), and places are
-four. A share of one half is made of what the last sum of that half gave, for which the peer's share had to be here, and
-the peer sent that behind the sum before it. So when a rank sends to a place, the peer has read what was sent to it four
+four, taken strictly in turn: a layer's shares are four too, so one that is replayed from a graph keeps its places. A
+share of one half is made of what the last sum of that half gave, for which the peer's share had to be here, and the
+peer sent that behind the sum before it. So when a rank sends to a place, the peer has read what was sent to it four
 shares ago.
 """
 

@@ -40,8 +40,8 @@ class StepClock:
         self._stopped = self._now()
 
     def wait_us(self) -> tuple[int, int]:
-        """Waits until the step is done. In microseconds its duration, and for how long the device had stood still; none
-        of either if it was never ready: there was nothing to compute."""
+        """Waits until the step is done. In microseconds its duration, and for how long the device had stood still. On
+        CUDA both are 0 if nothing was ever ready, as there was nothing to compute."""
         previous, self._previous = self._previous, None  # or a clock would keep all that were before it
         if isinstance(self._stopped, torch.cuda.Event):
             self._stopped.synchronize()

@@ -49,8 +49,11 @@ def warm_up(
 def run_all_kinds(runner: ModelRunner, max_num_tokens: int) -> None:
     """Runs steps of up to `max_num_tokens` that between them use every kernel, beside those that graphs are made of."""
     # First what takes the longest to compile.
-    for num_tokens in {_LARGE_STEP, max_num_tokens}:
-        if _LARGE_STEP <= num_tokens <= max_num_tokens:
+    large_steps = {_LARGE_STEP, max(_LARGE_STEP, max_num_tokens)}
+    if (in_halves := runner.least_num_tokens_in_halves) is not None:
+        large_steps.add(in_halves)
+    for num_tokens in large_steps:
+        if num_tokens <= max_num_tokens:
             warm_up(runner, -(-num_tokens // (runner.shape.max_model_len - 1)), num_tokens)
     num_seqs = min(_MANY_ROWS, runner.shape.num_slots, max_num_tokens)
     for params in (_PLAIN, _TRUNCATED, _PENALISED, _ALL_OPTIONS):

@@ -41,7 +41,9 @@ class ThreadParallel(TensorParallel):
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.copy_(sum(self.meeting.exchange(self.rank, tensor)))
 
-    def start_all_reduce(self, tensor: torch.Tensor):
+    def start_all_reduce(self, tensor: torch.Tensor, larger: torch.Tensor):
+        assert larger.dtype == tensor.dtype
+        assert 0 <= len(larger) - len(tensor) <= 1
         self.all_reduce(tensor)
         return lambda: (tensor,)
 

@@ -14,7 +14,7 @@ def test_what_only_compiles_meets_no_other_rank():
     tp = TensorParallel(1, 2, torch.device("cpu")).for_compiling()
     tensor = torch.tensor([[3.0, -1.0]])
     assert tp.all_reduce(tensor).tolist() == [[3.0, -1.0]]
-    assert [part.tolist() for part in tp.start_all_reduce(tensor)()] == [[[3.0, -1.0]]]
+    assert [part.tolist() for part in tp.start_all_reduce(tensor, tensor)()] == [[[3.0, -1.0]]]
     assert tp.all_reduce_max(tensor).tolist() == [[3.0, -1.0]]
     assert tp.all_gather(tensor).shape == (2, 1, 2)
     assert (tp.min_int(5), tp.rank, tp.size) == (5, 1, 2)

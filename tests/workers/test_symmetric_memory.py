@@ -85,10 +85,31 @@ def test_an_exchange_that_only_compiles_gives_tensors_like_shares_and_reaches_no
     memory, _ = make_memory(2)
     tp = TensorParallel(0, 2, torch.device("cpu"), symmetric_memory=memory)
     share = torch.ones(3, 4096)
-    parts = tp.for_compiling().start_all_reduce(share)()
+    parts = tp.for_compiling().start_all_reduce(share, share)()
     assert [(part.shape, part.dtype) for part in parts] == [(share.shape, share.dtype)] * 2
-    assert [part.sum().item() for part in tp.start_all_reduce(share)()] == [share.sum().item(), 0.0]
+    assert [part.sum().item() for part in tp.start_all_reduce(share, share)()] == [share.sum().item(), 0.0]
     assert not parts[1].any()
+
+
+def test_two_halves_go_the_same_way(make_memory, monkeypatch):
+    """The smaller would fit into a place, the larger does not."""
+    memory, _ = make_memory(2)
+    summed = []
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, **_: summed.append(len(tensor)) or SimpleNamespace(wait=int))
+    tp = TensorParallel(0, 2, torch.device("cpu"), symmetric_memory=memory)
+    larger, smaller = torch.ones(257, 4096, dtype=torch.bfloat16).chunk(2)
+    for half in (larger, smaller):
+        assert len(tp.start_all_reduce(half, larger)()) == 1
+    assert summed == [129, 128]
+
+
+@pytest.mark.parametrize(("world_size", "num_rows"), [(1, None), (2, 4097)])
+def test_the_smallest_step_in_halves_is_cut_and_one_smaller_is_not(world_size, num_rows):
+    tp = TensorParallel(0, world_size, torch.device("cpu"))
+    assert tp.least_num_rows_in_halves(8192) == num_rows
+    for rows in (4096, 4097):
+        stream = torch.empty(rows, 4096, dtype=torch.bfloat16, device="meta")
+        assert tp.sums_in_halves(stream) == (num_rows is not None and rows >= num_rows)
 
 
 def test_a_product_may_write_where_it_is_summed(make_memory):

@@ -238,14 +238,16 @@ class LlamaForCausalLM:
     ) -> tuple[Tensor, ...]:
         """From attention to `project` behind the next norm, and the stream: one half's sums run beside the other's
         products."""
+        larger, _ = stream
         sums = [
-            self._tp.start_all_reduce(layer.attention.o_proj(half, is_summed_next=False)) for half in attended.chunk(2)
+            self._tp.start_all_reduce(layer.attention.o_proj(half, is_summed_next=False), larger)
+            for half in attended.chunk(2)
         ]
         shares = []
         for finish, residual in zip(sums, stream, strict=True):
             x, residual = layer.post_attention_norm.add_sum(finish(), residual)
             share = layer.mlp.down_proj(layer.mlp.gate_up_proj(x), is_summed_next=False)
-            shares.append((self._tp.start_all_reduce(share), residual))
+            shares.append((self._tp.start_all_reduce(share, larger), residual))
         outputs, stream = [], ()
         for finish, residual in shares:
             x, residual = next_norm.add_sum(finish(), residual)
