@@ -200,7 +200,7 @@ def lose_gateway(server, lost_index, attack, why, expected) -> None:
 def test_a_drain_outlives_a_coordinator_that_is_told_to_end(server):
     """The last one of that server."""
     request = request_of(0)
-    request.sampling_params.max_tokens = num_tokens = 400
+    request.sampling_params.max_tokens = num_tokens = 200
     stream = server.generation.Generate(request)
     tokens = [*next(stream).outputs[0].token_ids]
     server.process.send_signal(signal.SIGTERM)

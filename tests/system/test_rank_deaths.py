@@ -288,7 +288,7 @@ def test_another_group_goes_on_at_once_and_a_stop_meanwhile_leaves_nothing_behin
 def test_a_rank_that_dies_while_the_server_ends_costs_no_request(one_group):
     """The last one of that server."""
     request = request_of(0)
-    request.sampling_params.max_tokens = num_tokens = 600
+    request.sampling_params.max_tokens = num_tokens = 300
     victim = one_group.process_of(0, 0)
     num_lines = len(one_group.lines)
     stream = one_group.generation.Generate(request)
