@@ -12,7 +12,7 @@ serve: setup  ## Serve the demo model on two ranks, show one answer, serve until
 # ranks are taken for hung. The rest does not.
 test: setup  ## All tests: on two processes, but for those that keep all cores busy, which come one by one.
 	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "not alone"
-	@$(BIN)/python -m pytest -m alone
+	@$(BIN)/python -m pytest -m alone tests/system
 
 lint: setup  ## Style, types, import rules.
 	$(BIN)/ruff check .

@@ -34,7 +34,8 @@ class RankGroup:
         spares: Sequence["SpareRank | None"] = (),
     ) -> None:
         """Begins to start the actors. `num_ranks_on_node`: by rank, those of all groups beside it. `is_local`: whether
-        the processes run on this machine. `spares`: by rank, a process on its node that becomes the rank."""
+        they run in a Ray that this program started, on this machine. `spares`: by rank, a process on its node that
+        becomes the rank."""
         self._placement, self._device, self._is_local = placement, device, is_local
         self._num_ranks_on_node = num_ranks_on_node
         self.endpoints: list[RankEndpoint] = []
@@ -50,10 +51,13 @@ class RankGroup:
         """For an actor that is not in the rank's place itself."""
         if self._device != "cuda":
             return self._device
-        return ray.remote(assigned_gpu).options(**actor_options(self._placement, rank, self._device)).remote()
+        return ray.remote(assigned_gpu).options(**self._options(rank)).remote()
 
     def _new_actor(self, rank: int) -> Any:  # noqa: ANN401 (an actor handle)
-        return _new_actor(actor_options(self._placement, rank, self._device))
+        return _new_actor(self._options(rank))
+
+    def _options(self, rank: int) -> dict[str, Any]:
+        return actor_options(self._placement, rank, self._device, has_variables=self._is_local)
 
     def _start(self, rank: int, device: Any) -> Any:  # noqa: ANN401 (Ray's futures)
         return self.actors[rank].start.remote(rank, device, self._is_local, self._num_ranks_on_node[rank])
@@ -133,9 +137,9 @@ def _new_actor(options: Mapping[str, Any]) -> Any:  # noqa: ANN401 (an actor han
 class SpareRank:
     """A process that is no rank yet, on the node of ranks of ours."""
 
-    def __init__(self, node_id: str, device: str) -> None:
+    def __init__(self, node_id: str, device: str, is_local: bool) -> None:
         """Begins to start it."""
-        self.actor = _new_actor(spare_options(node_id, device))
+        self.actor = _new_actor(spare_options(node_id, device, has_variables=is_local))
         self._prepared = self.actor.prepare.remote(device)
 
     def condition(self) -> SpareCondition:

@@ -19,7 +19,7 @@ from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
 from ..errors import OctavoError, UnavailableError
-from .rank_actor import RankEndpoint
+from .rank_actor import RankEndpoint, rank_variables
 from .rank_group import RankGroup, SpareRank, await_endpoints, cause
 from .rank_probe import RankLoss, find_lost_ranks
 from .rank_spares import SpareRanks, SpareSettings
@@ -27,7 +27,7 @@ from .ray_places import bundle_of, num_that_fit, place, require_room
 from .ray_processes import RayProcesses
 
 # Read by a Ray that starts here. Its workers would run at nice 15, and wait for every other process of the machine.
-# Ranks need an environment of their own, so none would begin in a process that Ray starts beforehand.
+# It would start one for each core beforehand, and ranks may be fewer.
 _RAY_SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_niceness": "0",
@@ -67,7 +67,10 @@ class RayCluster:
             return
         with _own_sigterm_handler(), _environment(_RAY_SETTINGS), _cleaned_up_on_failure(self._processes):
             if address is None:
-                self._start_local(num_ranks, device, temp_dir)
+                # Workers inherit it. Asked by each actor, Ray would start a Python process for it that imports Ray
+                # and then starts the worker: half a second for each rank.
+                with _environment(rank_variables(device)):
+                    self._start_local(num_ranks, device, temp_dir)
             else:
                 self._join(address)
             self._processes.note_started()
@@ -217,7 +220,7 @@ class RayCluster:
     def _start_spare(self, node_id: str, device: str) -> SpareRank:
         with self._lock:
             self.require_alive()
-            return SpareRank(node_id, device)
+            return SpareRank(node_id, device, self.is_local)
 
     def _take_spare(self, node_id: str) -> SpareRank | None:
         return self._spares.take(node_id) if self._spares is not None else None

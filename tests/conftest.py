@@ -7,15 +7,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():
-    # Without a GPU kernels run in Triton's interpreter, to be chosen before the models below import it.
+    # Without a GPU kernels run in Triton's interpreter, to be chosen before anything imports it.
     os.environ["TRITON_INTERPRET"] = "1"
-
-from transformers import LlamaConfig, LlamaForCausalLM
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Beside other test processes, OpenMP's threads spin while they wait for a core that another process has.
@@ -34,7 +33,10 @@ _DEFAULTS = {
 }
 
 
-def _save_llama(path: Path, config: LlamaConfig) -> None:
+def _save_llama(path: Path, overrides: dict[str, Any]) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM  # takes seconds, and many tests do without
+
+    config = LlamaConfig(**(_DEFAULTS | overrides))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = LlamaForCausalLM(config).float()
@@ -54,10 +56,16 @@ def make_llama(tmp_path_factory):
         key = json.dumps(overrides, sort_keys=True)
         if key not in saved:
             saved[key] = tmp_path_factory.mktemp("llama")
-            _save_llama(saved[key], LlamaConfig(**(_DEFAULTS | overrides)))
+            _save_llama(saved[key], overrides)
         return saved[key]
 
     return make
+
+
+def pytest_collection_modifyitems(items) -> None:
+    """`make test` looks for these there only."""
+    away = [item.nodeid for item in items if item.get_closest_marker("alone") and item.path.parent.name != "system"]
+    assert not away, away
 
 
 DEMO_MODEL = Path(__file__).parents[1] / "examples" / "demo_model"

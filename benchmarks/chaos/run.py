@@ -21,7 +21,7 @@ from .script import Fault, Shape
 from .server import ChaosServer, Leftovers, running_server
 from .watch import StatusWatch, is_idle, num_leaked_blocks
 
-_FEW = 4  # requests at once, when there is next to nothing beside them
+_FEW = 8  # requests at once, when there is next to nothing beside them
 _MOST_SET_ASIDE = 1 / 8
 _START_LIMIT_S = 60.0
 _IDLE_LIMIT_S = 30.0

@@ -145,6 +145,15 @@ def test_the_command_shows_its_steps_an_answer_and_how_to_ask_more(server):
     assert f"curl http://localhost:{server.http_port}/v1/completions" in server.text
 
 
+def test_ranks_run_with_the_variables_that_they_need_and_others_do_not(server):
+    family = {process: " ".join(process.cmdline()) for process in server.family()}
+    ranks = [process for process, command in family.items() if "RankActor" in command]
+    others = [process for process, command in family.items() if "octavo." in command]  # gateways and the coordinator
+    wanted = {"OMP_WAIT_POLICY": "passive", "GRPC_VERBOSITY": "ERROR", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    assert [wanted.items() <= rank.environ().items() for rank in ranks] == [True, True]
+    assert [other.environ().get("OMP_WAIT_POLICY") for other in others] == [None] * 3
+
+
 def test_grpc_streams_deltas_and_usage_with_the_last(generation):
     responses = list(generation.Generate(chat_request("What is 44 + 19?")))
     assert len(responses) > 3

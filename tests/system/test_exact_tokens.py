@@ -1,15 +1,17 @@
-"""Greedy tokens in float32 equal transformers', for every request, model, rank count and block size.
+"""Greedy tokens in float32 equal transformers', for every request, model, and pair of a rank count and a block size.
 
 32 requests at once, of 1 to 600 prompt tokens; the token budget forces chunks, the block count forces preemption.
 """
+
+import itertools
 
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-MAX_TOKENS = 12
-NUM_BLOCK_TOKENS = 704  # of the KV cache: just over the longest sequence, so that others are preempted
+MAX_TOKENS = 16
+NUM_BLOCK_TOKENS = 640  # of the KV cache: just over the longest sequence, so that others are preempted
 LONGEST = 600
 
 LLAMA3_ROPE = {
@@ -68,8 +70,9 @@ def test_greedy_tokens_on_gpus_equal_transformers_on_the_cpu(
     for tensor_parallel_size in (size for size in (1, 2, 4) if size <= torch.cuda.device_count()):
         for enforce_eager in (False, True):
             options = engine_options(
-                tensor_parallel_size, num_blocks=NUM_BLOCK_TOKENS // 16, device="cuda", enforce_eager=enforce_eager
-            )
+                tensor_parallel_size, num_blocks=NUM_BLOCK_TOKENS // 16, max_model_len=NUM_BLOCK_TOKENS, device="cuda",
+                enforce_eager=enforce_eager,
+            )  # fmt: skip
             result = run_engine(path, options, all_prompts, lambda i: sampling_params(MAX_TOKENS))
             assert result.tokens == expected, f"TP {tensor_parallel_size}, eager {enforce_eager}"
 
@@ -113,19 +116,23 @@ def test_steps_summed_in_halves_equal_transformers(make_llama, run_engine, engin
         assert result.tokens == expected, f"TP {tensor_parallel_size}"
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_greedy_tokens_equal_transformers(name, make_llama, run_engine, engine_options, sampling_params):
+# All pairs of a rank count and a block size, each on another model. Each model at each rank count:
+# tests/workers/test_model.py.
+PAIRS = itertools.product((1, 2, 4), (8, 16, 32))
+CASES = [(name, *pair) for name, pair in zip(MODELS, PAIRS, strict=True)] + [("gqa", 2, 32), ("gqa", 4, 16)]
+
+
+@pytest.mark.parametrize(("name", "tensor_parallel_size", "block_size"), CASES)
+def test_greedy_tokens_equal_transformers(
+    name, tensor_parallel_size, block_size, make_llama, run_engine, engine_options, sampling_params
+):
     path, all_prompts = model_and_prompts(name, make_llama)
+    num_blocks = NUM_BLOCK_TOKENS // block_size
+    options = engine_options(tensor_parallel_size, block_size, num_blocks, max_model_len=NUM_BLOCK_TOKENS)
+    result = run_engine(path, options, all_prompts, lambda i: sampling_params(MAX_TOKENS))
     expected = transformers_tokens(path, all_prompts)
-    num_preemptions, first = 0, list(MODELS).index(name)
-    # Each model meets each of both, and each pair some models.
-    for tensor_parallel_size, block_size in zip((1, 2, 4), np.roll((8, 16, 32), first).tolist(), strict=True):
-        options = engine_options(tensor_parallel_size, block_size, num_blocks=NUM_BLOCK_TOKENS // block_size)
-        result = run_engine(path, options, all_prompts, lambda i: sampling_params(MAX_TOKENS))
-        wrong = [i for i, tokens in enumerate(result.tokens) if tokens != expected[i]]
-        assert not wrong, f"TP {tensor_parallel_size}, block size {block_size}: requests {wrong} differ"
-        num_preemptions += result.num_preemptions
-    assert num_preemptions > 0, "the block count was to force preemption"
+    assert [i for i, tokens in enumerate(result.tokens) if tokens != expected[i]] == []
+    assert result.num_preemptions > 0, "the block count was to force preemption"
 
 
 def test_seeded_tokens_do_not_depend_on_batch_or_ranks(make_llama, run_engine, engine_options, sampling_params):

@@ -1,4 +1,4 @@
-"""Ranks of a running server are killed and stopped under 32 streams: each stream ends with the tokens that it has where
+"""Ranks of a running server are killed and stopped under 16 streams: each stream ends with the tokens that it has where
 nothing happens."""
 
 import contextlib
@@ -23,7 +23,7 @@ from .ports import free_port
 pytestmark = pytest.mark.alone
 
 START_TIMEOUT_S = 120
-NUM_STREAMS = 32
+NUM_STREAMS = 16
 NUM_TOKENS = {"cpu": 100, "cuda": 800}  # so that streams last for a second
 REBUILD_TIMEOUT_S = 60
 READY = admin_pb2.GROUP_STATE_READY
@@ -185,7 +185,7 @@ def flat(logprobs) -> list[float]:
 
 @contextmanager
 def streams_beside(server: Server, expected):
-    """32 streams, well on their way; at the end all have what they should."""
+    """16 streams, well on their way; at the end all have what they should."""
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(ask_all, server)
         while sum(group.num_running for group in server.groups()) < NUM_STREAMS // 2 and not asked.done():
@@ -268,30 +268,7 @@ def test_a_rank_that_was_stopped_and_wakes_joins_again_with_its_weights(one_grou
     one_group.wait_until_said("kept all ranks, serves again after")
 
 
-def test_a_server_that_is_stopped_while_it_rebuilds_leaves_nothing_behind():
-    with running("--max-restarts", "1") as server:
-        server.process_of(0, 0).kill()
-        server.wait_until_noticed(0, epoch=1, timeout_s=2)
-        time.sleep(0.5)
-
-
-def test_a_rank_that_dies_while_the_server_ends_costs_no_request():
-    with running() as server:
-        request = request_of(0)
-        request.sampling_params.max_tokens = num_tokens = 600
-        victim = server.process_of(0, 0)
-        stream = server.generation.Generate(request)
-        tokens = [*next(stream).outputs[0].token_ids]
-        server.process.send_signal(signal.SIGINT)
-        time.sleep(0.1)
-        victim.kill()
-        tokens += [token for response in stream for output in response.outputs for token in output.token_ids]
-        assert len(tokens) == num_tokens
-        assert server.wait_until_ended() == 0
-        assert any("started rank 0 anew, serves again after" in line for line in server.lines), server.lines
-
-
-def test_another_group_goes_on_at_once(one_group, expected):
+def test_another_group_goes_on_at_once_and_a_stop_meanwhile_leaves_nothing_behind(one_group, expected):
     if one_group.device == "cuda":
         pytest.skip("two groups of two ranks need four GPUs")
     with running("--tensor-parallel-size", "2", "--num-groups", "2") as server:
@@ -302,6 +279,28 @@ def test_another_group_goes_on_at_once(one_group, expected):
                 detection_s = server.wait_until_noticed(num_kills - 1, epoch, timeout_s=2)
                 print(f"rank {rank} killed: noticed after {detection_s:.3f} s")
             server.wait_until_whole(num_kills)
+        before = server.groups()[0]
+        server.process_of(0, 0).kill()
+        server.wait_until_noticed(0, before.epoch, timeout_s=2)
+        time.sleep(0.5)
+
+
+def test_a_rank_that_dies_while_the_server_ends_costs_no_request(one_group):
+    """The last one of that server."""
+    request = request_of(0)
+    request.sampling_params.max_tokens = num_tokens = 300
+    victim = one_group.process_of(0, 0)
+    num_lines = len(one_group.lines)
+    stream = one_group.generation.Generate(request)
+    tokens = [*next(stream).outputs[0].token_ids]
+    one_group.process.send_signal(signal.SIGINT)
+    time.sleep(0.1)
+    victim.kill()
+    tokens += [token for response in stream for output in response.outputs for token in output.token_ids]
+    assert len(tokens) == num_tokens
+    assert one_group.wait_until_ended() == 0
+    said = one_group.lines[num_lines:]
+    assert any("started rank 0 anew, serves again after" in line for line in said), said
 
 
 def test_a_group_that_keeps_dying_is_given_up_in_one_line():

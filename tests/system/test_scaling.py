@@ -1,5 +1,6 @@
-"""Groups come to a running server and leave it under 32 streams: no request fails or is refused, and each ends with the
-tokens that it has where nothing happens."""
+"""Groups come to a running server and leave it under 16 streams: no request fails or is refused, and each ends with the
+tokens that it has where nothing happens. So it is where the coordinator is killed in the middle of such a change, which
+goes on to its end under the next one."""
 
 import os
 import re
@@ -15,6 +16,7 @@ from octavo.errors import FailedPreconditionError, UnavailableError
 from octavo.launch.client import Client
 from octavo.proto import admin_pb2
 
+from .test_coordinator_deaths import coordinator_of, incarnation_of, wait_until_serving
 from .test_rank_deaths import NUM_STREAMS, READY, ask, ask_all, check_same, request_of, running
 
 pytestmark = pytest.mark.alone
@@ -24,7 +26,7 @@ NUM_PLACES = 4 * len(os.sched_getaffinity(0))  # of CPU ranks
 
 @pytest.fixture(scope="module")
 def server():
-    with running() as server:
+    with running("--max-restarts", "20") as server:
         yield server
 
 
@@ -49,7 +51,7 @@ def wait_until(condition, timeout_s=30.0):
 
 @contextmanager
 def streams_without_end(server, expected):
-    """32 clients, each of which asks its request again and again; all answers are what they should be."""
+    """16 clients, each of which asks its request again and again; all answers are what they should be."""
     is_over = threading.Event()
 
     def keep_asking(index):
@@ -134,7 +136,7 @@ def tokens_of(server, index) -> dict[int, list[int]]:
 
 
 def has_blocks_to_copy(group) -> bool:
-    return group.num_running >= 8 and group.blocks.num_used >= 3 * group.num_running
+    return group.num_running >= 4 and group.blocks.num_used >= 3 * group.num_running
 
 
 def test_what_moves_takes_its_blocks_along(server, expected, client):
@@ -202,3 +204,40 @@ def test_what_cannot_be_is_refused_and_says_why(server, size, code, words):
     assert caught.value.code() is code
     assert words in caught.value.details()
     assert [group.state for group in server.groups()] == [READY]
+
+
+def kill_coordinator_at(server, state) -> None:
+    def is_reached():
+        with suppress(grpc.RpcError):
+            return any(group.state == state for group in server.groups())
+        return False
+
+    victim = coordinator_of(server)
+    wait_until(is_reached)
+    victim.kill()
+
+
+def change_and_kill(server, client, num_groups, state) -> list[str]:
+    """What was said of a change during which the coordinator dies, while a group is in that state."""
+    incarnation = incarnation_of(server)
+    killing = threading.Thread(target=kill_coordinator_at, args=(server, state))
+    killing.start()
+    said = [news.message for news in client.scale(num_groups)]
+    killing.join()
+    assert said[-1].startswith(f"there are {num_groups} group(s) of 1 rank(s) now"), said
+    wait_until_serving(server, incarnation + 1)
+    assert len(server.groups()) == num_groups
+    return said
+
+
+def test_a_change_goes_on_under_the_next_coordinator(server, expected, client):
+    """The last one: what the engine has counted goes with its process."""
+    num_lines = len(server.lines)
+    with streams_without_end(server, expected):
+        said = change_and_kill(server, client, 2, admin_pb2.GROUP_STATE_STARTING)
+        wait_until(lambda: all(group.num_running for group in server.groups()))
+        said += change_and_kill(server, client, 1, admin_pb2.GROUP_STATE_DRAINING)
+    print(said)
+    check_nothing_is_left_but(server, client, num_ranks=1)
+    lines = server.lines[num_lines:]
+    assert not any("started rank" in line or "failed" in line for line in lines), lines
