@@ -54,7 +54,9 @@ def run_all_kinds(runner: ModelRunner, max_num_tokens: int) -> None:
         large_steps.add(in_halves)
     for num_tokens in large_steps:
         if num_tokens <= max_num_tokens:
-            warm_up(runner, -(-num_tokens // (runner.shape.max_model_len - 1)), num_tokens)
+            num_seqs = -(-num_tokens // (runner.shape.max_model_len - 1))
+            at_least = -(-num_tokens // num_seqs) * num_seqs  # all have as many
+            warm_up(runner, num_seqs, min(at_least, max_num_tokens))
     num_seqs = min(_MANY_ROWS, runner.shape.num_slots, max_num_tokens)
     for params in (_PLAIN, _TRUNCATED, _PENALISED, _ALL_OPTIONS):
         for rows in {1, num_seqs}:
