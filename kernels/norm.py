@@ -94,7 +94,7 @@ def add_rms_norm(
     """
     _check(x, weight)
     check_residual("add_rms_norm", x, residual)
-    check_residual("add_rms_norm", x, other)
+    check_residual("add_rms_norm", x, other, "second part")
     out, total = torch.empty_like(x), torch.empty_like(x)
     if x.numel():
         grid = (x.numel() // len(weight),)
@@ -104,13 +104,14 @@ def add_rms_norm(
     return out, total
 
 
-def check_residual(name: str, x: torch.Tensor, residual: torch.Tensor | None) -> None:
-    """Raises ValueError, in the name of an operation, unless there is no residual or it is like x and contiguous."""
+def check_residual(name: str, x: torch.Tensor, residual: torch.Tensor | None, role: str = "residual") -> None:
+    """Raises ValueError, in the name of an operation, unless there is no residual (or what else has the `role` of being
+    added to x) or it is like x and contiguous."""
     if residual is None:
         return
     if residual.shape != x.shape or residual.dtype != x.dtype or not residual.is_contiguous():
         raise ValueError(
-            f"{name}: a residual like x ({list(x.shape)}, {x.dtype}, contiguous) is needed, "
+            f"{name}: a {role} like x ({list(x.shape)}, {x.dtype}, contiguous) is needed, "
             f"not {list(residual.shape)}, {residual.dtype}, strides {residual.stride()}"
         )
 

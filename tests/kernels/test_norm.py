@@ -102,6 +102,9 @@ def test_what_the_kernel_cannot_take_is_named(x, weight, problem):
         rms_norm(x, weight, 1e-5)
 
 
-def test_a_residual_unlike_x_is_named():
-    with pytest.raises(ValueError, match=r"not \[3, 8\]"):
-        add_rms_norm(torch.ones(2, 8), torch.ones(3, 8), torch.ones(8), 1e-5)
+def test_what_is_added_is_named_if_it_is_unlike_x():
+    x, unlike, weight = torch.ones(2, 8), torch.ones(3, 8), torch.ones(8)
+    with pytest.raises(ValueError, match=r"a residual like x .* not \[3, 8\]"):
+        add_rms_norm(x, unlike, weight, 1e-5)
+    with pytest.raises(ValueError, match=r"a second part like x .* not \[3, 8\]"):
+        add_rms_norm(x, x, weight, 1e-5, unlike)
